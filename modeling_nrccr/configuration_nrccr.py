@@ -1,0 +1,146 @@
+"""Architecture of NRCCR: which text encoder, which visual tower, which heads. No training setting lives here."""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+@strict
+class EfficientNetLiteConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`EfficientNetLiteModel`], the small vision tower of the demo (EfficientNet-Lite0 by default).
+
+    Source: EfficientNet, https://arxiv.org/abs/1905.11946; the Lite variants drop squeeze-and-excitation, use ReLU6
+    and keep stem and head at their base width.
+
+    Args:
+        num_channels (`int`): Channels of a picture.
+        image_size (`int`): Side of a picture in pixels (only recorded; the network is fully convolutional).
+        width_coefficient (`float`), depth_coefficient (`float`): Compound scaling of the blocks; 1.0 is Lite0.
+        hidden_size (`int`): Channels of the last convolution, the width of `pooler_output`.
+        batch_norm_eps (`float`): Epsilon of each BatchNorm.
+        batch_norm_momentum (`float`): PyTorch momentum of each BatchNorm.
+    """
+
+    model_type = "efficientnet_lite"
+    base_config_key = "vision_config"
+
+    num_channels: int = 3
+    image_size: int = 224
+    width_coefficient: float = 1.0
+    depth_coefficient: float = 1.0
+    hidden_size: int = 1280
+    batch_norm_eps: float = 1e-3
+    batch_norm_momentum: float = 0.01
+    initializer_range: float = 0.02
+
+
+@strict
+class NrccrConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`NrccrModel`].
+
+    The defaults are the repaired behaviour; the values of the released implementation (arXiv 2208.12526) are named
+    "published" below, and `modeling_nrccr.conversion` sets them.
+
+    Args:
+        text_config (`dict` or `PreTrainedConfig`): Any `AutoModel` text encoder; a `dict` without `model_type` is BERT.
+        vision_config (`dict` or `PreTrainedConfig`, *optional*):
+            Any `AutoModel` vision tower, or [`EfficientNetLiteConfig`]. None: the model takes `visual_feats` only.
+        visual_feat_dim (`int`, *optional*): Width of `visual_feats`; defaults to the vision tower's output width.
+        projection_dim (`int`): Width of the common space (published: 1536).
+        text_head, visual_head (`str`):
+            "attention": LayerNorm, Linear, ReLU, positions, one attention block, pooling (published for text, video);
+            "linear" (visual only): pooling, then ReLU(Linear) (published for pictures);
+            "pooling": pooling alone, straight into the projection.
+        text_pooling, visual_pooling (`str`): "mean" or "max" over time; for text also "first" (CLS) or "last" token.
+        text_hidden_size, visual_hidden_size (`int`, *optional*): Width inside an attention head; default: input width.
+        text_num_attention_heads, visual_num_attention_heads (`int`): Heads of the attention block.
+        key_query_size (`int`): Width of all queries (and keys) together.
+        max_text_positions, max_visual_positions (`int`): Learned positions (published: 250 tokens, 80 frames).
+        visual_encoder_output (`str`):
+            What the vision tower hands on: "pooled" (`pooler_output`), "cls" (first token), "mean" (mean of all
+            tokens) or "projected" (CLIP's projected `image_embeds`, which the paper used).
+        teacher_view (`str`):
+            "cross": source words attend to the target's states (published); "source": the source view itself.
+            The cross view needs `text_head="attention"`.
+        attention_score_scale (`str`): "head" divides scores by sqrt(key_query_size / heads); "hidden" by
+            sqrt(hidden size / heads) (published).
+        pool_padding (`bool`): True pools padding and attends from padded rows to everything (published): an
+            embedding then depends on its batch mates.
+        projection_norm (`str`): "none", or "batch_norm" after the projection (published).
+        head_dropout, projection_dropout (`float`): Dropout inside attention heads (published 0.1) and after the
+            projection (published 0.2).
+        text_dropout (`float`, *optional*): Dropout on the text encoder's states before a pooling head.
+        logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
+    """
+
+    model_type = "nrccr"
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="bert"),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True),
+    }
+
+    text_config: PreTrainedConfig | dict | None = None
+    vision_config: PreTrainedConfig | dict | None = None
+    visual_feat_dim: int | None = None
+    projection_dim: int = 512
+    text_head: Literal["attention", "pooling"] = "attention"
+    visual_head: Literal["attention", "linear", "pooling"] = "linear"
+    text_pooling: Literal["mean", "max", "first", "last"] = "mean"
+    visual_pooling: Literal["mean", "max"] = "mean"
+    text_hidden_size: int | None = None
+    visual_hidden_size: int | None = None
+    text_num_attention_heads: int = 8
+    visual_num_attention_heads: int = 8
+    key_query_size: int = 512
+    max_text_positions: int = 250
+    max_visual_positions: int = 80
+    visual_encoder_output: Literal["pooled", "cls", "mean", "projected"] = "pooled"
+    teacher_view: Literal["cross", "source"] = "cross"
+    attention_score_scale: Literal["head", "hidden"] = "head"
+    pool_padding: bool = False
+    projection_norm: Literal["none", "batch_norm"] = "none"
+    head_dropout: float = 0.1
+    projection_dropout: float = 0.0
+    text_dropout: float = 0.0
+    logit_scale_init_value: float = 2.6592
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any):
+        own = {field.name for field in fields(NrccrConfig)} - {field.name for field in fields(PreTrainedConfig)}
+        for key in kwargs:
+            # compared against our own names only: keys of newer transformers versions must pass
+            if meant := get_close_matches(key, own, n=1, cutoff=0.85):
+                raise ValueError(f"NrccrConfig has no field {key!r}: did you mean {meant[0]!r}?")
+        super().__post_init__(**kwargs)
+        if self.visual_feat_dim is None and self.vision_config is not None:
+            projected = self.visual_encoder_output == "projected"
+            self.visual_feat_dim = getattr(self.vision_config, "projection_dim" if projected else "hidden_size", None)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation."""
+        if self.teacher_view == "cross" and self.text_head != "attention":
+            raise ValueError(
+                "teacher_view='cross' needs the attention block of text_head='attention'; "
+                "with text_head='pooling' set teacher_view='source'"
+            )
+        for side in ("text", "visual"):
+            heads = getattr(self, f"{side}_num_attention_heads")
+            width = getattr(self, f"{side}_hidden_size")
+            if self.key_query_size % heads or (width or 0) % heads:
+                raise ValueError(
+                    f"key_query_size ({self.key_query_size}) and {side}_hidden_size ({width}) must be multiples of "
+                    f"{side}_num_attention_heads ({heads})"
+                )
+
+
+
+# At import, not in `__init__`: AutoConfig of a published checkpoint runs this file before any modelling file.
+AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
+AutoConfig.register("nrccr", NrccrConfig, exist_ok=True)
+NrccrConfig.register_for_auto_class()

@@ -1,0 +1,67 @@
+"""Rows of captions and pictures to a batch with three views under separate keys, each padded to its own length."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .modeling_nrccr import VIEWS
+
+
+COLUMNS = {"source": "source_caption", "target": "target_caption", "back_translation": "back_translation"}
+KEY_PREFIX = {"source": "", "target": "target_", "back_translation": "back_translation_"}
+
+
+@dataclass
+class DataCollatorForCrossLingualRetrieval:
+    r"""
+    Collates rows with the columns `image_id`, `source_caption`, `target_caption`, `back_translation` and `image` (or
+    `visual_feats`, or neither where `processor` is a [`FeatureCache`], which knows pictures by their `image_id`).
+
+    Args:
+        processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
+        views: Which views of a caption are collated; [`NrccrTrainer`] asks only for those that a loss reads.
+
+    Example, with a processor that gives ids:
+
+        >>> collator = DataCollatorForCrossLingualRetrieval(processor, views=("source", "target"))
+        >>> batch = collator([{"image_id": "a", "source_caption": "a cat", "target_caption": "un gato", "image": cat}, ...])
+        >>> sorted(batch)
+        ['attention_mask', 'image_ids', 'input_ids', 'pixel_values', 'target_attention_mask', 'target_input_ids']
+    """
+
+    processor: Callable
+    views: tuple[str, ...] = VIEWS
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = {}
+        for view in self.views:
+            captions = [self.caption(row, view) for row in rows]
+            for key, value in self.processor(text=captions, return_tensors="pt").items():
+                batch[KEY_PREFIX[view] + key] = value
+        batch |= self.media(rows)
+        batch["image_ids"] = torch.tensor([stable_id(row["image_id"]) for row in rows])
+        return batch
+
+    @staticmethod
+    def caption(row: dict, view: str) -> str:
+        caption = row.get(COLUMNS[view])
+        if caption is None or not caption.strip():
+            raise ValueError(
+                f"{COLUMNS[view]} of {row.get('caption_id', row.get('image_id'))!r} is {caption!r}: "
+                "translate the data set first (modeling_nrccr.translation), or give the losses that read this view weight 0"
+            )
+        return caption
+
+    def media(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """`pixel_values`, or `visual_feats` with their mask, of the rows' pictures."""
+        if rows[0].get("visual_feats") is not None:
+            return dict(self.processor(visual_feats=[row["visual_feats"] for row in rows], return_tensors="pt"))
+        images = [row["image"] if row.get("image") is not None else row["image_id"] for row in rows]
+        return dict(self.processor(images=images, return_tensors="pt"))
+
+
+def stable_id(image_id: str | int) -> int:
+    """The same 63-bit number for an id in every process and run (Python's `hash` is not)."""
+    return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "big") >> 1

@@ -1,0 +1,50 @@
+"""Texts and pictures to embeddings, in batches: for evaluation and for search alike."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm.auto import tqdm
+
+from .modeling_nrccr import NrccrModel
+
+
+def encode_texts(
+    model: NrccrModel, texts: Sequence[str], processor: Callable, batch_size: int = 64, show_progress: bool = False
+) -> torch.Tensor:
+    """Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
+
+    Equal texts are encoded once; batches hold texts of like length. `processor`: a [`NrccrProcessor`], or a
+    [`FeatureCache`] that stands in for it.
+    """
+    unique = sorted(set(texts), key=lambda text: (len(text), text))
+
+    def embed(chunk: Sequence[str]) -> torch.Tensor:
+        inputs = processor(text=list(chunk), return_tensors="pt").to(model.device)
+        return model.get_text_features(**inputs).pooler_output
+
+    embeds = encode(model, unique, embed, batch_size, "texts" if show_progress else None)
+    row = {text: i for i, text in enumerate(unique)}
+    return embeds[[row[text] for text in texts]]
+
+
+def encode_images(
+    model: NrccrModel, images: Sequence, processor: Callable, batch_size: int = 32, show_progress: bool = False
+) -> torch.Tensor:
+    """Embeddings of pictures (whatever the processor takes as `images`), float32 on the CPU, of shape
+    `(len(images), projection_dim)`."""
+
+    def embed(chunk: Sequence) -> torch.Tensor:
+        inputs = processor(images=list(chunk), return_tensors="pt").to(model.device)
+        return model.get_image_features(**inputs).pooler_output
+
+    return encode(model, images, embed, batch_size, "pictures" if show_progress else None)
+
+
+@torch.no_grad()
+def encode(model: NrccrModel, items: Sequence, embed: Callable, batch_size: int, progress: str | None) -> torch.Tensor:
+    was_training = model.training
+    model.eval()
+    starts = tqdm(range(0, len(items), batch_size), desc=progress or "", unit="batch", disable=progress is None)
+    parts = [embed(items[start : start + batch_size]).float().cpu() for start in starts]
+    model.train(was_training)
+    return torch.cat(parts) if parts else torch.empty(0, model.config.projection_dim)

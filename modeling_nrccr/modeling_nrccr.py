@@ -1,0 +1,575 @@
+"""NRCCR: pictures or videos and sentences of any language in one space (Wang et al. 2022, arXiv 2208.12526).
+
+The model turns inputs into embeddings and nothing else: losses are in `losses.py`, training is in `trainer.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_nrccr import NrccrConfig
+from .modeling_efficientnet_lite import EfficientNetLiteModel
+
+
+VIEWS = ("source", "target", "back_translation")
+
+
+# ------------------------------------------------------------------------------------------------------- outputs
+
+
+@dataclass
+class NrccrOutput(ModelOutput):
+    r"""
+    Embeddings are projected and L2-normalised, of shape `(batch_size, projection_dim)`; None where a view was not given.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `return_loss=True`, CLIP's contrastive loss.
+        logits_per_text (`torch.FloatTensor` of shape `(text_batch_size, image_batch_size)`): Scaled similarities.
+        logits_per_image (`torch.FloatTensor` of shape `(image_batch_size, text_batch_size)`): Their transpose.
+        text_embeds, target_text_embeds, back_translation_text_embeds (`torch.FloatTensor`): The three views of a caption.
+        teacher_text_embeds (`torch.FloatTensor`): The teacher of the target view: source and target read together.
+        image_embeds (`torch.FloatTensor`): The picture or video.
+        logit_scale (`torch.FloatTensor` of shape `()`): The factor in the logits, already exponentiated.
+        text_hidden_states, target_text_hidden_states (`torch.FloatTensor` of shape
+            `(batch_size, sequence_length, hidden_size)`): Encoder output before the head, for the discriminator.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    target_text_embeds: torch.FloatTensor | None = None
+    back_translation_text_embeds: torch.FloatTensor | None = None
+    teacher_text_embeds: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    logit_scale: torch.FloatTensor | None = None
+    text_hidden_states: torch.FloatTensor | None = None
+    target_text_hidden_states: torch.FloatTensor | None = None
+
+
+# --------------------------------------------------------------------------------------------------------- heads
+
+
+def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv 2103.00020)."""
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Tensor:
+    """`(batch_size, length, width)` and its mask `(batch_size, length)` -> `(batch_size, width)`; no mask pools all."""
+    if how == "first":
+        return states[:, 0]
+    if mask is None:
+        mask = states.new_ones(states.shape[:2])
+    if how == "last":
+        last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        return states[torch.arange(len(states), device=states.device), last]
+    mask = mask.unsqueeze(-1).to(states.dtype)
+    if how == "max":
+        return states.masked_fill(mask == 0, torch.finfo(states.dtype).min).amax(1)
+    return (states * mask).sum(1) / mask.sum(1)
+
+
+class GatheredBatchNorm1d(nn.BatchNorm1d):
+    """BatchNorm over the whole batch of all processes (`torch.nn.SyncBatchNorm` refuses CPU tensors)."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not (self.training and distributed and torch.distributed.get_world_size() > 1):
+            return super().forward(hidden_states)
+        from torch.distributed.nn.functional import all_gather
+
+        rank, size = torch.distributed.get_rank(), len(hidden_states)
+        return super().forward(torch.cat(all_gather(hidden_states)))[rank * size : (rank + 1) * size]
+
+
+class NrccrProjection(nn.Module):
+    """Linear, optional BatchNorm, dropout, L2 norm: into the common space (paper, section 3.1)."""
+
+    def __init__(self, input_size: int, config: NrccrConfig):
+        super().__init__()
+        self.dense = nn.Linear(input_size, config.projection_dim)
+        self.norm = GatheredBatchNorm1d(config.projection_dim) if config.projection_norm == "batch_norm" else None
+        self.dropout = nn.Dropout(config.projection_dropout)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        projected = self.dense(features)
+        if self.norm is not None:
+            if self.training and len(projected) < 2:
+                raise ValueError("a training batch of one has no BatchNorm statistics: use at least 2 rows a batch")
+            projected = self.norm(projected)
+        return F.normalize(self.dropout(projected), dim=-1)
+
+
+class NrccrAttention(nn.Module):
+    """The attention block that all views share: multi-head attention, Linear, dropout, LayerNorm (paper, eq. 1-3)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, config: NrccrConfig):
+        super().__init__()
+        self.num_heads = num_heads
+        width = config.key_query_size if config.attention_score_scale == "head" else hidden_size
+        self.scale = (width / num_heads) ** -0.5
+        self.pool_padding = config.pool_padding
+        self.query = nn.Linear(hidden_size, config.key_query_size)
+        self.key = nn.Linear(hidden_size, config.key_query_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.dense = nn.Linear(hidden_size, hidden_size)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.layer_norm = nn.LayerNorm(hidden_size)
+
+    def attention_mask(self, query_mask: torch.Tensor, key_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Boolean over keys; published: a bias, the same for every key where the query row is padding."""
+        if not self.pool_padding:
+            return key_mask[:, None, None, :].bool()
+        return (1 - query_mask[:, None, :, None].to(dtype) * key_mask[:, None, None, :].to(dtype)) * -10000.0
+
+    def context(
+        self, queries: torch.Tensor, query_mask: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """`(batch_size, query_length, hidden_size)`: what each query row reads from the keys' states."""
+        heads = [
+            layer(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer, states in ((self.query, queries), (self.key, keys), (self.value, keys))
+        ]
+        mask = self.attention_mask(query_mask, key_mask, queries.dtype)
+        return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Self-attention with a residual, `(batch_size, length, hidden_size)` to the same shape."""
+        return self.layer_norm(self.dropout(self.dense(self.context(states, mask, states, mask))) + states)
+
+    def cross(
+        self, queries: torch.Tensor, query_mask: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention from one view to another, without the residual, of shape `(batch_size, query_length, hidden_size)`."""
+        return self.layer_norm(self.dropout(self.dense(self.context(queries, query_mask, keys, key_mask))))
+
+
+class NrccrAttentionHead(nn.Module):
+    """Linear and ReLU, learned positions, one attention block, pooling: for words and for frames alike."""
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_heads: int, max_positions: int, pooling: str, config: NrccrConfig
+    ):
+        super().__init__()
+        self.pooling, self.pool_padding = pooling, config.pool_padding
+        self.output_size = hidden_size
+        self.input_norm = nn.LayerNorm(input_size)
+        self.input_dense = nn.Linear(input_size, hidden_size)
+        self.position_embeddings = nn.Embedding(max_positions, hidden_size)
+        self.position_norm = nn.LayerNorm(hidden_size)
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.attention = NrccrAttention(hidden_size, num_heads, config)
+
+    def embed(self, states: torch.Tensor) -> torch.Tensor:
+        """Encoder states with positions, `(batch_size, length, input_size)` -> `(batch_size, length, hidden_size)`."""
+        length, limit = states.shape[1], self.position_embeddings.num_embeddings
+        if length > limit:
+            raise ValueError(f"{length} positions, but this head has {limit}: truncate the input to {limit}")
+        hidden = F.relu(self.input_dense(self.dropout(self.input_norm(states))))
+        positions = self.position_embeddings(torch.arange(length, device=states.device))
+        return self.dropout(self.position_norm(hidden + positions))
+
+    def pool(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return pool(hidden, None if self.pool_padding else mask, self.pooling)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.read(self.embed(states), mask)
+
+    def read(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Self-attention and pooling of what `embed` returned, of shape `(batch_size, hidden_size)`."""
+        return self.pool(self.attention(hidden, mask), mask)
+
+    def cross(
+        self, source: torch.Tensor, source_mask: torch.Tensor, target: torch.Tensor, target_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The teacher (paper, section 3.3): source words attend to the target's; pooled beside the target's states."""
+        read = self.attention.cross(source, source_mask, target, target_mask)
+        return self.pool(torch.cat([read, target], 1), torch.cat([source_mask, target_mask], 1))
+
+
+class NrccrPoolingHead(nn.Module):
+    """Pooling over tokens or frames; with `dense=True` a Linear and ReLU after it (published for pictures)."""
+
+    def __init__(self, input_size: int, pooling: str, dropout: float, dense: bool, config: NrccrConfig):
+        super().__init__()
+        self.pooling, self.pool_padding = pooling, config.pool_padding
+        self.output_size = input_size
+        self.dropout = nn.Dropout(dropout)
+        self.dense = nn.Linear(input_size, input_size) if dense else None
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pooled = pool(self.dropout(states), None if self.pool_padding else mask, self.pooling)
+        return pooled if self.dense is None else F.relu(self.dense(pooled))
+
+
+# -------------------------------------------------------------------------------------------------------- towers
+
+
+class NrccrTextTower(nn.Module):
+    """Any `AutoModel` text encoder. Its lower layers may be frozen, and their output computed once and reused.
+
+    `num_trained_layers = k` puts the boundary below the top k layers (None: everything is trained, no boundary;
+    0: the whole encoder is frozen, the boundary is its output).
+    """
+
+    def __init__(self, config: NrccrConfig):
+        super().__init__()
+        self.encoder = AutoModel.from_config(config.text_config)
+        if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
+            self.encoder.pooler = None  # never read: heads start from the states of all tokens
+        self.num_trained_layers: int | None = None
+
+    def layer_list(self) -> tuple[nn.Module, str]:
+        """The parent and the attribute name of the encoder's list of layers."""
+        depth = self.encoder.config.num_hidden_layers
+        for parent in self.encoder.modules():
+            for name, child in parent.named_children():
+                if isinstance(child, nn.ModuleList) and len(child) == depth:
+                    return parent, name
+        raise ValueError(f"no list of {depth} layers found in {type(self.encoder).__name__}: cannot freeze a part of it")
+
+    def freeze_below(self, num_trained_layers: int | None):
+        """Trains the top `num_trained_layers` layers (and what follows them); embeddings train only with None."""
+        self.num_trained_layers = num_trained_layers
+        self.encoder.requires_grad_(num_trained_layers is None)
+        if not num_trained_layers:
+            return
+        parent, name = self.layer_list()
+        layers = getattr(parent, name)
+        if num_trained_layers > len(layers):
+            raise ValueError(f"trained_text_layers={num_trained_layers}, but the text encoder has {len(layers)} layers")
+        for layer in layers[len(layers) - num_trained_layers :]:
+            layer.requires_grad_(True)
+        for final_norm in ("final_layer_norm", "norm", "final_norm"):  # of pre-norm encoders
+            if isinstance(module := getattr(parent, final_norm, None), nn.Module):
+                module.requires_grad_(True)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        boundary_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """States of all tokens, of shape `(batch_size, sequence_length, hidden_size)`, from ids or from the boundary."""
+        if boundary_states is None:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        if self.num_trained_layers == 0:
+            return boundary_states
+        return self.resume(boundary_states, attention_mask)
+
+    def at_boundary(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What the first trained layer reads, of shape `(batch_size, sequence_length, hidden_size)`."""
+        if self.num_trained_layers == 0:
+            return self(input_ids, attention_mask)
+        seen = []
+        handle = self.first_trained_layer().register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        try:
+            self(input_ids, attention_mask)
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def first_trained_layer(self) -> nn.Module:
+        if self.num_trained_layers is None:
+            raise ValueError("nothing of the text encoder is frozen: set the number of trained layers first")
+        parent, name = self.layer_list()
+        return getattr(parent, name)[-self.num_trained_layers]
+
+    def resume(self, boundary_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        # The encoder's own forward runs with the frozen layers taken out, so that its masks, positions and final
+        # norm are its own; what its embeddings give is replaced by the boundary's states.
+        def replace(_, args, kwargs):
+            return ((boundary_states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": boundary_states})
+
+        parent, name = self.layer_list()
+        layers = getattr(parent, name)
+        handle = layers[-self.num_trained_layers].register_forward_pre_hook(replace, with_kwargs=True)
+        setattr(parent, name, layers[-self.num_trained_layers :])
+        try:
+            return self.encoder(inputs_embeds=boundary_states, attention_mask=attention_mask).last_hidden_state
+        finally:
+            setattr(parent, name, layers)
+            handle.remove()
+
+
+class NrccrVisualTower(nn.Module):
+    """Any `AutoModel` vision tower: pictures to one feature each, as the first (and only) frame."""
+
+    def __init__(self, config: NrccrConfig):
+        super().__init__()
+        self.output = config.visual_encoder_output
+        if config.vision_config.model_type == "efficientnet_lite":
+            # built directly: the Hub loads config and model code as two modules, so AutoModel's class check fails
+            self.encoder = EfficientNetLiteModel(config.vision_config)
+        else:
+            self.encoder = AutoModel.from_config(config.vision_config)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_channels, height, width)` -> `(batch_size, 1, visual_feat_dim)`; videos have a frame axis."""
+        frames = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+        outputs = self.encoder(pixel_values=frames)
+        if self.output == "cls":
+            features = outputs.last_hidden_state[:, 0]
+        elif self.output == "mean":
+            features = outputs.last_hidden_state.mean(1)
+        else:
+            features = outputs.image_embeds if self.output == "projected" else outputs.pooler_output
+        return features.unflatten(0, (len(pixel_values), -1))
+
+
+# --------------------------------------------------------------------------------------------------------- model
+
+
+class NrccrPreTrainedModel(PreTrainedModel):
+    config_class = NrccrConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, NrccrModel):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+
+
+class NrccrModel(NrccrPreTrainedModel):
+    """A text tower and a visual tower, each with a head and a projection into one space.
+
+    Views of a caption travel under their own names: `input_ids` (source), `target_input_ids`,
+    `back_translation_input_ids`, each with its `*attention_mask`, all in ONE pass through the text encoder.
+    """
+
+    def __init__(self, config: NrccrConfig):
+        super().__init__(config)
+        self.text_tower = NrccrTextTower(config)
+        self.visual_tower = NrccrVisualTower(config) if config.vision_config is not None else None
+        if config.visual_feat_dim is None:
+            raise ValueError("NrccrConfig.visual_feat_dim is None: give the width of visual_feats")
+        width = config.text_config.hidden_size
+        if config.text_head == "attention":
+            self.text_head = NrccrAttentionHead(
+                width, config.text_hidden_size or width, config.text_num_attention_heads,
+                config.max_text_positions, config.text_pooling, config,
+            )  # fmt: skip
+        else:
+            self.text_head = NrccrPoolingHead(width, config.text_pooling, config.text_dropout, False, config)
+        width = config.visual_feat_dim
+        if config.visual_head == "attention":
+            self.visual_head = NrccrAttentionHead(
+                width, config.visual_hidden_size or width, config.visual_num_attention_heads,
+                config.max_visual_positions, config.visual_pooling, config,
+            )  # fmt: skip
+        else:
+            dense = config.visual_head == "linear"
+            self.visual_head = NrccrPoolingHead(width, config.visual_pooling, 0.0, dense, config)
+        self.text_projection = NrccrProjection(self.text_head.output_size, config)
+        self.visual_projection = NrccrProjection(self.visual_head.output_size, config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.kept_in_eval: list[nn.Module] = []
+        self.post_init()
+
+    @classmethod
+    def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
+        """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as [`NrccrConfig`]."""
+        text = AutoModel.from_pretrained(text_encoder)
+        vision = AutoModel.from_pretrained(vision_encoder) if vision_encoder else None
+        config = NrccrConfig(text_config=text.config, vision_config=vision and vision.config, **config_kwargs)
+        model = cls(config)
+        if isinstance(getattr(text, "pooler", None), nn.Module):
+            text.pooler = None
+        model.text_tower.encoder.load_state_dict(text.state_dict())
+        if vision is not None:
+            model.visual_tower.encoder.load_state_dict(vision.state_dict())
+        return model
+
+    def set_trained_layers(self, text_layers: int | None = None, vision: bool = True, frozen_dropout: bool = False):
+        """Freezes the text encoder below its top `text_layers` layers (None: trains all of it) and the vision tower
+        unless `vision`. Dropout inside frozen parts is off unless `frozen_dropout` (published: on)."""
+        self.text_tower.freeze_below(text_layers)
+        if self.visual_tower is not None:
+            self.visual_tower.requires_grad_(vision)
+        towers = [module for tower in (self.text_tower, self.visual_tower) if tower for module in tower.modules()]
+        self.kept_in_eval = [] if frozen_dropout else [
+            module for module in towers
+            if (parameters := list(module.parameters())) and not any(p.requires_grad for p in parameters)
+        ]  # fmt: skip
+        return self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for module in self.kept_in_eval:
+            module.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_tower.encoder.get_input_embeddings()
+
+    def encode_text(
+        self, views: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+    ) -> list[torch.Tensor]:
+        """One pass of the text encoder for several views, each `(input_ids, attention_mask, boundary_states)` and each
+        padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`."""
+        ids, masks, states = zip(*views)
+        cached = states[0] is not None
+        sizes = [mask.shape for mask in masks]
+        longest = max(length for _, length in sizes)
+
+        def stack(parts: tuple[torch.Tensor, ...], value: int = 0) -> torch.Tensor:
+            padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+            return torch.cat([F.pad(part, pad, value=value) for part, pad in zip(parts, padding)])
+
+        pad_token_id = getattr(self.config.text_config, "pad_token_id", None) or 0
+        encoded = self.text_tower(
+            input_ids=None if cached else stack(ids, pad_token_id),
+            attention_mask=stack(masks),
+            boundary_states=stack(states) if cached else None,
+        )
+        parts = encoded.split([batch for batch, _ in sizes])
+        return [part[:, :length] for part, (_, length) in zip(parts, sizes)]
+
+    def get_text_features(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        boundary_states: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        states = self.encode_text([(input_ids, attention_mask, boundary_states)])[0]
+        embeds = self.text_projection(self.text_head(states, attention_mask))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        visual_feats: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
+        `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`."""
+        if visual_feats is None:
+            if self.visual_tower is None:
+                raise ValueError("this model has no vision tower: give visual_feats instead of pixel_values")
+            visual_feats = self.visual_tower(pixel_values)
+        if visual_feats.ndim == 2:
+            visual_feats = visual_feats.unsqueeze(1)
+        if visual_feats.shape[-1] != self.config.visual_feat_dim:
+            raise ValueError(
+                f"visual_feats have width {visual_feats.shape[-1]}, this model takes {self.config.visual_feat_dim} "
+                "(NrccrConfig.visual_feat_dim)"
+            )
+        if visual_attention_mask is None:
+            visual_attention_mask = visual_feats.new_ones(visual_feats.shape[:2])
+        embeds = self.visual_projection(self.visual_head(visual_feats, visual_attention_mask))
+        return BaseModelOutputWithPooling(last_hidden_state=visual_feats, pooler_output=embeds)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        visual_feats: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        target_input_ids: torch.Tensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        back_translation_input_ids: torch.Tensor | None = None,
+        back_translation_attention_mask: torch.Tensor | None = None,
+        boundary_states: torch.Tensor | None = None,
+        target_boundary_states: torch.Tensor | None = None,
+        back_translation_boundary_states: torch.Tensor | None = None,
+        return_teacher: bool = True,
+        return_loss: bool = False,
+        **kwargs,
+    ) -> NrccrOutput:
+        r"""
+        Args:
+            input_ids, target_input_ids, back_translation_input_ids (`torch.LongTensor` of shape
+                `(batch_size, sequence_length)`): The views of a caption, each with its own length.
+            boundary_states, ... (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`):
+                Instead of ids: the cached output of the frozen layers (`NrccrTextTower.at_boundary`).
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, or with a frame
+                axis after the first): Pictures or videos.
+            visual_feats (`torch.FloatTensor` of shape `(batch_size, num_frames, visual_feat_dim)`): Instead of pixels.
+            return_teacher (`bool`): False saves the compute of `teacher_text_embeds`.
+            return_loss (`bool`): Adds CLIP's contrastive loss between source captions and pictures.
+        """
+        views = {
+            "source": (input_ids, attention_mask, boundary_states),
+            "target": (target_input_ids, target_attention_mask, target_boundary_states),
+            "back_translation": (
+                back_translation_input_ids, back_translation_attention_mask, back_translation_boundary_states,
+            ),
+        }  # fmt: skip
+        views = {
+            name: (ids, torch.ones_like(ids) if mask is None else mask, states)
+            for name, (ids, mask, states) in views.items()
+            if ids is not None or states is not None
+        }
+        image_embeds, embeds, teacher_embeds, states = None, {}, None, {}
+        if pixel_values is not None or visual_feats is not None:
+            image_embeds = self.get_image_features(pixel_values, visual_feats, visual_attention_mask).pooler_output
+        if views:
+            states = dict(zip(views, self.encode_text(list(views.values()))))
+            return_teacher = return_teacher and "source" in views and "target" in views
+            embeds, teacher_embeds = self.embed_views(states, {v: views[v][1] for v in views}, return_teacher)
+
+        logit_scale = self.logit_scale.exp()
+        logits_per_text = loss = None
+        text_embeds = embeds.get("source", embeds.get("target"))
+        if text_embeds is not None and image_embeds is not None:
+            logits_per_text = logit_scale * text_embeds @ image_embeds.t()
+            loss = contrastive_loss(logits_per_text) if return_loss else None
+        return NrccrOutput(
+            loss=loss,
+            logits_per_text=logits_per_text,
+            logits_per_image=None if logits_per_text is None else logits_per_text.t(),
+            text_embeds=embeds.get("source"),
+            target_text_embeds=embeds.get("target"),
+            back_translation_text_embeds=embeds.get("back_translation"),
+            teacher_text_embeds=teacher_embeds,
+            image_embeds=image_embeds,
+            logit_scale=logit_scale,
+            text_hidden_states=states.get("source"),
+            target_text_hidden_states=states.get("target"),
+        )
+
+    def embed_views(
+        self, states: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], return_teacher: bool
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of the
+        released code: it decides the running statistics of a BatchNorm."""
+        if self.config.teacher_view == "cross":
+            states = {view: self.text_head.embed(states[view]) for view in states}
+            read = self.text_head.read
+        else:
+            read = self.text_head
+        embeds = {v: self.text_projection(read(states[v], masks[v])) for v in VIEWS[:2] if v in states}
+        teacher = None
+        if return_teacher and self.config.teacher_view == "source":
+            teacher = embeds["source"]
+        elif return_teacher:
+            crossed = self.text_head.cross(states["source"], masks["source"], states["target"], masks["target"])
+            teacher = self.text_projection(crossed)
+        if VIEWS[2] in states:
+            embeds[VIEWS[2]] = self.text_projection(read(states[VIEWS[2]], masks[VIEWS[2]]))
+        return embeds, teacher
+
+
+NrccrModel.register_for_auto_class("AutoModel")
+AutoModel.register(NrccrConfig, NrccrModel, exist_ok=True)

@@ -1,0 +1,28 @@
+from setuptools import setup
+
+
+setup(
+    name="modeling_nrccr",
+    version="0.1.0",
+    description="Cross-lingual picture and video retrieval that survives translation noise, for Hugging Face",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["modeling_nrccr", "datasets_scripts"],
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5.20,<6",
+        "datasets>=5.0,<6",
+        "accelerate>=1.10,<2",
+        "evaluate>=0.4.6,<1",
+        "huggingface_hub>=2.0,<3",
+        "safetensors>=0.5",
+        "filelock>=3.12",
+        "numpy>=2",
+        "pillow>=11",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9", "psutil>=6"]},
+)
