@@ -1,5 +1,7 @@
 """Cross-lingual picture and video retrieval that survives translation noise, for Hugging Face."""
 
+from transformers import AutoProcessor
+
 from .configuration_nrccr import EfficientNetLiteConfig, NrccrConfig
 from .data_collator import DataCollatorForCrossLingualRetrieval
 from .discriminator import LanguageDiscriminator
@@ -9,8 +11,15 @@ from .losses import NrccrLoss, NrccrLossArguments
 from .metrics import compute_retrieval_metrics
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 from .modeling_nrccr import NrccrModel, NrccrOutput
+from .processing_nrccr import NrccrProcessor, NrccrTextProcessor
+from .retriever import Hit, NrccrRetriever
 from .trainer import NrccrTrainer
 from .training_args import NrccrTrainingArguments
+from .translation import Translator, add_translations, load_translator
 
+
+# AutoProcessor finds a saved processor by its class name among these; the second has no config type of its own.
+AutoProcessor.register(NrccrConfig, NrccrProcessor, exist_ok=True)
+AutoProcessor.register(NrccrTextProcessor, NrccrTextProcessor, exist_ok=True)
 
 __version__ = "0.1.0"

@@ -118,6 +118,8 @@ class NrccrConfig(PreTrainedConfig):
             if meant := get_close_matches(key, own, n=1, cutoff=0.85):
                 raise ValueError(f"NrccrConfig has no field {key!r}: did you mean {meant[0]!r}?")
         super().__post_init__(**kwargs)
+        # of a dual encoder (CLIP, SigLIP 2, ...) the vision tower alone
+        self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
         if self.visual_feat_dim is None and self.vision_config is not None:
             projected = self.visual_encoder_output == "projected"
             self.visual_feat_dim = getattr(self.vision_config, "projection_dim" if projected else "hidden_size", None)
@@ -129,7 +131,14 @@ class NrccrConfig(PreTrainedConfig):
                 "teacher_view='cross' needs the attention block of text_head='attention'; "
                 "with text_head='pooling' set teacher_view='source'"
             )
+        tower = getattr(self.vision_config, "model_type", None)
+        if self.visual_encoder_output == "projected" and tower not in (None, "clip_vision_model"):
+            raise ValueError(f"visual_encoder_output='projected' is CLIP's; {tower} has no projection: use 'pooled'")
+        if self.visual_encoder_output == "cls" and tower in ("siglip_vision_model", "siglip2_vision_model"):
+            raise ValueError(f"visual_encoder_output='cls': {tower} has no class token: use 'pooled' or 'mean'")
         for side in ("text", "visual"):
+            if getattr(self, f"{side}_head") != "attention":
+                continue
             heads = getattr(self, f"{side}_num_attention_heads")
             width = getattr(self, f"{side}_hidden_size")
             if self.key_query_size % heads or (width or 0) % heads:

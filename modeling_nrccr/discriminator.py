@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 KINDS = ("weak", "not-so-weak", "strong")
-SOURCE, TARGET = 1, 0  # class numbers of the released code: "real" is the source language
+SOURCE, TARGET = 1, 0  # "real" is the source language
 
 
 class ResidualConvolution(nn.Module):
@@ -18,12 +18,13 @@ class ResidualConvolution(nn.Module):
         self.conv2 = nn.Conv1d(channels, channels, 5, padding=2)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.conv1(F.relu(states) * mask)
+        states = F.relu(states)  # of the shortcut too: the released ReLU works in place
+        hidden = self.conv1(states * mask)
         return states + 0.3 * self.conv2(F.relu(hidden) * mask)
 
 
 class LanguageDiscriminator(nn.Module):
-    """Two logits (source, target) from a text encoder's hidden states, averaged over time.
+    """Two logits from a text encoder's hidden states, averaged over time; each says how sure it is of the source.
 
     Args:
         input_size: Width of the hidden states.
@@ -70,4 +71,5 @@ def adversarial_loss(target_logits: torch.Tensor) -> torch.Tensor:
 
 
 def language_loss(logits: torch.Tensor, language: int) -> torch.Tensor:
-    return F.cross_entropy(logits, logits.new_full((len(logits),), language, dtype=torch.long))
+    # as released: both logits are binary decisions with the same label, not two classes that compete
+    return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, language))

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from .modeling_nrccr import NrccrOutput
 
 
+MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
+
+
 def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
     """Boolean `(size, size)`: pairs off the diagonal that show the same picture, so are never each other's negatives."""
     if image_ids is None:
@@ -21,10 +24,19 @@ def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -
 
 
 def similarities(a: torch.Tensor, b: torch.Tensor, measure: str = "cosine") -> torch.Tensor:
-    """`(n, n)`, b in rows. "order" is the negative order violation |max(b - a, 0)|^2 (VSE++, arXiv 1707.05612)."""
+    """`(n, n)`, b in rows. "order" is the negative order violation |max(b - a, 0)| (VSE++, arXiv 1707.05612);
+    "euclidean" and "l2" are the negative squared distance, "l1" the negative sum of absolute differences. "l1_norm"
+    and "l2_norm" are, as released, the POSITIVE mean over the width, so they push pairs apart: kept for parity alone.
+    """
+    if measure not in MEASURES:
+        raise ValueError(f"triplet_measure={measure!r}: one of {', '.join(MEASURES)}")
     if measure == "cosine":
         return b @ a.t()
-    return -(b[:, None, :] - a[None, :, :]).clamp(min=0).pow(2).sum(-1).sqrt()
+    difference = b[:, None, :] - a[None, :, :]
+    if measure == "order":
+        return -torch.linalg.vector_norm(difference.clamp(min=0), dim=-1)  # its gradient at 0 is 0, that of sqrt NaN
+    distance = difference.abs() if measure.startswith("l1") else difference.pow(2)
+    return distance.mean(-1) if measure.endswith("_norm") else -distance.sum(-1)
 
 
 def triplet_loss(
@@ -124,7 +136,7 @@ class NrccrLossArguments:
     hardest_negatives: bool = setting(True, "Hinge on the hardest negative only (VSE++). Released code: true.")
     triplet_reduction: Literal["mean", "sum"] = setting("mean", "Over the batch. Released code: sum.")
     triplet_direction: Literal["all", "t2v", "v2t"] = setting("all", "Released code: all.")
-    triplet_measure: Literal["cosine", "order"] = setting("cosine", "Similarity of the hinge. Released code: cosine.")
+    triplet_measure: Literal[MEASURES] = setting("cosine", "Similarity of the hinge. Released code: cosine.")
     back_translation_objective: Literal["contrastive", "triplet"] = setting("contrastive", "Paper: triplet.")
     feature_distillation_kind: Literal["cosine", "smooth_l1"] = setting("cosine", "Released code: smooth_l1, null.")
     feature_distillation_beta: float = setting(4.0, "Of smooth_l1. Released code: 4.")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
@@ -307,23 +307,54 @@ class NrccrVisualTower(nn.Module):
 
     def __init__(self, config: NrccrConfig):
         super().__init__()
-        self.output = config.visual_encoder_output
-        if config.vision_config.model_type == "efficientnet_lite":
+        vision_config, self.output = config.vision_config, config.visual_encoder_output
+        if self.output == "projected":
+            self.encoder = CLIPVisionModelWithProjection._from_config(vision_config)
+        elif vision_config.model_type == "efficientnet_lite":
             # built directly: the Hub loads config and model code as two modules, so AutoModel's class check fails
-            self.encoder = EfficientNetLiteModel(config.vision_config)
+            self.encoder = EfficientNetLiteModel(vision_config)
         else:
-            self.encoder = AutoModel.from_config(config.vision_config)
+            self.encoder = AutoModel.from_config(vision_config)
+        self.patch_size = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_channels, height, width)` -> `(batch_size, 1, visual_feat_dim)`; videos have a frame axis."""
+    def cut(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Pictures as the towers of SigLIP 2 that keep the aspect ratio (NaFlex) read them: a row for each patch."""
+        grid = pixel_values.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
+        patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        shapes = torch.tensor([(grid.shape[2], grid.shape[4])] * len(patches), device=patches.device)
+        return {
+            "pixel_values": patches,
+            "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device),
+            "spatial_shapes": shapes,
+        }
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(batch_size, num_channels, height, width)` -> `(batch_size, 1, visual_feat_dim)`; videos have a frame axis.
+        What the image processor of a NaFlex tower gives is taken too."""
         frames = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
-        outputs = self.encoder(pixel_values=frames)
-        if self.output == "cls":
-            features = outputs.last_hidden_state[:, 0]
-        elif self.output == "mean":
-            features = outputs.last_hidden_state.mean(1)
+        inputs = {"pixel_values": frames}
+        if spatial_shapes is not None:
+            inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
+        elif self.patch_size is not None:
+            inputs = self.cut(frames)
+        outputs = self.encoder(**inputs)
+        if self.output == "projected":
+            features = outputs.image_embeds
+        elif self.output == "pooled":
+            features = outputs.pooler_output
         else:
-            features = outputs.image_embeds if self.output == "projected" else outputs.pooler_output
+            features = pool(
+                outputs.last_hidden_state, inputs.get("pixel_attention_mask"), "first" if self.output == "cls" else "mean"
+            )
+        if features is None:
+            raise ValueError(
+                f"{type(self.encoder).__name__} gives no pooled output: set visual_encoder_output to 'cls' or 'mean'"
+            )
         return features.unflatten(0, (len(pixel_values), -1))
 
 
@@ -385,14 +416,18 @@ class NrccrModel(NrccrPreTrainedModel):
     def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
         """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as [`NrccrConfig`]."""
         text = AutoModel.from_pretrained(text_encoder)
-        vision = AutoModel.from_pretrained(vision_encoder) if vision_encoder else None
-        config = NrccrConfig(text_config=text.config, vision_config=vision and vision.config, **config_kwargs)
-        model = cls(config)
+        vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
+        model = cls(NrccrConfig(text_config=text.config, vision_config=vision_config, **config_kwargs))
         if isinstance(getattr(text, "pooler", None), nn.Module):
             text.pooler = None
         model.text_tower.encoder.load_state_dict(text.state_dict())
-        if vision is not None:
-            model.visual_tower.encoder.load_state_dict(vision.state_dict())
+        if vision_encoder:
+            encoder = model.visual_tower.encoder
+            # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
+            vision, info = type(encoder).from_pretrained(vision_encoder, config=encoder.config, output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(f"{vision_encoder} lacks {', '.join(sorted(info['missing_keys']))} of the vision tower")
+            encoder.load_state_dict(vision.state_dict())
         return model
 
     def set_trained_layers(self, text_layers: int | None = None, vision: bool = True, frozen_dropout: bool = False):
@@ -459,6 +494,8 @@ class NrccrModel(NrccrPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         visual_feats: torch.Tensor | None = None,
         visual_attention_mask: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
@@ -466,7 +503,7 @@ class NrccrModel(NrccrPreTrainedModel):
         if visual_feats is None:
             if self.visual_tower is None:
                 raise ValueError("this model has no vision tower: give visual_feats instead of pixel_values")
-            visual_feats = self.visual_tower(pixel_values)
+            visual_feats = self.visual_tower(pixel_values, pixel_attention_mask, spatial_shapes)
         if visual_feats.ndim == 2:
             visual_feats = visual_feats.unsqueeze(1)
         if visual_feats.shape[-1] != self.config.visual_feat_dim:
@@ -486,6 +523,8 @@ class NrccrModel(NrccrPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         visual_feats: torch.Tensor | None = None,
         visual_attention_mask: torch.Tensor | None = None,
+        pixel_attention_mask: torch.Tensor | None = None,
+        spatial_shapes: torch.Tensor | None = None,
         target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
         back_translation_input_ids: torch.Tensor | None = None,
@@ -505,6 +544,7 @@ class NrccrModel(NrccrPreTrainedModel):
                 Instead of ids: the cached output of the frozen layers (`NrccrTextTower.at_boundary`).
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`, or with a frame
                 axis after the first): Pictures or videos.
+            pixel_attention_mask, spatial_shapes: With `pixel_values` of patches, for a NaFlex tower (SigLIP 2).
             visual_feats (`torch.FloatTensor` of shape `(batch_size, num_frames, visual_feat_dim)`): Instead of pixels.
             return_teacher (`bool`): False saves the compute of `teacher_text_embeds`.
             return_loss (`bool`): Adds CLIP's contrastive loss between source captions and pictures.
@@ -523,7 +563,9 @@ class NrccrModel(NrccrPreTrainedModel):
         }
         image_embeds, embeds, teacher_embeds, states = None, {}, None, {}
         if pixel_values is not None or visual_feats is not None:
-            image_embeds = self.get_image_features(pixel_values, visual_feats, visual_attention_mask).pooler_output
+            image_embeds = self.get_image_features(
+                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes
+            ).pooler_output
         if views:
             states = dict(zip(views, self.encode_text(list(views.values()))))
             return_teacher = return_teacher and "source" in views and "target" in views

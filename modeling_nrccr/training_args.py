@@ -49,7 +49,6 @@ class NrccrTrainingArguments(TrainingArguments, NrccrLossArguments):
         default="sum_recall", metadata={"help": "Two-sided recall sum on validation. Paper: one-sided."}
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Of `metric_for_best_model`."})
-    report_to: str | list[str] = field(default="none", metadata={"help": "Integrations that receive the log."})
 
     def __post_init__(self):
         super().__post_init__()

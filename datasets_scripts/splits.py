@@ -1,0 +1,62 @@
+"""Splits by group, never by row: whatever could give an answer away stays on one side, in every builder alike."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+
+
+DEFAULT_FRACTIONS = {"validation": 0.10, "test": 0.25}
+
+# Words that tell variants of one picture apart. Plain gender words all become "person", which is dropped at the start,
+# so that "singer", "man singer" and "woman singer" meet; roles whose name itself is gendered are listed.
+_GENDER = re.compile(r"\b(?:m[ae]n|wom[ae]n|persons?|people|boys?|girls?|child(?:ren)?)\b")
+_ROLES = {
+    "person with crown": "prince",  # the neutral one of prince and princess in Unicode
+    "princess": "prince",
+    "queen": "king",
+    "merman": "merperson",
+    "mermaid": "merperson",
+    "mx claus": "claus",
+    "mrs claus": "claus",
+    "mother claus": "claus",
+    "santa claus": "claus",
+    "fireman": "firefighter",
+    "firewoman": "firefighter",
+    "policeman": "police officer",
+    "policewoman": "police officer",
+    "older person": "old person",
+}
+_ROLE = re.compile(r"\b(?:" + "|".join(map(re.escape, _ROLES)) + r")\b")
+
+
+def group_key(caption: str) -> str:
+    """
+    The group that an English caption belongs to: without case, punctuation, a leading article, words of gender and
+    age, and what follows a colon (`"man: red hair"`, `"family: man, woman, boy"`: variants of one emoji).
+    """
+    text = caption.casefold()
+    text = text.split(":")[0] or text
+    text = re.sub(r"['’]s\b", "", text)  # man's shoe, woman's boot
+    text = " ".join(re.sub(r"[^\w\s]|_", " ", text).split())
+    text = re.sub(r"^(?:an?|the) (?=.)", "", text)
+    text = _GENDER.sub("person", text)
+    text = text.replace("person and person", "person")  # woman and man holding hands, women holding hands
+    text = _ROLE.sub(lambda match: _ROLES[match[0]], text)
+    text = re.sub(r"^person (?=.)|(?<=.) facing right$", "", text)
+    return text or caption.strip()
+
+
+def split_of(group_key: str, seed: int = 0, fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> str:
+    """
+    The split of a group: a function of `(seed, group_key)` alone, by a hash that is the same in every process, so that
+    builders which know nothing of each other agree. `fractions` are those of the groups; the rest is `"train"`.
+    """
+    if min(fractions.values(), default=0) < 0 or sum(fractions.values()) >= 1:
+        raise ValueError(f"fractions must be at least 0 and leave something for train, got {dict(fractions)}")
+    digest = hashlib.sha256(f"{seed}\n{group_key}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64
+    for split, fraction in fractions.items():
+        if position < fraction:
+            return split
+        position -= fraction
+    return "train"

@@ -1,0 +1,27 @@
+"""Fills `model_card.md` with the numbers of a run."""
+
+import os
+from pathlib import Path
+
+from table import format_markdown
+
+
+TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+TEXT_ENCODER_NOTES = {"multilingual-e5-small": "4-bit weights, dequantised (MIT licence)."}
+
+
+def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], example_query: str):
+    """Writes `output_dir/README.md` from the template, a run's `metrics.json` and the rows of its table."""
+    settings = report["settings"]
+    origin = "human" if settings["target"] == "human" else f"machine translation by {settings['translator']}"
+    fields = settings | {f"{split}_pictures": count for split, count in settings["pictures"].items()}
+    fields |= {
+        "target_origin": origin,
+        "text_encoder_note": TEXT_ENCODER_NOTES.get(settings["text_encoder"], ""),
+        "folder": output_dir.name,
+        "example_query": example_query.replace('"', "'"),
+        "table": format_markdown(rows),
+    }
+    partial = output_dir / "README.md.tmp"
+    partial.write_text(TEMPLATE.read_text(encoding="utf-8").format_map(fields), encoding="utf-8")
+    os.replace(partial, output_dir / "README.md")

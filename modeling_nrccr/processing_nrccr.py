@@ -1,0 +1,206 @@
+"""From captions, pictures and pre-extracted features to the tensors that `NrccrModel` takes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture upright in 8-bit RGB, its transparency composited on white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        # Pillow's convert() clips 16-bit and float values at 255, which leaves a white picture
+        values = np.asarray(image, dtype=np.float32)
+        full_scale = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
+        if image.mode == "F" and values.max() <= 1:
+            full_scale = 1
+        image = Image.fromarray((values * (255 / full_scale)).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+class NrccrTextProcessor(ProcessorMixin):
+    r"""
+    Processor of a model that takes pre-extracted visual features: tokenizer only, pictures are refused.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Of the text encoder.
+        text_prefix (`str`): Put before each caption, such as "query: " for E5.
+        max_text_length (`int`): Longer captions are truncated to this many tokens, and counted in `num_truncated`.
+        visual_feat_dim (`int`, *optional*): Expected width of `visual_feats`; by default that of the first row.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        text_prefix: str = "",
+        max_text_length: int = 64,
+        visual_feat_dim: int | None = None,
+        **parts,
+    ):
+        super().__init__(tokenizer, **parts)
+        self.text_prefix = text_prefix
+        self.max_text_length = max_text_length
+        self.visual_feat_dim = visual_feat_dim
+        self.num_truncated = 0
+
+    def __call__(
+        self,
+        text: str | Sequence[str] | None = None,
+        images=None,
+        visual_feats: Sequence | None = None,
+        padding: bool | str = "longest",
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """
+        Args:
+            text (`str` or list of `str`): Captions.
+            images (picture or list of pictures): `PIL.Image`, path, or `uint8` array of shape `(height, width, 3)`.
+            visual_feats (list of arrays of shape `(num_frames, visual_feat_dim)`):
+                Pre-extracted features of each picture or video; a vector is one frame.
+            padding: As the tokenizer's.
+            return_tensors (`str`, *optional*): "pt", "np" or None.
+
+        Returns:
+            Of what was given: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`,
+            `pixel_values` of shape `(batch_size, num_channels, height, width)`, and `visual_feats` of shape
+            `(batch_size, num_frames, visual_feat_dim)` with `visual_attention_mask` of shape
+            `(batch_size, num_frames)`.
+
+        Raises:
+            ValueError: An empty caption, an unreadable picture, or features that are not finite or of another width;
+                the message names the row.
+        """
+        text = [text] if isinstance(text, str) else text
+        images = images if images is None or isinstance(images, (list, tuple)) else [images]
+        given = [rows for rows in (text, images, visual_feats) if rows is not None]
+        if not given or not all(len(rows) for rows in given):
+            raise ValueError(f"{type(self).__name__} needs text, images or visual_feats, of at least one row")
+        data = {}
+        if text is not None:
+            data.update(self._process_text(list(text), padding))
+        if images is not None:
+            data.update(self._process_pictures(list(images), return_tensors))
+        if visual_feats is not None:
+            data.update(self._process_visual_feats(visual_feats))
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _process_text(self, text: list[str], padding: bool | str) -> dict:
+        for row, caption in enumerate(text):
+            if not isinstance(caption, str) or not caption.strip():
+                raise ValueError(f"text row {row} is {caption!r}: give every row a caption, or leave the row out")
+
+        def encode(**options):
+            text_with_prefix = [self.text_prefix + caption for caption in text]
+            return self.tokenizer(
+                text_with_prefix, padding=padding, return_attention_mask=True, return_token_type_ids=False, **options
+            )
+
+        # first without truncation, since truncating tokenizers do not tell; verbose=False: this says it better
+        length = {"max_length": self.max_text_length}
+        encoded = encode(truncation=False, verbose=False, **(length if padding == "max_length" else {}))
+        num_truncated = sum(sum(mask) > self.max_text_length for mask in encoded["attention_mask"])
+        if num_truncated:
+            encoded = encode(truncation=True, **length)
+            if not self.num_truncated:
+                logger.warning(
+                    f"captions longer than max_text_length={self.max_text_length} tokens are truncated; "
+                    "their number is kept in the processor's `num_truncated`"
+                )
+            self.num_truncated += num_truncated
+        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+    def _process_pictures(self, images: list, return_tensors: str | None) -> dict:
+        raise ValueError(
+            f"{type(self).__name__} has no image processor, since its model takes pre-extracted features: "
+            "pass them as visual_feats, or use a checkpoint that has a vision_config"
+        )
+
+    def _process_visual_feats(self, visual_feats: Sequence) -> dict:
+        rows, dim = [], self.visual_feat_dim
+        for row, feats in enumerate(visual_feats):
+            try:
+                feats = torch.atleast_2d(torch.as_tensor(feats, dtype=torch.float32))
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise ValueError(f"visual_feats row {row} is not an array of numbers: {error}") from error
+            dim = dim or feats.shape[-1]
+            if feats.ndim != 2 or not len(feats) or feats.shape[1] != dim:
+                raise ValueError(f"visual_feats row {row} has shape {tuple(feats.shape)}, not (num_frames, {dim})")
+            if not feats.isfinite().all():
+                frame, column = (~feats.isfinite()).nonzero()[0].tolist()
+                raise ValueError(
+                    f"visual_feats row {row} is {feats[frame, column]} at frame {frame}, column {column}: "
+                    "extract its features again, or leave the row out"
+                )
+            rows.append(feats)
+        mask = pad_sequence([torch.ones(len(feats), dtype=torch.long) for feats in rows], batch_first=True)
+        return {
+            "visual_feats": pad_sequence(rows, batch_first=True).numpy(force=True),
+            "visual_attention_mask": mask.numpy(),
+        }
+
+
+class NrccrProcessor(NrccrTextProcessor):
+    r"""
+    Processor of a model with a vision tower: tokenizer and image processor.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Of the text encoder.
+        image_processor (`BaseImageProcessor`): Of the vision tower.
+        text_prefix (`str`): Put before each caption, such as "query: " for E5.
+        max_text_length (`int`): Longer captions are truncated to this many tokens, and counted in `num_truncated`.
+        pad_to_square (`bool`):
+            Pad pictures with white to a square, so that resizing neither squashes nor crops them. False leaves the
+            shape to the image processor, as a tower that was trained so (CLIP) expects.
+        visual_feat_dim (`int`, *optional*): Expected width of `visual_feats`; by default that of the first row.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        image_processor,
+        text_prefix: str = "",
+        max_text_length: int = 64,
+        pad_to_square: bool = True,
+        visual_feat_dim: int | None = None,
+    ):
+        super().__init__(tokenizer, text_prefix, max_text_length, visual_feat_dim, image_processor=image_processor)
+        self.pad_to_square = pad_to_square
+
+    def _process_pictures(self, images: list, return_tensors: str | None) -> dict:
+        prepared = [self._prepare_picture(image, row) for row, image in enumerate(images)]
+        return self.image_processor(prepared, return_tensors=return_tensors)
+
+    def _prepare_picture(self, image, row: int) -> Image.Image:
+        try:
+            if isinstance(image, (str, Path)):
+                with Image.open(image) as opened:
+                    rgb = to_rgb(opened)
+            else:
+                rgb = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+        except Exception as error:  # decoders of broken files raise anything
+            path = image if isinstance(image, (str, Path)) else getattr(image, "filename", None)
+            raise ValueError(
+                f"picture in row {row} ({path or type(image).__name__}) cannot be read: {error}; "
+                "replace it, or leave the row out"
+            ) from error
+        if self.pad_to_square:
+            rgb = ImageOps.pad(rgb, (max(rgb.size), max(rgb.size)), color="white")
+        return rgb
+
+
+# Inherited by NrccrProcessor. Here, so that every process that saves a processor copies this file beside it.
+NrccrTextProcessor.register_for_auto_class()
+
+__all__ = ["NrccrProcessor", "NrccrTextProcessor"]

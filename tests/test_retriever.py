@@ -1,0 +1,182 @@
+"""The retriever over a model that sees the mean colour of a picture and knows three colour words."""
+
+import json
+import types
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from modeling_nrccr.retriever import Hit, NrccrRetriever, list_images, load_image
+
+
+COLORS = {"vermello": (250, 10, 20), "verde": (10, 250, 20), "azul": (20, 10, 250)}
+
+
+class ColorProcessor:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, text=None, images=None, return_tensors="pt"):
+        self.calls += 1
+        if images is not None:
+            pixels = [
+                list(image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))) for image in images
+            ]
+            return BatchFeature({"pixel_values": torch.tensor(pixels).float()})
+        return BatchFeature({"input_ids": torch.tensor([COLORS[word] for word in text]).float()})
+
+
+class ColorModel(torch.nn.Module):
+    config = types.SimpleNamespace(projection_dim=3)
+    device = torch.device("cpu")
+
+    def __init__(self, weight=None, scale=1.0):
+        super().__init__()
+        self.weight, self.scale = torch.eye(3) if weight is None else weight, scale
+
+    def embed(self, values):
+        return types.SimpleNamespace(pooler_output=torch.nn.functional.normalize(values @ self.weight, dim=-1))
+
+    def get_text_features(self, input_ids):
+        return self.embed(input_ids * self.scale)
+
+    def get_image_features(self, pixel_values):
+        return self.embed(pixel_values)
+
+
+@pytest.fixture
+def retriever():
+    return NrccrRetriever(ColorModel(), ColorProcessor())
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    folder = tmp_path / "gallery"
+    (folder / "more").mkdir(parents=True)
+    (folder / ".thumbnails").mkdir()
+    Image.new("RGB", (9, 5), COLORS["vermello"]).save(folder / "red.png")
+    Image.new("RGB", (5, 9), COLORS["verde"]).save(folder / "more" / "GREEN.JPG", "JPEG")
+    Image.new("RGB", (5, 9), COLORS["azul"]).save(folder / "more" / "blue.webp", lossless=True)
+    Image.new("RGB", (5, 9), COLORS["azul"]).save(folder / ".thumbnails" / "blue.png")
+    (folder / "notes.txt").write_text("not a picture")
+    return folder
+
+
+def test_finds_the_picture_of_each_query(retriever, gallery):
+    assert retriever.add(gallery) == [] and len(retriever) == 3
+    for query, id in (("vermello", "red.png"), ("verde", "more/GREEN.JPG"), ("azul", "more/blue.webp")):
+        hits = retriever.search(query, k=2)
+        assert [hit.id for hit in hits][:1] == [id] and len(hits) == 2
+        assert hits[0].score > 0.98 > hits[1].score and hits[0].metadata == {"path": str(gallery / id)}
+    assert retriever.search(Image.new("RGB", (3, 3), COLORS["azul"]), k=1)[0].id == "more/blue.webp"
+    assert retriever.search(torch.tensor([0.0, 1.0, 0.0]), k=1)[0].id == "more/GREEN.JPG"
+    assert len(retriever.search("azul", k=99)) == 3
+
+
+def test_adds_pictures_with_ids_and_metadata_in_batches(retriever):
+    images = [Image.new("RGB", (2, 2), color) for color in COLORS.values()]
+    retriever.add(images, ids=[7, 8, 9], metadata=[{"title": name} for name in COLORS], batch_size=2)
+    assert retriever.processor.calls == 2
+    retriever.add(images)
+    assert retriever.ids == [7, 8, 9, "3", "4", "5"]
+    assert retriever.search("verde", k=1) == [Hit(8, pytest.approx(1.0), {"title": "verde"})]
+
+
+@pytest.mark.parametrize(
+    "images, settings, message",
+    [
+        ([Image.new("RGB", (1, 1))] * 2, {"ids": ["a", "a"]}, "Row 1: the id 'a' is in the gallery already"),
+        ([Image.new("RGB", (1, 1))], {"ids": ["red.png"]}, "Row 0: the id 'red.png' is in the gallery already"),
+        ([Image.new("RGB", (1, 1))] * 2, {"ids": ["a"]}, "2 pictures, 1 ids"),
+        ([], {}, "None of 0 pictures can be read"),
+    ],
+)
+def test_refused_pictures_leave_the_gallery_as_it_was(retriever, gallery, images, settings, message):
+    retriever.add(gallery)
+    with pytest.raises(ValueError, match=message):
+        retriever.add(images, **settings)
+    assert len(retriever) == len(retriever.image_embeds) == 3
+
+
+def test_corrupt_pictures_are_skipped_and_listed(retriever, gallery):
+    whole = (gallery / "red.png").read_bytes()
+    (gallery / "cut.png").write_bytes(whole[:45])
+    (gallery / "text.jpg").write_text("no picture at all")
+    (gallery / "program.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    skipped = retriever.add(gallery)
+    assert sorted(s.id for s in skipped) == ["cut.png", "program.png", "text.jpg"] and all(s.reason for s in skipped)
+    assert sorted(retriever.ids) == ["more/GREEN.JPG", "more/blue.webp", "red.png"]
+    assert retriever.search("azul", k=1)[0].id == "more/blue.webp"
+    with pytest.raises(ValueError, match="Row 0: cannot read the picture 'cut.png'"):
+        NrccrRetriever(retriever.model, retriever.processor).add(gallery, strict=True)
+    with pytest.raises(ValueError, match="None of 1 pictures can be read; the first, .*text.jpg"):
+        retriever.add([gallery / "text.jpg"])
+
+
+def test_decoding_is_bounded(tmp_path, monkeypatch):
+    Image.new("L", (3000, 30)).save(tmp_path / "wide.png")
+    assert load_image(tmp_path / "wide.png").size == (2048, 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_999)
+    with pytest.raises(Image.DecompressionBombWarning):
+        load_image(tmp_path / "wide.png")
+
+
+def test_a_gallery_without_pictures_is_named(retriever, tmp_path):
+    with pytest.raises(ValueError, match=f"No pictures under '{tmp_path}'.*.jpg, .png"):
+        list_images(tmp_path)
+    with pytest.raises(ValueError, match="'nowhere' is not a folder"):
+        retriever.add("nowhere")
+    with pytest.raises(ValueError, match="gallery is empty"):
+        retriever.search("azul")
+
+
+@pytest.mark.parametrize(
+    "query, k, message",
+    [
+        ("  ", 1, "not blank.*'  '"),
+        (None, 1, "got None"),
+        ("azul", 0, "at least 1, got 0"),
+        (torch.ones(4), 1, r"shape \(4,\), the gallery's are \(3,\)"),
+    ],
+)
+def test_bad_queries_are_named(retriever, gallery, query, k, message):
+    retriever.add(gallery)
+    with pytest.raises(ValueError, match=message):
+        retriever.search(query, k)
+
+
+def test_saves_and_loads(retriever, gallery, tmp_path):
+    retriever.add(gallery)
+    retriever.save(tmp_path / "index")
+    retriever.add([Image.new("RGB", (2, 2), "white")], ids=["branco"])
+    retriever.save(tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 2  # nothing is left of the first save
+    loaded = NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)
+    assert loaded.search("azul", k=4) == retriever.search("azul", k=4) and loaded.ids[-1] == "branco"
+
+
+def test_an_index_of_another_model_is_refused_and_another_text_side_is_not(retriever, gallery, tmp_path):
+    retriever.add(gallery)
+    retriever.save(tmp_path)
+    NrccrRetriever.load(tmp_path, ColorModel(scale=0.5), retriever.processor)
+    other = ColorModel(weight=torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]]))
+    with pytest.raises(ValueError, match="made by another model"):
+        NrccrRetriever.load(tmp_path, other, retriever.processor)
+
+
+def test_a_broken_index_is_named(retriever, gallery, tmp_path):
+    with pytest.raises(ValueError, match="Cannot read the index .*index.json"):
+        NrccrRetriever.load(tmp_path / "none", retriever.model, retriever.processor)
+    retriever.add(gallery)
+    retriever.save(tmp_path)
+    index = json.loads((tmp_path / "index.json").read_text())
+    for change, message in (({"version": 2}, "format 2"), ({"ids": [1]}, "3 embeddings, 1 ids"), ({"ids": 3}, "")):
+        (tmp_path / "index.json").write_text(json.dumps(index | change))
+        with pytest.raises(ValueError, match=f"Cannot read the index .*{message}"):
+            NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / index["embeddings"]).write_bytes(b"cut")
+    with pytest.raises(ValueError, match="Cannot read the index"):
+        NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)
