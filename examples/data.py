@@ -37,7 +37,13 @@ def load_caption_dataset(
 
 
 def load_translated_dataset(
-    name: str, source_language: str, target_language: str, seed: int, target: str, translator: str, data_dir: str | None
+    name: str,
+    source_language: str,
+    target_language: str,
+    seed: int,
+    target: str,
+    translator: str,
+    data_dir: str | None,
 ) -> tuple[datasets.DatasetDict, Translator]:
     """The same, translated both ways, and the translator; the time of each part is printed."""
     start = time.perf_counter()
@@ -45,7 +51,8 @@ def load_translated_dataset(
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.items())
     print(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
     start = time.perf_counter()
-    root = apertium_root([(source_language, target_language)]) if translator == "apertium" else None
+    pairs = [(source_language, target_language), (target_language, source_language)]
+    root = apertium_root(pairs, data_dir=data_dir) if translator == "apertium" else None
     engine = load_translator(translator, root=root)
     dataset = add_translations(dataset, engine, source_language, target_language)
     print(f"translated by {engine.name} ({time.perf_counter() - start:.0f} s)")

@@ -129,7 +129,9 @@ class Experiment:
             self.cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
             for split, rows in self.rows.items():
                 index = {image_id: i for i, image_id in enumerate(rows["image_id"])}
-                self.cache.add_images(index, lambda image_id, s=split, at=index: self.dataset[s][at[image_id]]["image"])
+                self.cache.add_images(
+                    index, lambda image_id, s=split, at=index: self.dataset[s][at[image_id]]["image"]
+                )
         return self.cache
 
     def train(self, name: str, **changes) -> NrccrTrainer:
@@ -141,7 +143,8 @@ class Experiment:
         set_seed(args.seed)  # heads start from it
         model, processor = self.model.build()
         model.set_trained_layers(args.trained_text_layers, args.train_vision_tower)
-        cached = args.trained_text_layers >= 0 and not args.train_vision_tower and not args.frozen_dropout
+        cached = args.trained_text_layers >= 0 and not (args.train_vision_tower or args.frozen_dropout)
+        cached = cached and not model.config.pool_padding
         collator = DataCollatorForCrossLingualRetrieval(self.cached(model, processor) if cached else processor)
         rows = self.rows if cached else self.dataset
         trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator)

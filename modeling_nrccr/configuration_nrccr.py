@@ -148,7 +148,6 @@ class NrccrConfig(PreTrainedConfig):
                 )
 
 
-
 # At import, not in `__init__`: AutoConfig of a published checkpoint runs this file before any modelling file.
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 AutoConfig.register("nrccr", NrccrConfig, exist_ok=True)

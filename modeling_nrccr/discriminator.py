@@ -44,7 +44,9 @@ class LanguageDiscriminator(nn.Module):
             layers = [nn.Linear(input_size, 256), nn.Tanh(), nn.Linear(256, 128), nn.Tanh(), nn.Linear(128, 2)]
             self.classify = nn.Sequential(*layers)
         else:
-            self.convolve = nn.ModuleList([nn.Conv1d(input_size, 128, 1), *(ResidualConvolution(128) for _ in range(3))])
+            self.convolve = nn.ModuleList(
+                [nn.Conv1d(input_size, 128, 1), *(ResidualConvolution(128) for _ in range(3))]
+            )
             self.classify = nn.Linear(128, 2)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,8 @@ class FeatureCache:
     """
 
     def __init__(self, model: NrccrModel, processor, directory: str | Path | None = None):
+        if model.config.pool_padding:
+            raise ValueError("pool_padding=True pools the states of padding too, which are not cached: train uncached")
         self.model, self.processor = model, processor
         # the whole frozen tower and where it is cut: any other weights or cut give other states
         self.texts = Store(directory, "texts", (model.text_tower, model.text_tower.num_trained_layers, processor))
@@ -37,13 +39,13 @@ class FeatureCache:
         new = sorted({c for c in captions if c} - self.texts.rows.keys(), key=lambda caption: (len(caption), caption))
         self.texts.fill(new, self.boundary_states, batch_size, self.model)
 
-    def add_images(self, image_ids: Iterable[str], load, batch_size: int = 32):
+    def add_images(self, image_ids: Iterable[str], load, batch_size: int = 16):
         """Features of every new picture; `load(image_id)` returns a picture."""
         new = [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self.images.rows]
 
         def features(ids: list[str]) -> list[torch.Tensor]:
             inputs = self.processor(images=[load(image_id) for image_id in ids], return_tensors="pt")
-            return list(self.model.visual_tower(inputs["pixel_values"].to(self.model.device)))
+            return list(self.model.visual_tower(**inputs.to(self.model.device)))
 
         self.images.fill(new, features, batch_size, self.model)
 
@@ -96,7 +98,9 @@ class Store:
             chunk = keys[start : start + batch_size]
             for key, vectors in zip(chunk, compute(chunk), strict=True):
                 if not vectors.isfinite().all():
-                    raise ValueError(f"the encoder gives NaN or infinity for {key!r}: check this input and the weights")
+                    raise ValueError(
+                        f"the encoder gives NaN or infinity for {key!r}: check this input and the weights"
+                    )
                 self.rows[key] = (end, end := end + len(vectors))
                 parts.append(vectors.cpu())
         model.train(was_training)

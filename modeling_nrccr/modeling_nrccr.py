@@ -4,6 +4,7 @@ The model turns inputs into embeddings and nothing else: losses are in `losses.p
 """
 
 from dataclasses import dataclass
+from inspect import signature
 
 import torch
 from torch import nn
@@ -234,7 +235,9 @@ class NrccrTextTower(nn.Module):
             for name, child in parent.named_children():
                 if isinstance(child, nn.ModuleList) and len(child) == depth:
                     return parent, name
-        raise ValueError(f"no list of {depth} layers found in {type(self.encoder).__name__}: cannot freeze a part of it")
+        raise ValueError(
+            f"no list of {depth} layers found in {type(self.encoder).__name__}: cannot freeze a part of it"
+        )
 
     def freeze_below(self, num_trained_layers: int | None):
         """Trains the top `num_trained_layers` layers (and what follows them); embeddings train only with None."""
@@ -245,7 +248,9 @@ class NrccrTextTower(nn.Module):
         parent, name = self.layer_list()
         layers = getattr(parent, name)
         if num_trained_layers > len(layers):
-            raise ValueError(f"trained_text_layers={num_trained_layers}, but the text encoder has {len(layers)} layers")
+            raise ValueError(
+                f"trained_text_layers={num_trained_layers}, but the text encoder has {len(layers)} layers"
+            )
         for layer in layers[len(layers) - num_trained_layers :]:
             layer.requires_grad_(True)
         for final_norm in ("final_layer_norm", "norm", "final_norm"):  # of pre-norm encoders
@@ -289,7 +294,9 @@ class NrccrTextTower(nn.Module):
         # The encoder's own forward runs with the frozen layers taken out, so that its masks, positions and final
         # norm are its own; what its embeddings give is replaced by the boundary's states.
         def replace(_, args, kwargs):
-            return ((boundary_states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": boundary_states})
+            return (
+                ((boundary_states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": boundary_states})
+            )
 
         parent, name = self.layer_list()
         layers = getattr(parent, name)
@@ -348,9 +355,8 @@ class NrccrVisualTower(nn.Module):
         elif self.output == "pooled":
             features = outputs.pooler_output
         else:
-            features = pool(
-                outputs.last_hidden_state, inputs.get("pixel_attention_mask"), "first" if self.output == "cls" else "mean"
-            )
+            how = "first" if self.output == "cls" else "mean"
+            features = pool(outputs.last_hidden_state, inputs.get("pixel_attention_mask"), how)
         if features is None:
             raise ValueError(
                 f"{type(self.encoder).__name__} gives no pooled output: set visual_encoder_output to 'cls' or 'mean'"
@@ -415,19 +421,22 @@ class NrccrModel(NrccrPreTrainedModel):
     @classmethod
     def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
         """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as [`NrccrConfig`]."""
-        text = AutoModel.from_pretrained(text_encoder)
+        text_config = AutoConfig.from_pretrained(text_encoder)
         vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
-        model = cls(NrccrConfig(text_config=text.config, vision_config=vision_config, **config_kwargs))
-        if isinstance(getattr(text, "pooler", None), nn.Module):
-            text.pooler = None
-        model.text_tower.encoder.load_state_dict(text.state_dict())
-        if vision_encoder:
-            encoder = model.visual_tower.encoder
+        model = cls(NrccrConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
+        for tower, folder in ((model.text_tower, text_encoder), (model.visual_tower, vision_encoder)):
+            if tower is None:
+                continue
             # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
-            vision, info = type(encoder).from_pretrained(vision_encoder, config=encoder.config, output_loading_info=True)
-            if info["missing_keys"]:
-                raise ValueError(f"{vision_encoder} lacks {', '.join(sorted(info['missing_keys']))} of the vision tower")
-            encoder.load_state_dict(vision.state_dict())
+            encoder = type(tower.encoder)
+            options = {"add_pooling_layer": False} if "add_pooling_layer" in signature(encoder).parameters else {}
+            options = options if tower is model.text_tower else {}
+            loaded, info = encoder.from_pretrained(
+                folder, config=tower.encoder.config, output_loading_info=True, **options
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(f"{folder} lacks {', '.join(missing)} of {encoder.__name__}")
+            tower.encoder.load_state_dict(loaded.state_dict())
         return model
 
     def set_trained_layers(self, text_layers: int | None = None, vision: bool = True, frozen_dropout: bool = False):

@@ -237,7 +237,9 @@ class NrccrTrainer(Trainer):
 
     def load_discriminator(self, directory: Path):
         if not (directory / DISCRIMINATOR_FILE).exists():
-            raise ValueError(f"{directory} holds no {DISCRIMINATOR_FILE}: it was saved without adversarial_loss_weight")
+            raise ValueError(
+                f"{directory} holds no {DISCRIMINATOR_FILE}: it was saved without adversarial_loss_weight"
+            )
         self.discriminator.load_state_dict(load_file(directory / DISCRIMINATOR_FILE))
         state = torch.load(directory / DISCRIMINATOR_OPTIMIZER_FILE, weights_only=True)
         self.discriminator_optimizer.load_state_dict(state)

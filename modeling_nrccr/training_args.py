@@ -9,7 +9,7 @@ from .losses import NrccrLossArguments
 
 
 @dataclass
-class NrccrTrainingArguments(TrainingArguments, NrccrLossArguments):
+class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     r"""
     Arguments of [`NrccrTrainer`]. The loss's own (weights, margins, ...) are those of [`NrccrLossArguments`].
 

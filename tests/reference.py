@@ -31,12 +31,12 @@ def options(name: str, **changes) -> dict:
 
 def state_dicts(name: str, discriminator: str | None = None) -> list[dict[str, torch.Tensor]]:
     """The five of a released checkpoint; `forward_*` files keep the discriminators apart."""
-    weights = {key.partition("/")[2]: t for key, t in tensors(name).items() if key.startswith("weights")}
-    if name.startswith("train"):
-        weights = {k.partition("/")[2]: t for k, t in tensors(name).items() if k.startswith("weights_before/")}
-    elif discriminator:
-        weights |= {k.partition("/")[2]: t for k, t in tensors(f"{name}_disc_{discriminator}").items()}
-    parts = [{k.removeprefix(f"{part}."): t for k, t in weights.items() if k.startswith(part)} for part in NAMES]
+    prefix = "weights_before/" if name.startswith("train") else "weights/"
+    weights = {key.removeprefix(prefix): t for key, t in tensors(name).items() if key.startswith(prefix)}
+    if discriminator:
+        judge = tensors(f"{name}_disc_{discriminator}")
+        weights |= {key.removeprefix("before/"): t for key, t in judge.items()}
+    parts = [{k.removeprefix(f"{part}."): t for k, t in weights.items() if k.startswith(f"{part}.")} for part in NAMES]
     return parts if parts[4] else parts[:4]
 
 

@@ -76,7 +76,12 @@ def publish(folder: Path) -> Path:
 def test_what_is_published_holds_code_and_no_pickled_file(tmp_path):
     publish(tmp_path / "model")
     names = {path.name for path in (tmp_path / "model").rglob("*")}
-    assert {"modeling_nrccr.py", "configuration_nrccr.py", "processing_nrccr.py", "modeling_efficientnet_lite.py"} <= names
+    assert {
+        "modeling_nrccr.py",
+        "configuration_nrccr.py",
+        "processing_nrccr.py",
+        "modeling_efficientnet_lite.py",
+    } <= names
     assert not [name for name in names if name.endswith(PICKLED)]
     auto_map = json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"]
     assert auto_map == {"AutoConfig": "configuration_nrccr.NrccrConfig", "AutoModel": "modeling_nrccr.NrccrModel"}

@@ -27,7 +27,9 @@ def test_embedding_does_not_depend_on_batch_mates(heads):
     for i in range(5):
         alone = {}
         for key, value in batch.items():
-            mask = batch["visual_attention_mask" if key.startswith("visual") else key.replace("input_ids", "attention_mask")]
+            mask = batch[
+                "visual_attention_mask" if key.startswith("visual") else key.replace("input_ids", "attention_mask")
+            ]
             alone[key] = value[i : i + 1, : int(mask[i].sum())]
         for name, value in model(**alone).items():
             if name in EMBEDS:
@@ -91,14 +93,21 @@ def test_save_and_load_keeps_the_embeddings(tmp_path):
 
 
 def test_vision_tower_gives_the_features_of_one_frame():
-    config = {"model_type": "efficientnet_lite", "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_size": 17}
+    config = {
+        "model_type": "efficientnet_lite",
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_size": 17,
+    }
     model = tiny_model(vision_config=config, visual_feat_dim=None)
     pixels = torch.randn(3, 3, 32, 32)
     feats = model.visual_tower(pixels)
     assert feats.shape == (3, 1, 17)
     video = model.visual_tower(pixels[None])
     torch.testing.assert_close(video[0], feats[:, 0])
-    by_pixels, by_feats = (model.get_image_features(**x).pooler_output for x in ({"pixel_values": pixels}, {"visual_feats": feats}))
+    by_pixels, by_feats = (
+        model.get_image_features(**x).pooler_output for x in ({"pixel_values": pixels}, {"visual_feats": feats})
+    )
     torch.testing.assert_close(by_pixels, by_feats)
 
 

@@ -48,7 +48,9 @@ def test_tiny_training_moves_what_is_trained_and_nothing_else(tmp_path):
 
 def test_training_on_toy_rows_finds_unseen_pictures(tmp_path):
     model = tiny_model(**HEADS["pooling"])
-    trainer = trainer_of(tmp_path, model, toy_rows(160), num_train_epochs=15, learning_rate=1e-2, trained_text_layers=-1)
+    trainer = trainer_of(
+        tmp_path, model, toy_rows(160), num_train_epochs=15, learning_rate=1e-2, trained_text_layers=-1
+    )
     before = trainer.evaluate()["eval_t2v_recall@5"]
     trainer.train()
     metrics = trainer.evaluate()
@@ -67,7 +69,11 @@ def test_cached_training_equals_uncached(tmp_path, trained_layers):
         processor = WordProcessor()
         if cached:
             processor = FeatureCache(model, processor)
-            processor.add_texts(c for r in rows + toy_rows(12, seed=9) for c in (r["source_caption"], r["target_caption"], r["back_translation"]))
+            processor.add_texts(
+                c
+                for r in rows + toy_rows(12, seed=9)
+                for c in (r["source_caption"], r["target_caption"], r["back_translation"])
+            )
             processor.images = ImagesAreFeatures()
         trainer = trainer_of(tmp_path / str(cached), model, rows, processor, trained_text_layers=trained_layers)
         trainer.train()
