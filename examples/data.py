@@ -20,7 +20,7 @@ def load_caption_dataset(
     target: str = "translated",
     data_dir: str | None = None,
 ) -> datasets.DatasetDict:
-    """Splits `train`, `validation`, `test` of one or several builders, joined by "+", with the columns of the builders.
+    """Splits `train`, `validation`, `test` of one or several builders, joined by "+", with the builders' columns.
 
     Raises ValueError for an unknown name or language.
     """

@@ -48,7 +48,7 @@ class NrccrConfig(PreTrainedConfig):
     "published" below, and `modeling_nrccr.conversion` sets them.
 
     Args:
-        text_config (`dict` or `PreTrainedConfig`): Any `AutoModel` text encoder; a `dict` without `model_type` is BERT.
+        text_config (`dict` or `PreTrainedConfig`): Any `AutoModel` text encoder; without `model_type`: BERT.
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Any `AutoModel` vision tower, or [`EfficientNetLiteConfig`]. None: the model takes `visual_feats` only.
         visual_feat_dim (`int`, *optional*): Width of `visual_feats`; defaults to the vision tower's output width.

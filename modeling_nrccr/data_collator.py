@@ -26,7 +26,8 @@ class DataCollatorForCrossLingualRetrieval:
     Example, with a processor that gives ids:
 
         >>> collator = DataCollatorForCrossLingualRetrieval(processor, views=("source", "target"))
-        >>> batch = collator([{"image_id": "a", "source_caption": "a cat", "target_caption": "un gato", "image": cat}, ...])
+        >>> row = {"image_id": "a", "source_caption": "a cat", "target_caption": "un gato", "image": cat}
+        >>> batch = collator([row, ...])
         >>> sorted(batch)
         ['attention_mask', 'image_ids', 'input_ids', 'pixel_values', 'target_attention_mask', 'target_input_ids']
     """
@@ -50,7 +51,7 @@ class DataCollatorForCrossLingualRetrieval:
         if caption is None or not caption.strip():
             raise ValueError(
                 f"{COLUMNS[view]} of {row.get('caption_id', row.get('image_id'))!r} is {caption!r}: "
-                "translate the data set first (modeling_nrccr.translation), or give the losses that read this view weight 0"
+                "translate the data set first (modeling_nrccr.translation), or set the weights of the losses that read it to 0"
             )
         return caption
 

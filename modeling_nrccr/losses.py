@@ -16,7 +16,7 @@ MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
 
 
 def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
-    """Boolean `(size, size)`: pairs off the diagonal that show the same picture, so are never each other's negatives."""
+    """Boolean `(size, size)`: pairs off the diagonal that show the same picture, so are no negatives."""
     if image_ids is None:
         return torch.zeros(size, size, dtype=torch.bool, device=device)
     same = image_ids[:, None] == image_ids[None, :]
@@ -85,7 +85,7 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (paper, eq. 10-11).
 
-    items, student, teacher: `(n, dim)`. `detach_targets=False` lets the targets carry gradient through `items`, as
+    items, student, teacher: `(n, dim)`. `detach_targets=False` lets targets carry gradient through `items`, as
     released; the teacher itself is always detached.
     """
     terms = []

@@ -27,13 +27,13 @@ VIEWS = ("source", "target", "back_translation")
 @dataclass
 class NrccrOutput(ModelOutput):
     r"""
-    Embeddings are projected and L2-normalised, of shape `(batch_size, projection_dim)`; None where a view was not given.
+    Embeddings are projected and L2-normalised, of shape `(batch_size, projection_dim)`; None where a view is not given.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `return_loss=True`, CLIP's contrastive loss.
         logits_per_text (`torch.FloatTensor` of shape `(text_batch_size, image_batch_size)`): Scaled similarities.
         logits_per_image (`torch.FloatTensor` of shape `(image_batch_size, text_batch_size)`): Their transpose.
-        text_embeds, target_text_embeds, back_translation_text_embeds (`torch.FloatTensor`): The three views of a caption.
+        text_embeds, target_text_embeds, back_translation_text_embeds (`torch.FloatTensor`): Views of a caption.
         teacher_text_embeds (`torch.FloatTensor`): The teacher of the target view: source and target read together.
         image_embeds (`torch.FloatTensor`): The picture or video.
         logit_scale (`torch.FloatTensor` of shape `()`): The factor in the logits, already exponentiated.
@@ -64,7 +64,7 @@ def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Tensor:
-    """`(batch_size, length, width)` and its mask `(batch_size, length)` -> `(batch_size, width)`; no mask pools all."""
+    """`(batch_size, length, width)` and its mask `(batch_size, length)` -> `(batch_size, width)`; no mask: all."""
     if how == "first":
         return states[:, 0]
     if mask is None:
@@ -149,7 +149,7 @@ class NrccrAttention(nn.Module):
     def cross(
         self, queries: torch.Tensor, query_mask: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Attention from one view to another, without the residual, of shape `(batch_size, query_length, hidden_size)`."""
+        """From one view to another, without the residual, of shape `(batch_size, query_length, hidden_size)`."""
         return self.layer_norm(self.dropout(self.dense(self.context(queries, query_mask, keys, key_mask))))
 
 
@@ -263,7 +263,7 @@ class NrccrTextTower(nn.Module):
         attention_mask: torch.Tensor | None = None,
         boundary_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """States of all tokens, of shape `(batch_size, sequence_length, hidden_size)`, from ids or from the boundary."""
+        """States of all tokens, `(batch_size, sequence_length, hidden_size)`, from ids or from the boundary."""
         if boundary_states is None:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.num_trained_layers == 0:
@@ -420,7 +420,7 @@ class NrccrModel(NrccrPreTrainedModel):
 
     @classmethod
     def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
-        """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as [`NrccrConfig`]."""
+        """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as in the config."""
         text_config = AutoConfig.from_pretrained(text_encoder)
         vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
         model = cls(NrccrConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))

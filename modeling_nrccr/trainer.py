@@ -246,7 +246,7 @@ class NrccrTrainer(Trainer):
 
 
 class SaveDiscriminator(TrainerCallback):
-    """Puts the discriminator and its optimizer beside the rest of a checkpoint; it is training state, never published."""
+    """Puts the discriminator and its optimizer beside the rest of a checkpoint: training state, never published."""
 
     def __init__(self, trainer: NrccrTrainer):
         self.trainer = trainer

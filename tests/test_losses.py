@@ -31,8 +31,8 @@ def test_triplet_equals_a_plain_loop(hardest):
     a, b = unit(5, seed=1), unit(5, seed=2)
     total = 0.0
     for i in range(5):
-        for score in (lambda j: b[i] @ a[j], lambda j: b[j] @ a[i]):
-            hinges = [max(0.0, (0.2 + score(j) - b[i] @ a[i]).item()) for j in range(5) if j != i]
+        for scores in (b[i] @ a.T, b @ a[i]):
+            hinges = [max(0.0, (0.2 + scores[j] - scores[i]).item()) for j in range(5) if j != i]
             total += max(hinges) if hardest else sum(hinges)
     assert triplet_loss(a, b, nothing(5), 0.2, hardest, "sum").item() == pytest.approx(total)
 
@@ -62,8 +62,9 @@ def test_captions_of_one_picture_are_never_negatives(term):
         assert terms["loss"].item() != pytest.approx(all_negatives["loss"].item())
     two = NrccrOutput(**{k: v[:2] if v.ndim else v for k, v in outputs.items()})
     pair = loss(two, image_ids=torch.tensor([7, 7]))["loss"]  # no negatives at all are left
-    expected = (1 - (two.target_text_embeds * two.teacher_text_embeds).sum(-1)).mean() if "feature" in term else 0.0
-    assert pair.item() == pytest.approx(float(expected), abs=1e-12)
+    feature_view = (1 - (two.target_text_embeds * two.teacher_text_embeds).sum(-1)).mean().item()
+    expected = feature_view if "feature" in term else 0.0
+    assert pair.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_targets_carry_no_gradient_unless_published():

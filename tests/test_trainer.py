@@ -6,6 +6,7 @@ from conftest import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 from datasets import Dataset
 
 from modeling_nrccr import DataCollatorForCrossLingualRetrieval, FeatureCache, NrccrTrainer, NrccrTrainingArguments
+from modeling_nrccr.losses import TERMS
 
 
 def arguments(directory, **changes) -> NrccrTrainingArguments:
@@ -39,8 +40,7 @@ def test_tiny_training_moves_what_is_trained_and_nothing_else(tmp_path):
         assert moved == (name not in frozen) or name.endswith("key.bias"), name
     assert all(not torch.equal(p, judged[name]) for name, p in trainer.discriminator.named_parameters())
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    names = {"triplet_loss", "contrastive_loss", "target_triplet_loss", "target_contrastive_loss", "distillation_loss",
-             "feature_distillation_loss", "back_translation_loss", "adversarial_loss", "discriminator_loss"}  # fmt: skip
+    names = {*TERMS, "adversarial_loss", "discriminator_loss"}
     assert names <= set(logged)
     weighted = sum(getattr(trainer.args, f"{name}_weight") * logged[name] for name in names - {"discriminator_loss"})
     assert logged["loss"] == pytest.approx(weighted, rel=1e-4)
