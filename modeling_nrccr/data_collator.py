@@ -51,7 +51,7 @@ class DataCollatorForCrossLingualRetrieval:
         if caption is None or not caption.strip():
             raise ValueError(
                 f"{COLUMNS[view]} of {row.get('caption_id', row.get('image_id'))!r} is {caption!r}: "
-                "translate the data set first (modeling_nrccr.translation), or set the weights of the losses that read it to 0"
+                "translate the data set first (modeling_nrccr.translation), or give the losses that read it weight 0"
             )
         return caption
 

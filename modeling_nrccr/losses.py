@@ -83,7 +83,7 @@ def distillation_loss(
     temperature: float,
     detach_targets: bool,
 ) -> torch.Tensor:
-    """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (paper, eq. 10-11).
+    """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (eq. 10-11).
 
     items, student, teacher: `(n, dim)`. `detach_targets=False` lets targets carry gradient through `items`, as
     released; the teacher itself is always detached.

@@ -27,7 +27,7 @@ VIEWS = ("source", "target", "back_translation")
 @dataclass
 class NrccrOutput(ModelOutput):
     r"""
-    Embeddings are projected and L2-normalised, of shape `(batch_size, projection_dim)`; None where a view is not given.
+    Embeddings are projected and L2-normalised, `(batch_size, projection_dim)`; None where a view is not given.
 
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): With `return_loss=True`, CLIP's contrastive loss.
@@ -420,7 +420,7 @@ class NrccrModel(NrccrPreTrainedModel):
 
     @classmethod
     def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
-        """A model with two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as in the config."""
+        """Two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as in [`NrccrConfig`]."""
         text_config = AutoConfig.from_pretrained(text_encoder)
         vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
         model = cls(NrccrConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
