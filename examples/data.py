@@ -1,16 +1,35 @@
 """Loads and translates the caption data sets that the examples train and test on."""
 
 import time
+from pathlib import Path
 
 import datasets
 
 from datasets_scripts.cldr_emoji import CldrEmoji
-from datasets_scripts.debian import apertium_root
+from datasets_scripts.debian import FetchError, apertium_root, find_data
 from datasets_scripts.tuxpaint import Tuxpaint
 from modeling_nrccr.translation import Translator, add_translations, load_translator
 
 
+LANGUAGES = {
+    "ca": "Catalan", "cs": "Czech", "de": "German", "en": "English", "eo": "Esperanto", "es": "Spanish",
+    "fr": "French", "gl": "Galician",
+}  # fmt: skip
 BUILDERS = {"tuxpaint": Tuxpaint, "cldr_emoji": CldrEmoji}
+
+
+def language_name(code: str) -> str:
+    return LANGUAGES.get(code, code)
+
+
+def find_font(data_dir: str | None = None) -> Path | None:
+    """A font with the letters of most languages, which Pillow's own lacks; None where it cannot be had."""
+    try:
+        (folder,) = find_data({"fonts-dejavu-core": "usr/share/fonts/truetype/dejavu"}, data_dir)
+    except (FetchError, FileNotFoundError) as error:
+        print(f"search.png will lack accents: {error}")
+        return None
+    return folder / "DejaVuSans.ttf"
 
 
 def load_caption_dataset(

@@ -26,7 +26,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from card import write_model_card
-from data import load_translated_dataset
+from data import find_font, language_name, load_translated_dataset
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source
 from search_page import QueryRow, Result, write_search_page
@@ -60,7 +60,7 @@ class ScriptArguments:
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
-    search_page: bool = option(True, "Writes search.html and search.png.")
+    search_page: str = option("all", "Pictures on search.html and search.png: all, none, or of one source: emoji.")
     overwrite: bool = option(False, "Replaces the checkpoints of an earlier run in the same output_dir.")
 
 
@@ -80,6 +80,7 @@ class ModelArguments:
     text_pooling: str = option("mean", "mean, max, first or last token.")
     text_dropout: float = option(0.0, "Dropout on the text encoder's states before a pooling head.")
     visual_head: str = option("linear", "attention, linear or pooling.")
+    visual_dropout: float = option(0.0, "Dropout on visual features before a linear or pooling head.")
     head_dropout: float = option(0.1, "Dropout inside attention heads.")
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
 
@@ -185,14 +186,17 @@ def best_fusion_weight(target: torch.Tensor, source: torch.Tensor, images: torch
 
 def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, shown: int = 5) -> list[QueryRow]:
     """Queries drawn at random (not chosen) by the run's seed, with the best pictures of each."""
-    rows = experiment.rows["test"]
-    pictures = experiment.dataset["test"]
+    rows, pictures = experiment.rows["test"], experiment.dataset["test"]
     captions, references = rows["target_caption"], rows["reference_source_caption"]
-    drawn = random.Random(experiment.args.seed).sample(range(len(rows)), count)
+    source = experiment.script.search_page
+    kept = [i for i, image_id in enumerate(rows["image_id"]) if source in ("all", image_id.split("/")[0])]
+    if not kept:
+        raise ValueError(f"search_page={source!r}: all, none, or what stands before the '/' of an image_id")
+    left_out = torch.ones(len(images), dtype=torch.bool).index_fill(0, owner[kept], False)
     result = []
-    for i in drawn:
-        scores = images @ queries[i]
-        best = scores.topk(min(shown, len(images))).indices.tolist()
+    for i in random.Random(experiment.args.seed).sample(kept, min(count, len(kept))):
+        scores = (images @ queries[i]).masked_fill(left_out, -2)
+        best = scores.topk(min(shown, len(kept))).indices.tolist()
         result.append(
             QueryRow(
                 query=captions[i],
@@ -234,11 +238,12 @@ def main(arguments: list[str] | None = None):
     image_ids = list(dict.fromkeys(experiment.rows["test"]["image_id"]))
     subsets = metrics_by_source(image_ids, queries, images, owner)
     translated, _, _ = experiment.test(trainer, "source_caption")
+    validation = experiment.test(trainer, "target_caption", "validation")
     weight = best_fusion_weight(
-        *(experiment.test(trainer, column, "validation")[0] for column in ("target_caption", "source_caption")),
-        *experiment.test(trainer, "target_caption", "validation")[1:],
+        validation[0], experiment.test(trainer, "source_caption", "validation")[0], *validation[1:]
     )
     report = {
+        "validation": compute_retrieval_metrics(*validation),
         "test": compute_retrieval_metrics(queries, images, owner),
         **{f"test_{name}": part["metrics"] for name, part in subsets.items() if name != "all"},
         "test_fused": compute_retrieval_metrics(fuse_query_embeds(queries, translated, weight), images, owner),
@@ -277,9 +282,10 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     os.replace(partial, output_dir / "metrics.json")
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])
-    if experiment.script.search_page:
-        title = f"Search in {report['settings']['target_language']}"
-        write_search_page(output_dir, title, search_rows(experiment, *embeddings))
+    if experiment.script.search_page != "none":
+        title = f"Picture search in {language_name(report['settings']['target_language'])}"
+        rows_drawn = search_rows(experiment, *embeddings)
+        write_search_page(output_dir, title, rows_drawn, font=find_font(experiment.script.data_dir))
     print(format_table(rows))
     print(f"wrote {output_dir}: model, processor, README.md, metrics.json, search.html, search.png")
 

@@ -75,7 +75,7 @@ class NrccrConfig(PreTrainedConfig):
         projection_norm (`str`): "none", or "batch_norm" after the projection (published).
         head_dropout, projection_dropout (`float`): Dropout inside attention heads (published 0.1) and after the
             projection (published 0.2).
-        text_dropout (`float`, *optional*): Dropout on the text encoder's states before a pooling head.
+        text_dropout, visual_dropout (`float`): Dropout on encoder states or features before a pooling head.
         logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
     """
 
@@ -108,6 +108,7 @@ class NrccrConfig(PreTrainedConfig):
     head_dropout: float = 0.1
     projection_dropout: float = 0.0
     text_dropout: float = 0.0
+    visual_dropout: float = 0.0
     logit_scale_init_value: float = 2.6592
     initializer_range: float = 0.02
 

@@ -411,7 +411,7 @@ class NrccrModel(NrccrPreTrainedModel):
             )  # fmt: skip
         else:
             dense = config.visual_head == "linear"
-            self.visual_head = NrccrPoolingHead(width, config.visual_pooling, 0.0, dense, config)
+            self.visual_head = NrccrPoolingHead(width, config.visual_pooling, config.visual_dropout, dense, config)
         self.text_projection = NrccrProjection(self.text_head.output_size, config)
         self.visual_projection = NrccrProjection(self.visual_head.output_size, config)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))

@@ -1,0 +1,140 @@
+"""`examples/train.py` from data to what it publishes, with tiny encoders: plumbing only, the numbers mean nothing."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import train
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PIL
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
+
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (10, 10, 10)}
+SHAPES = {"left": (2, 8, 14, 24), "right": (18, 8, 30, 24), "whole": (0, 0, 32, 32)}
+
+
+def picture(colour: str, shape: str, generator: random.Random) -> PIL.Image:
+    image = PIL.new("RGB", (32, 32), tuple(generator.randrange(200, 256) for _ in range(3)))
+    image.paste(COLOURS[colour], SHAPES[shape])
+    return image
+
+
+def toy_dataset() -> DatasetDict:
+    generator = random.Random(0)
+    splits = {}
+    for split, count in (("train", 40), ("validation", 12), ("test", 14)):
+        rows = []
+        for i in range(count):
+            colour, shape = generator.choice(list(COLOURS)), generator.choice(list(SHAPES))
+            caption = f"{colour} {shape}"
+            held_out = split != "train"
+            rows.append(
+                {
+                    "image_id": f"{'emoji' if i % 2 else 'stamps'}/{split}{i}",
+                    "caption_id": f"{split}{i}#0",
+                    "source_caption": caption,
+                    "target_caption": f"o {shape} {colour}",
+                    "back_translation": None if held_out else f"the {caption}",
+                    "reference_source_caption": caption if held_out else None,
+                    "image": picture(colour, shape, generator),
+                }
+            )
+        text = {name: Value("string") for name in rows[0] if name != "image"}
+        splits[split] = Dataset.from_list(rows, features=Features(text | {"image": Image()}))
+    return DatasetDict(splits)
+
+
+class Engine:
+    name = "toy engine"
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    torch.manual_seed(0)
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", *COLOURS, *SHAPES, "o", "the"])}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>").save_pretrained(
+        folder / "t"
+    )
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=20, **sizes)).save_pretrained(folder / "t")
+    tower = EfficientNetLiteConfig(width_coefficient=0.25, depth_coefficient=0.3, hidden_size=16)
+    EfficientNetLiteModel(tower).save_pretrained(folder / "v")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder / "v")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def published(encoders, tmp_path_factory):
+    """The output folder of a run of two epochs."""
+    output = tmp_path_factory.mktemp("run") / "demo"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        patch.setattr(train, "find_font", lambda data_dir: None)
+        flags = {"text_encoder": encoders / "t", "vision_encoder": encoders / "v", "output_dir": output,
+                 "num_train_epochs": 2, "per_device_train_batch_size": 10, "projection_dim": 8,
+                 "disable_tqdm": True}  # fmt: skip
+        train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+    return output
+
+
+def test_a_run_writes_model_metrics_card_and_page(published):
+    report = json.loads((published / "metrics.json").read_text())
+    parts = {"validation", "test", "test_emoji", "test_stamps", "test_fused", "chance", "baselines", "settings"}
+    assert set(report) == parts
+    assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
+    names = {f"{way}_{metric}" for way in ("t2v", "v2t")
+             for metric in ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank", "map")}  # fmt: skip
+    assert set(report["test"]) == names | {"sum_recall", "mean_recall"}
+    assert report["settings"]["translator"] == "toy engine" and report["settings"]["pictures"]["test"] == 14
+    card = (published / "README.md").read_text()
+    assert "toy engine" in card and f"{report['test']['sum_recall']:.1f}" in card and "{" not in card.split("```")[0]
+    html = (published / "search.html").read_text()
+    assert "Picture search in Galician" in html and html.count("<section") == 8
+    assert PIL.open(published / "search.png").size[0] > 800
+    pickled = (".bin", ".pt", ".pth", ".pkl", ".pickle")
+    assert not [path for path in published.rglob("*") if path.suffix in pickled]
+
+
+def test_what_it_writes_loads_and_equals_its_numbers(published):
+    from evaluate_retrieval import evaluate_dataset
+
+    model, processor = AutoModel.from_pretrained(published).eval(), AutoProcessor.from_pretrained(published)
+    results = evaluate_dataset(model, processor, toy_dataset()["test"], show_progress=False)
+    report = json.loads((published / "metrics.json").read_text())
+    assert results["all"]["metrics"] == pytest.approx(report["test"])
+    assert results["emoji"]["metrics"] == pytest.approx(report["test_emoji"])
+
+
+def test_the_cards_snippet_runs(published, tmp_path):
+    snippet = (published / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "snippet.py").write_text(snippet)
+    command = [sys.executable, str(tmp_path / "snippet.py")]
+    result = subprocess.run(command, cwd=published.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert -1 <= float(result.stdout.strip().splitlines()[-1]) <= 1
+
+
+def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders):
+    flags = ["--text_encoder", str(encoders / "t"), "--vision_encoder", str(encoders / "v"), "--overwrite", "false"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        with pytest.raises(ValueError, match="--resume_from_checkpoint true goes on"):
+            train.main([*flags, "--output_dir", str(published), "--projection_dim", "8"])
+
+
+def test_flags_win_over_the_file_and_unknown_fields_are_named(tmp_path):
+    script, model, args = train.parse_arguments(["--target_language", "ca", "--learning_rate", "0.5"])
+    assert (script.target_language, args.learning_rate, model.text_prefix) == ("ca", 0.5, "query: ")
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="learning_rat"):
+        train.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
