@@ -34,6 +34,7 @@ from table import format_table
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from datasets_scripts.debian import FetchError
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
@@ -287,7 +288,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
         rows_drawn = search_rows(experiment, *embeddings)
         write_search_page(output_dir, title, rows_drawn, font=find_font(experiment.script.data_dir))
     print(format_table(rows))
-    print(f"wrote {output_dir}: model, processor, README.md, metrics.json, search.html, search.png")
+    print(f"wrote {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
 
 
 def report_rows(report: dict) -> dict[str, dict]:
@@ -308,4 +309,7 @@ def report_rows(report: dict) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FetchError as error:  # what only the user can put right: one line
+        sys.exit(f"error: {error}")

@@ -1,0 +1,41 @@
+"""Writes the results of `docs/demo.json` (a run's metrics.json) into README.md:
+
+    cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+BLOCK = re.compile(r"(<!-- results: [^\n]*-->\n).*?(<!-- end of results -->)", re.S)
+
+
+def results(report: dict) -> str:
+    """The table and the sentence above it."""
+    from table import format_markdown
+    from train import report_rows
+
+    s, pictures = report["settings"], report["settings"]["pictures"]
+    return (
+        f"{pictures['test']} test pictures that training never saw ({pictures['train']} for training, "
+        f"{pictures['validation']} for validation), split by groups of captions; seed {s['seed']}, split seed "
+        f"{s['split_seed']}, {s['source_language']} -> {s['target_language']} by {s['translator']}. t2v: a caption finds "
+        f"its picture; v2t: a picture its caption; recalls in percent; SumR is the sum of the six. Fusion: "
+        f"{s['source_query_weight']:.0%} of the translated query, chosen on validation. Encoders, both frozen: "
+        f"{s['text_encoder']} (4-bit weights, dequantised) and {s['vision_encoder']}.\n\n{format_markdown(report_rows(report))}\n"
+    )
+
+
+def main():
+    readme = ROOT / "README.md"
+    report = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
+    text = BLOCK.sub(lambda match: match[1] + results(report) + match[2], readme.read_text(encoding="utf-8"))
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
