@@ -38,7 +38,7 @@ from datasets_scripts.debian import FetchError
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
-from modeling_nrccr.processing_nrccr import NrccrProcessor
+from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -70,7 +70,12 @@ class ModelArguments:
     """Fields of NrccrConfig, and the encoders."""
 
     text_encoder: str = option("multilingual-e5-small", "Hub id, folder, or multilingual-e5-small (built from PyPI).")
-    vision_encoder: str = option("efficientnet-lite0", "Hub id, folder, or efficientnet-lite0 (built from PyPI).")
+    vision_encoder: str = option(
+        "efficientnet-lite0", "Hub id, folder, efficientnet-lite0 (built from PyPI), or none: rows bring visual_feats."
+    )
+    visual_feat_dim: int | None = option(None, "Width of visual_feats; of a vision encoder it is known.")
+    visual_encoder_output: str = option("pooled", "pooled, cls, mean, or projected (CLIP's).")
+    do_lower_case: bool = option(False, "Lower-cases and strips accents, as released. Of BERT's tokenizers only.")
     text_prefix: str = option("", "Put before each caption and query, e.g. 'query: ' for e5.")
     max_text_length: int = option(64, "Tokens after which a caption is cut; cut ones are counted.")
     pad_to_square: bool = option(True, "Pads pictures with white to a square, instead of squashing them.")
@@ -80,23 +85,37 @@ class ModelArguments:
     text_head: str = option("attention", "attention or pooling.")
     text_pooling: str = option("mean", "mean, max, first or last token.")
     text_dropout: float = option(0.0, "Dropout on the text encoder's states before a pooling head.")
+    text_hidden_size: int | None = option(None, "Width inside the text's attention head; default: its input's.")
+    text_num_attention_heads: int = option(8, "Heads of the text's attention block.")
+    max_text_positions: int = option(250, "Learned positions of the text's attention head.")
     visual_head: str = option("linear", "attention, linear or pooling.")
+    visual_pooling: str = option("mean", "mean or max over frames.")
+    visual_hidden_size: int | None = option(None, "Width inside the visual attention head; default: its input's.")
+    visual_num_attention_heads: int = option(8, "Heads of the visual attention block.")
+    max_visual_positions: int = option(80, "Learned positions of the visual attention head, in frames.")
+    key_query_size: int = option(512, "Width of all queries of an attention block together.")
+    attention_score_scale: str = option("head", "head, or hidden as released.")
+    pool_padding: bool = option(False, "Pools padding too, as released.")
     visual_dropout: float = option(0.0, "Dropout on visual features before a linear or pooling head.")
     head_dropout: float = option(0.1, "Dropout inside attention heads.")
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
 
     def build(self) -> tuple[NrccrModel, NrccrProcessor]:
-        text_encoder, vision_encoder = find_encoder(self.text_encoder), find_encoder(self.vision_encoder)
+        text_encoder = find_encoder(self.text_encoder)
+        vision_encoder = None if self.vision_encoder == "none" else find_encoder(self.vision_encoder)
         names = vars(self).keys() & NrccrConfig.__dataclass_fields__.keys()
         model = NrccrModel.from_encoders(text_encoder, vision_encoder, **{name: getattr(self, name) for name in names})
-        processor = NrccrProcessor(
-            image_processor=AutoImageProcessor.from_pretrained(vision_encoder),
-            tokenizer=AutoTokenizer.from_pretrained(text_encoder),
-            text_prefix=self.text_prefix,
-            max_text_length=self.max_text_length,
-            pad_to_square=self.pad_to_square,
+        tokenizer = AutoTokenizer.from_pretrained(
+            text_encoder, **({"do_lower_case": True} if self.do_lower_case else {})
         )
-        return model, processor
+        if self.do_lower_case and tokenizer.tokenize("ÉTÉ") != tokenizer.tokenize("ete"):
+            raise ValueError(f"do_lower_case is BERT's: {type(tokenizer).__name__} of {self.text_encoder} ignores it")
+        options = {"text_prefix": self.text_prefix, "max_text_length": self.max_text_length,
+                   "visual_feat_dim": model.config.visual_feat_dim}  # fmt: skip
+        if vision_encoder is None:
+            return model, NrccrTextProcessor(tokenizer, **options)
+        image_processor = AutoImageProcessor.from_pretrained(vision_encoder)
+        return model, NrccrProcessor(tokenizer, image_processor, pad_to_square=self.pad_to_square, **options)
 
 
 def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:

@@ -1,27 +1,37 @@
 """`NrccrTrainer` holds the losses and the discriminator, logs each term by name, and ranks over the full split."""
 
 from collections import defaultdict
+from copy import copy
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .data_collator import DataCollatorForCrossLingualRetrieval
+from .callbacks import EpochDecayCallback
+from .checkpoints import (
+    checkpoint_directory,
+    is_complete,
+    last_complete_checkpoint,
+    mark_complete,
+    mark_incomplete,
+    remove_old_checkpoints,
+)
+from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts
 from .losses import NrccrLoss
-from .metrics import compute_retrieval_metrics
+from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput
 from .training_args import NrccrTrainingArguments
 
 
 logger = logging.get_logger(__name__)
 
+MASKS = (*(f"{prefix}attention_mask" for prefix in KEY_PREFIX.values()), "visual_attention_mask")
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 DISCRIMINATOR_OPTIMIZER_FILE = "discriminator_optimizer.pt"
 
@@ -39,6 +49,9 @@ class NrccrTrainer(Trainer):
         data_collator: By default [`DataCollatorForCrossLingualRetrieval`] over `processing_class`, or over a
             [`FeatureCache`] given here as `data_collator.processor`.
         discriminator: By default built from `args.discriminator_kind` where `args.adversarial_loss_weight > 0`.
+
+    `torchrun --nproc_per_node n` computes what one process does with the whole batch. Raises ValueError for what
+    would not (`NrccrTrainingArguments.check_processes`).
     """
 
     def __init__(
@@ -53,6 +66,13 @@ class NrccrTrainer(Trainer):
         loss: NrccrLoss | None = None,
         **kwargs,
     ):
+        args.check_processes(model)
+        args = copy(args)
+        # old checkpoints go when the new one is complete, which is later than the Trainer would do it
+        self.save_total_limit, args.save_total_limit = args.save_total_limit, None
+        # the order of the rows: else drawn from the random state, which is each process's own
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        self.resumed_state: TrainerState | None = None
         text_layers = None if args.trained_text_layers < 0 else args.trained_text_layers
         model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout)
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
@@ -79,13 +99,19 @@ class NrccrTrainer(Trainer):
             self.discriminator = discriminator or LanguageDiscriminator(
                 model.config.text_config.hidden_size, args.discriminator_kind, model.config.pool_padding
             )
-            self.discriminator.to(args.device, next(model.parameters()).dtype)
+            # never in half precision, in which Adam loses its small steps
+            self.discriminator.to(args.device, torch.promote_types(model.dtype, torch.float32))
+            for parameter in self.discriminator.parameters():  # not wrapped by DDP, which would do this
+                parameter.data = broadcast(parameter.data)
             self.discriminator_optimizer = torch.optim.Adam(
                 self.discriminator.parameters(), lr=args.discriminator_learning_rate
             )
-            self.add_callback(SaveDiscriminator(self))
+        self.add_callback(Checkpoints(self))
         if args.early_stopping_patience > 0:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.lr_decay_per_epoch != 1 or args.plateau_factor != 1:
+            decay = EpochDecayCallback(args.lr_decay_per_epoch, args.plateau_factor, args.plateau_interval)
+            self.add_callback(decay)
 
     # ------------------------------------------------------------------------------------------------- the losses
 
@@ -102,7 +128,7 @@ class NrccrTrainer(Trainer):
         return self.nrccr_loss.back_translation_loss(outputs, ignored)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
-        inputs = dict(inputs)
+        inputs = self.pad_to_whole_batch(dict(inputs))
         image_ids = inputs.pop("image_ids", None)
         outputs = model(**inputs, return_teacher=self.args.needs_teacher())
         terms = self.nrccr_loss(*self.gather_batch(outputs, image_ids))
@@ -121,6 +147,17 @@ class NrccrTrainer(Trainer):
         mask = inputs.get(f"{prefix}attention_mask")
         return torch.ones_like(inputs[f"{prefix}input_ids"]) if mask is None else mask
 
+    def pad_to_whole_batch(self, inputs: dict) -> dict:
+        """Where padding is pooled too (published), it is as long as the longest row of all processes wants it."""
+        if self.args.world_size == 1 or not self.model.config.pool_padding:
+            return inputs
+        pad_token_id = getattr(self.model.config.text_config, "pad_token_id", None) or 0
+        for name, value in inputs.items():
+            if name.endswith(("input_ids", "boundary_states")) or name in MASKS or name == "visual_feats":
+                pad_index = pad_token_id if name.endswith("input_ids") else 0
+                inputs[name] = self.accelerator.pad_across_processes(value, dim=1, pad_index=pad_index)
+        return inputs
+
     def gather_batch(self, outputs: NrccrOutput, image_ids: torch.Tensor | None):
         """The embeddings of all processes, with gradient, so that each computes the loss of the whole batch: DDP's
         mean over processes of these gradients is then the gradient that one process with the whole batch has."""
@@ -138,8 +175,8 @@ class NrccrTrainer(Trainer):
     def discriminator_step(self, outputs: NrccrOutput, mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
         """One step of the discriminator, on detached states, before the encoder's loss is computed through it."""
         loss = discriminator_loss(
-            self.discriminator(outputs.text_hidden_states.detach(), mask),
-            self.discriminator(outputs.target_text_hidden_states.detach(), target_mask),
+            self.judge(outputs.text_hidden_states.detach(), mask),
+            self.judge(outputs.target_text_hidden_states.detach(), target_mask),
         )
         self.discriminator_optimizer.zero_grad()
         (self.args.discriminator_loss_weight * loss).backward()
@@ -149,9 +186,14 @@ class NrccrTrainer(Trainer):
         self.discriminator_optimizer.step()
         return loss
 
+    def judge(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The discriminator's logits `(batch_size, 2)`, in its own precision whatever autocast does around."""
+        with torch.autocast(states.device.type, enabled=False):
+            return self.discriminator(states.to(next(self.discriminator.parameters()).dtype), mask)
+
     def adversarial_loss(self, outputs: NrccrOutput, target_mask: torch.Tensor) -> torch.Tensor:
         self.discriminator.requires_grad_(False)
-        loss = adversarial_loss(self.discriminator(outputs.target_text_hidden_states, target_mask))
+        loss = adversarial_loss(self.judge(outputs.target_text_hidden_states, target_mask))
         self.discriminator.requires_grad_(True)
         return loss
 
@@ -175,7 +217,11 @@ class NrccrTrainer(Trainer):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
             return {key: value for part in parts for key, value in part.items()}
         queries, images, caption_to_image = self.encode_dataset(eval_dataset, self.args.eval_query_column)
-        metrics = compute_retrieval_metrics(queries, images, caption_to_image)
+        weight, sources = self.args.eval_source_query_weight, None
+        if weight > 0:
+            sources = self.encode_captions(eval_dataset, "source_caption")
+        metrics = compute_retrieval_metrics(queries, images, caption_to_image, sources, weight)
+        metrics["t2v_sum_recall"] = sum(metrics[f"t2v_recall@{k}"] for k in RECALL_AT)  # what the paper chooses by
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -183,22 +229,30 @@ class NrccrTrainer(Trainer):
 
     def encode_dataset(self, dataset, query_column: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings of the captions in `query_column` and of each picture once, and the row of each caption's picture
-        `(num_captions,)`; each process encodes a part, none twice."""
-        rows = dataset.remove_columns("image") if "image" in getattr(dataset, "column_names", ()) else dataset
-        captions = [row[query_column] for row in rows]
-        for i, caption in enumerate(captions):
-            if not caption:
-                raise ValueError(f"row {i} has no {query_column}: translate the data set, or set eval_query_column")
+        `(num_captions,)`; the same on every process, each of which encodes a part, none twice."""
+        rows = without_images(dataset)
         first_row = {}
         for i, row in enumerate(rows):
             first_row.setdefault(row["image_id"], i)
         order = {image_id: i for i, image_id in enumerate(first_row)}
         caption_to_image = torch.tensor([order[row["image_id"]] for row in rows])
-        model, processor = self.accelerator.unwrap_model(self.model), self.data_collator.processor
-        size = self.args.per_device_eval_batch_size
-        queries = self.shared_out(captions, lambda part: encode_texts(model, part, processor, size))
+        queries, size = self.encode_captions(dataset, query_column), self.args.per_device_eval_batch_size
         images = self.shared_out(list(first_row.values()), lambda part: self.encode_rows(dataset, part, size))
         return queries, images, caption_to_image
+
+    def encode_captions(self, dataset, column: str) -> torch.Tensor:
+        """Embeddings of a column of captions, of shape `(num_rows, projection_dim)`, the same on every process."""
+        captions = [row[column] for row in without_images(dataset)]
+        for i, caption in enumerate(captions):
+            if not caption:
+                raise ValueError(f"row {i} has no {column}: translate the data set, or set eval_query_column")
+        model, processor = self.accelerator.unwrap_model(self.model), self.data_collator.processor
+        size = self.args.per_device_eval_batch_size
+        # sorted as `encode_texts` does, so that its batches are the same for any number of processes
+        unique = sorted(set(captions), key=lambda caption: (len(caption), caption))
+        row = {caption: i for i, caption in enumerate(unique)}
+        queries = self.shared_out(unique, lambda part: encode_texts(model, part, processor, size))
+        return queries[[row[caption] for caption in captions]]
 
     def encode_rows(self, dataset, indices: list[int], batch_size: int) -> torch.Tensor:
         model = self.accelerator.unwrap_model(self.model)
@@ -211,22 +265,49 @@ class NrccrTrainer(Trainer):
         return encode_images(model, indices, media, batch_size)
 
     def shared_out(self, items: list, encode) -> torch.Tensor:
-        """`encode` over `items`, every process a contiguous part of them; the whole, in order, on each."""
-        size, rank = self.args.world_size, self.args.process_index
-        bounds = [len(items) * i // size for i in range(size + 1)]
-        part = encode(items[bounds[rank] : bounds[rank + 1]])
-        return part if size == 1 else torch.cat(gather_object([part]))
+        """`encode` over `items`; whole batches are dealt out to the processes, because with `pool_padding` a row
+        depends on its batch. The whole, in order, on each, of shape `(len(items), projection_dim)`."""
+        processes, size = self.args.world_size, self.args.per_device_eval_batch_size
+        if processes == 1:
+            return encode(items)
+        mine = [i for i in range(len(items)) if i // size % processes == self.args.process_index]
+        embeds = torch.zeros(len(items), self.model.config.projection_dim)
+        embeds[mine] = encode([items[i] for i in mine])
+        return self.accelerator.reduce(embeds.to(self.args.device), "sum").cpu()  # all others add 0: exact
 
     # ------------------------------------------------------------------------------------------- saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As the Trainer's; `True` takes the newest complete checkpoint, or starts anew where there is none."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and self.discriminator is not None:
-            self.load_discriminator(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                logger.warning(f"{self.args.output_dir} holds no complete checkpoint: training starts anew")
+        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+            raise ValueError(
+                f"{resume_from_checkpoint} is not a complete checkpoint (the run was killed while it was written, or "
+                "a file is missing): resume from an earlier one, or with True from the newest complete one"
+            )
+        self.resumed_state = None
+        if resume_from_checkpoint:
+            self.resumed_state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
+            if self.discriminator is not None:
+                self.load_discriminator(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    def set_initial_training_values(self, args, dataloader):
+        """No epoch is left for a run that had ended: the Trainer would take another step before it notices."""
+        num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if (state := self.resumed_state) is not None:
+            stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {"args": {}, "attributes": {}})
+            patience = stopping["args"].get("early_stopping_patience", 1)
+            stopped = stopping["attributes"].get("early_stopping_patience_counter", 0) >= patience
+            num_train_epochs = 0 if stopped or state.global_step >= max_steps else num_train_epochs
+        return num_train_epochs, *others, max_steps
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        if _internal_call and self.args.should_save:  # a checkpoint begins, perhaps over an old one
+            mark_incomplete(output_dir)
         super().save_model(output_dir, _internal_call)
         if not _internal_call:  # this folder may be published: no pickled file in it
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
@@ -245,12 +326,31 @@ class NrccrTrainer(Trainer):
         self.discriminator_optimizer.load_state_dict(state)
 
 
-class SaveDiscriminator(TrainerCallback):
-    """Puts the discriminator and its optimizer beside the rest of a checkpoint: training state, never published."""
+def without_images(dataset):
+    """Rows without their pictures, which would be decoded for nothing."""
+    media = [name for name in MEDIA_COLUMNS if name in getattr(dataset, "column_names", ())]
+    return dataset.remove_columns(media) if media else dataset
+
+
+class Checkpoints(TrainerCallback):
+    """Completes a checkpoint: the discriminator and its optimizer (training state, never published), then the mark
+    that nothing is missing; only then are older checkpoints removed."""
 
     def __init__(self, trainer: NrccrTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # else all processes drop the same units; a resumed run reads its random state later
+            torch.manual_seed(args.seed + args.process_index)
+        best = checkpoint_directory(args.output_dir, state.best_global_step or 0)
+        if is_complete(best):  # its recorded path is another where the folder was moved or copied
+            state.best_model_checkpoint = str(best)
+
     def on_save(self, args, state, control, **kwargs):
+        directory = checkpoint_directory(args.output_dir, state.global_step)
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
         if args.should_save:
-            self.trainer.save_discriminator(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"))
+            if self.trainer.discriminator is not None:
+                self.trainer.save_discriminator(directory)
+            mark_complete(directory)
+            remove_old_checkpoints(args.output_dir, self.trainer.save_total_limit, state.best_model_checkpoint)

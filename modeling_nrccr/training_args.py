@@ -1,8 +1,14 @@
 """`NrccrTrainingArguments`: those of the Trainer, and every weight, margin, temperature and switch of the loss."""
 
+import os
+import shlex
+import sys
 from dataclasses import dataclass, field
 
+from accelerate.utils import str_to_bool
+from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from .discriminator import KINDS
 from .losses import NrccrLossArguments
@@ -37,6 +43,19 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stops after so many evaluations without improvement; 0: never. Paper: 11."}
     )
+    lr_decay_per_epoch: float = field(
+        default=1.0, metadata={"help": "Multiplies the learning rate after each epoch. Released code: 0.99."}
+    )
+    plateau_factor: float = field(
+        default=1.0, metadata={"help": "Multiplies it after an epoch without improvement. Released code: 0.5."}
+    )
+    plateau_interval: int = field(
+        default=3, metadata={"help": "Epochs between two such steps at least. Released code: 3."}
+    )
+    eval_source_query_weight: float = field(
+        default=0.0,
+        metadata={"help": "Share of source_caption in the queries of an evaluation; transductive. Released: 0.2."},
+    )
 
     # the Trainer's own, with the values that retrieval needs
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads more than the model."})
@@ -49,6 +68,18 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         default="sum_recall", metadata={"help": "Two-sided recall sum on validation. Paper: one-sided."}
     )
     greater_is_better: bool | None = field(default=True, metadata={"help": "Of `metric_for_best_model`."})
+    restore_callback_states_from_checkpoint: bool = field(
+        default=True, metadata={"help": "A resumed run goes on counting the evaluations of early stopping."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=True, metadata={"help": "Which parameters have a gradient depends on the terms of the loss."}
+    )
+    accelerator_config: dict | str | None = field(
+        default_factory=lambda: {"dispatch_batches": False},
+        metadata={
+            "help": "Accelerate's. Parts of a streamed batch have different lengths: not dispatched by one process."
+        },
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,3 +90,48 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
                 f"adversarial_loss_weight={self.adversarial_loss_weight} trains nothing, because the text encoder is "
                 "wholly frozen: set trained_text_layers, or the weight to 0"
             )
+
+    def check_processes(self, model: nn.Module | None = None):
+        """Raises ValueError for a launch that would not compute what one process does with the whole batch."""
+        sharded = {
+            "DeepSpeed": self.deepspeed or enabled("ACCELERATE_USE_DEEPSPEED"),
+            "FSDP": self.fsdp or enabled("ACCELERATE_USE_FSDP"),
+            "Megatron-LM": enabled("ACCELERATE_USE_MEGATRON_LM"),
+            "parallelism_config": self.parallelism_config or enabled("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        }
+        for name, used in sharded.items():
+            if used:
+                raise ValueError(
+                    f"{name} is not supported: nobody has shown that it computes the same. Start with plain torchrun, "
+                    "or with one of examples/accelerate_configs"
+                )
+        if self.parallel_mode == ParallelMode.NOT_DISTRIBUTED:
+            raise ValueError(
+                f"one process on {self.n_gpu} GPUs would be nn.DataParallel, in which rows lose most of their "
+                f"negatives. Start one process a GPU:\n    torchrun --nproc_per_node {self.n_gpu} "
+                f"{shlex.join(sys.argv)}\nor choose one GPU with CUDA_VISIBLE_DEVICES=0"
+            )
+        if self.world_size == 1:
+            return
+        if not self.dataloader_drop_last:
+            raise ValueError(
+                f"dataloader_drop_last=False with {self.world_size} processes would fill the last batch with rows of "
+                "the first: set it to True"
+            )
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} with {self.world_size} processes: each "
+                "would draw an order of its own, and rows would be doubled and lost. Set it to random"
+            )
+        tower = getattr(model, "visual_tower", None)
+        if self.train_vision_tower and tower is not None:
+            if any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for module in tower.modules()):
+                raise ValueError(
+                    f"train_vision_tower=True with {self.world_size} processes: the BatchNorm of this vision tower "
+                    "would see each process's part of a batch. Leave the tower frozen, or train in one process"
+                )
+
+
+def enabled(variable: str) -> bool:
+    """Whether `accelerate launch` has set it."""
+    return bool(str_to_bool(os.environ.get(variable, "false")))
