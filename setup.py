@@ -1,6 +1,8 @@
 from setuptools import setup
 
 
+VIDEO = ["av>=14"]
+
 setup(
     name="modeling_nrccr",
     version="0.1.0",
@@ -9,6 +11,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["modeling_nrccr", "datasets_scripts"],
+    package_data={"datasets_scripts": ["*.sha256"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -24,5 +27,5 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.66",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9", "psutil>=6"]},
+    extras_require={"video": VIDEO, "dev": ["pytest>=8", "ruff>=0.9", "psutil>=6", *VIDEO]},
 )

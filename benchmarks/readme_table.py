@@ -1,6 +1,6 @@
 """Writes the results of `docs/demo.json` (a run's metrics.json) into README.md:
 
-    cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
+cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
 """
 
 import json
@@ -20,13 +20,14 @@ def results(report: dict) -> str:
     from train import report_rows
 
     s, pictures = report["settings"], report["settings"]["pictures"]
+    table = format_markdown(report_rows(report))
     return (
         f"{pictures['test']} test pictures that training never saw ({pictures['train']} for training, "
         f"{pictures['validation']} for validation), split by groups of captions; seed {s['seed']}, split seed "
-        f"{s['split_seed']}, {s['source_language']} -> {s['target_language']} by {s['translator']}. t2v: a caption finds "
-        f"its picture; v2t: a picture its caption; recalls in percent; SumR is the sum of the six. Fusion: "
+        f"{s['split_seed']}, {s['source_language']} -> {s['target_language']} by {s['translator']}. t2v: a caption "
+        f"finds its picture; v2t: a picture its caption; recalls in percent; SumR is the sum of the six. Fusion: "
         f"{s['source_query_weight']:.0%} of the translated query, chosen on validation. Encoders, both frozen: "
-        f"{s['text_encoder']} (4-bit weights, dequantised) and {s['vision_encoder']}.\n\n{format_markdown(report_rows(report))}\n"
+        f"{s['text_encoder']} (4-bit weights, dequantised) and {s['vision_encoder']}.\n\n{table}\n"
     )
 
 

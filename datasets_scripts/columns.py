@@ -31,23 +31,32 @@ TARGETS = ("translated", "human")
 
 
 def caption_columns(
-    image_id: str, source_caption: str, human_caption: str, target_language: str, split: str, target: str
+    image_id: str,
+    source_caption: str | None,
+    human_caption: str | None,
+    target_language: str,
+    split: str,
+    target: str,
+    caption_id: str | None = None,
+    source_language: str = "en",
 ) -> dict[str, str | None]:
     """
     One row without its picture, under the rule that keeps human translations out of what is called machine-translated:
     with `target="translated"`, training has no target caption and validation and test no source caption until
     translation fills them. Validation and test target captions are always human; their human English is kept apart.
+    `caption_id`: where a picture has several captions, or the data names them itself.
     """
     is_train, is_human = split == "train", target == "human"
+    target_caption = human_caption if not is_train or is_human else None
     return {
         "image_id": image_id,
-        "caption_id": f"{image_id}#0",
+        "caption_id": caption_id or f"{image_id}#0",
         "source_caption": source_caption if is_train or is_human else None,
-        "target_caption": human_caption if not is_train or is_human else None,
+        "target_caption": target_caption,
         "back_translation": None,
-        "source_language": "en",
+        "source_language": source_language,
         "target_language": target_language,
-        "target_origin": "human" if not is_train or is_human else None,
+        "target_origin": None if target_caption is None else "human",
         "reference_source_caption": None if is_train else source_caption,
     }
 
@@ -78,7 +87,52 @@ def language_configs(languages: str) -> list[CaptionedPictureConfig]:
     return [CaptionedPictureConfig(name=language, version="1.0.0") for language in languages.split()]
 
 
-class CaptionedPictureBuilder(datasets.GeneratorBasedBuilder):
+class CaptionBuilder(datasets.GeneratorBasedBuilder):
+    """
+    Base of all builders: columns, empty splits, and what `verify` and `push_to_hub` tell. Rows are read whole and
+    checked in `_split_generators`, which puts them by split into `_rows`: while they are written, datasets would hide
+    the message of an error.
+    """
+
+    MEDIA = {"image": datasets.Image()}
+    SPLITS = ("train", "validation", "test")  # there even where they are empty
+    EXPECTED: dict[str, dict[str, tuple[int, int | None]]] = {}  # configuration -> split -> (pictures, captions)
+    HOMEPAGE = LICENSE = CITATION = ""
+    LICENSE_ID = "other"  # of the captions, as the Hub names licences
+
+    _rows: dict[str, list[dict]]
+
+    def _info(self) -> datasets.DatasetInfo:
+        target = getattr(self.config, "target", TARGETS[0])
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        return datasets.DatasetInfo(
+            description=" ".join((self.__doc__ or "").split()),
+            features=datasets.Features({**CAPTION_FEATURES, **self.MEDIA}),
+            homepage=self.HOMEPAGE,
+            license=self.LICENSE,
+            citation=self.CITATION,
+        )
+
+    def _generate_examples(self, split: str):
+        yield from enumerate(self._rows[split])
+
+    def as_dataset(self, split=None, **kwargs):
+        """As in `datasets`, which cannot read an empty split: a small folder may have one, and it is there, empty."""
+        dataset = super().as_dataset(split, **kwargs)
+        if split is not None:
+            return dataset
+        empty = {name: [] for name in self.info.features}
+        names = dict.fromkeys([*self.SPLITS, *dataset])
+        return datasets.DatasetDict(
+            {
+                name: dataset[name] if name in dataset else datasets.Dataset.from_dict(empty, self.info.features)
+                for name in names
+            }
+        )
+
+
+class CaptionedPictureBuilder(CaptionBuilder):
     """
     Base of the builders over Debian packages. A subclass names its `PACKAGES` (package -> path) and yields its
     pictures. `data_dir`: a folder with the packages' contents (`usr/...`), used as it is; without it they are fetched.
@@ -93,11 +147,12 @@ class CaptionedPictureBuilder(datasets.GeneratorBasedBuilder):
         # datasets caches by options; the state of the data belongs to them.
         super().__init__(*args, data_dir=data_dir, hash=hash or data_fingerprint(self.PACKAGES, data_dir), **kwargs)
 
-    def _info(self) -> datasets.DatasetInfo:
-        if self.config.target not in TARGETS:
-            raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {self.config.target!r}")
-        features = datasets.Features({**CAPTION_FEATURES, "image": datasets.Image()})
-        return datasets.DatasetInfo(description=self.__doc__, features=features)
+    def _paths(self) -> list[Path]:
+        return find_data(self.PACKAGES, self.config.data_dir)
+
+    def _media(self, png: bytes) -> dict:
+        """The media column of a row, from what `_pictures` yields last."""
+        return {"image": {"path": None, "bytes": png}}
 
     def _pictures(self, paths: list[Path], left_out: Counter) -> Iterator[tuple[str, str, str, bytes]]:
         """
@@ -111,11 +166,11 @@ class CaptionedPictureBuilder(datasets.GeneratorBasedBuilder):
         left_out, groups = Counter(), {}
         rows = {"train": [], "validation": [], "test": []}
         # Read here and not while writing, where datasets would hide the message of an error.
-        for image_id, english, human, png in self._pictures(find_data(self.PACKAGES, self.config.data_dir), left_out):
+        for image_id, english, human, media in self._pictures(self._paths(), left_out):
             group = group_key(english)
             groups[group] = split = split_of(group, seed)
             row = caption_columns(image_id, english, human, language, split, self.config.target)
-            rows[split].append({**row, "image": {"path": None, "bytes": png}})
+            rows[split].append({**row, **self._media(media)})
         sizes = ", ".join(f"{name} {len(of_split)}" for name, of_split in rows.items())
         reasons = "".join(f"; left out, {reason}: {count}" for reason, count in sorted(left_out.items()))
         total = sum(map(len, rows.values()))
@@ -123,22 +178,6 @@ class CaptionedPictureBuilder(datasets.GeneratorBasedBuilder):
         print(f"{what}: {sizes}{reasons}", flush=True)
         self._rows = rows
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name in rows if rows[name]]
-
-    def _generate_examples(self, split: str):
-        yield from enumerate(self._rows[split])
-
-    def as_dataset(self, split=None, **kwargs):
-        """As in `datasets`, which cannot read an empty split: a small folder may have one, and it is there, empty."""
-        dataset = super().as_dataset(split, **kwargs)
-        if split is not None:
-            return dataset
-        empty = {name: [] for name in self.info.features}
-        return datasets.DatasetDict(
-            {
-                name: dataset[name] if name in dataset else datasets.Dataset.from_dict(empty, self.info.features)
-                for name in ("train", "validation", "test")
-            }
-        )
 
 
 def no_captions_error(folder: Path, language: str, available: Iterable[str]) -> ValueError:

@@ -37,12 +37,17 @@ def _release() -> str:
     return "-".join(filter(None, [release.get("ID", "unknown"), version, platform.machine()]))
 
 
-def _release_dir(cache_dir: str | Path | None = None) -> Path:
+def cache_folder(cache_dir: str | Path | None = None) -> Path:
+    """Of what is fetched: `cache_dir`, else as this module's docstring says."""
     if cache_dir is None:
         cache_dir = os.environ.get("NRCCR_CACHE")
     if not cache_dir:
         cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nrccr"
-    return Path(cache_dir).expanduser().resolve() / _release()
+    return Path(cache_dir).expanduser().resolve()
+
+
+def _release_dir(cache_dir: str | Path | None = None) -> Path:
+    return cache_folder(cache_dir) / _release()
 
 
 def _is_fetched(base: Path, name: str, dependencies: bool) -> bool:

@@ -5,9 +5,17 @@ from pathlib import Path
 
 import datasets
 
+from datasets_scripts.animated_emoji import AnimatedEmoji
+from datasets_scripts.caption_files import CaptionFiles
 from datasets_scripts.cldr_emoji import CldrEmoji
 from datasets_scripts.debian import FetchError, apertium_root, find_data
+from datasets_scripts.mscoco import Mscoco
+from datasets_scripts.msrvtt_cn import MsrvttCn
+from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.tuxpaint import Tuxpaint
+from datasets_scripts.vatex import Vatex
+from datasets_scripts.xm3600 import Xm3600
+from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.translation import Translator, add_translations, load_translator
 
 
@@ -15,7 +23,17 @@ LANGUAGES = {
     "ca": "Catalan", "cs": "Czech", "de": "German", "en": "English", "eo": "Esperanto", "es": "Spanish",
     "fr": "French", "gl": "Galician",
 }  # fmt: skip
-BUILDERS = {"tuxpaint": Tuxpaint, "cldr_emoji": CldrEmoji}
+BUILDERS = {
+    "tuxpaint": Tuxpaint,
+    "cldr_emoji": CldrEmoji,
+    "caption_files": CaptionFiles,
+    "multi30k": Multi30k,
+    "xm3600": Xm3600,
+    "msrvtt_cn": MsrvttCn,
+    "vatex": Vatex,
+    "mscoco": Mscoco,
+    "animated_emoji": AnimatedEmoji,
+}
 
 
 def language_name(code: str) -> str:
@@ -24,6 +42,8 @@ def language_name(code: str) -> str:
 
 def find_font(data_dir: str | None = None) -> Path | None:
     """A font with the letters of most languages, which Pillow's own lacks; None where it cannot be had."""
+    if data_dir is not None and not Path(data_dir, "usr").is_dir():
+        data_dir = None  # it holds something else than Debian packages
     try:
         (folder,) = find_data({"fonts-dejavu-core": "usr/share/fonts/truetype/dejavu"}, data_dir)
     except (FetchError, FileNotFoundError) as error:
@@ -38,21 +58,71 @@ def load_caption_dataset(
     seed: int = 0,
     target: str = "translated",
     data_dir: str | None = None,
+    source_language: str = "en",
+    visual_feature: str | None = None,
+    media_dir: str | None = None,
 ) -> datasets.DatasetDict:
-    """Splits `train`, `validation`, `test` of one or several builders, joined by "+", with the builders' columns.
+    """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
+    columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`.
+    `visual_feature` and `media_dir`: see [`BenchmarkConfig`].
 
     Raises ValueError for an unknown name or language.
     """
     parts = []
     for part in name.split("+"):
+        part, _, variant = part.partition(":")
         if part not in BUILDERS:
             raise ValueError(f"unknown data set {part!r} in {name!r}: known are {', '.join(BUILDERS)}, joined by '+'")
-        builder = BUILDERS[part](config_name=target_language, data_dir=data_dir, seed=seed, target=target)
+        options = {"seed": seed, "target": target, "source_language": source_language}
+        options["target_language"] = target_language
+        options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
+        known = BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
+        options = {key: value for key, value in options.items() if key in known}
+        # a builder of any two languages takes them as options, the others as the name of a configuration
+        language = None if "target_language" in options else target_language
+        config = "-".join(filter(None, (variant, language))) or None
+        builder = BUILDERS[part](config_name=config, data_dir=data_dir, **options)
         builder.download_and_prepare()
         parts.append(builder.as_dataset())
+    splits = dict.fromkeys(split for part in parts for split in part)
     return datasets.DatasetDict(
-        {split: datasets.concatenate_datasets([part[split] for part in parts]) for split in parts[0]}
+        {split: datasets.concatenate_datasets([part[split] for part in parts if split in part]) for split in splits}
     )
+
+
+def dataset_languages(name: str) -> list[str]:
+    """The target languages that every part of a data set has, in the order of its first part's configurations; none
+    where a part leaves them to the user."""
+    languages = None
+    for part in name.split("+"):
+        part, _, variant = part.partition(":")
+        is_open = part not in BUILDERS or "target_language" in BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
+        configs = [] if is_open else BUILDERS[part].builder_configs
+        prefix = f"{variant}-" if variant else ""
+        found = [config.removeprefix(prefix) for config in configs if config.startswith(prefix)]
+        languages = found if languages is None else [language for language in languages if language in found]
+    return languages
+
+
+def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator | None:
+    """
+    The engine whose translations the data brought, where none is wanting (the released files have Google's) or none
+    is wanted (`translator="none"`).
+    """
+    for split, rows in dataset.items():
+        wanted = ("target_caption", "back_translation") if split == "train" else ("source_caption",)
+        if translator != "none" and any(rows.data.column(column).null_count for column in wanted):
+            return None
+    engine = Translator()
+    engine.name = ", ".join(sorted(set(dataset["train"]["target_origin"]) - {None})) or "none"
+    return engine
+
+
+def query_origin(rows: datasets.Dataset) -> str:
+    """Who wrote the target captions of a split, for reports."""
+    origins = set(rows["target_origin"]) if "target_origin" in rows.column_names else {"human"}
+    engines = sorted(str(origin) for origin in origins - {"human"})
+    return f"translated by {', '.join(engines)}, not all by people" if engines else "written by people"
 
 
 def load_translated_dataset(
@@ -63,12 +133,25 @@ def load_translated_dataset(
     target: str,
     translator: str,
     data_dir: str | None,
+    **media,
 ) -> tuple[datasets.DatasetDict, Translator]:
     """The same, translated both ways, and the translator; the time of each part is printed."""
     start = time.perf_counter()
-    dataset = load_caption_dataset(name, target_language, seed, target, data_dir)
+    dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
+    for split, rows in dataset.items():
+        for column in MEDIA_COLUMNS:
+            if column in rows.column_names and rows.data.column(column).null_count:
+                raise ValueError(
+                    f"{name}, {split}: rows without {column}; put pictures into the folder `images` of data_dir, "
+                    "videos into `videos`, features into `FeatureData`, or name the folder (media_dir, visual_feature)"
+                )
+    if empty := [split for split in ("train", "validation", "test") if not len(dataset.get(split, ()))]:
+        raise ValueError(f"{name} has no {' and no '.join(empty)} split here: see docs/datasets.md")
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.items())
     print(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
+    if engine := translated_by(dataset, translator):
+        print(f"not translated here; the data came with translations by {engine.name}")
+        return dataset, engine
     start = time.perf_counter()
     pairs = [(source_language, target_language), (target_language, source_language)]
     root = apertium_root(pairs, data_dir=data_dir) if translator == "apertium" else None

@@ -2,22 +2,31 @@
 
     python examples/evaluate_retrieval.py --model outputs/demo --dataset tuxpaint+cldr_emoji --target gl --split test \
         --output metrics.json
+
+In several languages, with their mean and the worst one:
+
+    python examples/evaluate_retrieval.py --model outputs/demo --dataset xm3600 --data_dir xm3600 --target all
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from data import load_caption_dataset
+from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
 from search import load_model
 from table import format_table
+from transformers import BatchFeature
 
 from datasets_scripts.debian import FetchError
+from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics
 
 
@@ -28,29 +37,53 @@ def evaluate_dataset(
     caption_column: str = "target_caption",
     batch_size: int = 64,
     show_progress: bool = True,
+    known_images: dict[str, torch.Tensor] | None = None,
+    num_frames: int = 8,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """
     Metrics of one split, over all pictures and over each source apart, as [`metrics_by_source`] returns them.
 
     Args:
-        dataset: rows with `image_id`, `image` and `caption_column`; several captions may share an `image_id`.
+        dataset: rows with `image_id`, `caption_column`, and `image`, `video` or `visual_feats`; several captions may
+            share an `image_id`.
+        known_images: embeddings of pictures by `image_id`, of shape `(projection_dim,)`; those that lack are added, so
+            that several languages of a data set can share them.
+        num_frames: of each video.
 
     Raises:
-        ValueError: if the split is empty or a caption is missing; names the row.
+        ValueError: if the split is empty or a caption or picture is missing; names the row.
     """
     captions, image_ids = list(dataset[caption_column]), list(dataset["image_id"])
     for row, caption in enumerate(captions):
         if not caption or not caption.strip():
-            raise ValueError(f"Row {row} ({image_ids[row]}) has no {caption_column}: {caption!r}.")
+            raise ValueError(
+                f"Row {row} ({image_ids[row]}) has no {caption_column}: {caption!r}. Queries are captions that people "
+                "wrote: add them, or leave the row out."
+            )
     if not captions:
         raise ValueError("The split has no rows to evaluate.")
     first_rows = {}
     for row, image_id in enumerate(image_ids):
         first_rows.setdefault(image_id, row)
     numbers = {image_id: number for number, image_id in enumerate(first_rows)}
+    known_images = {} if known_images is None else known_images
+    new = {image_id: row for image_id, row in first_rows.items() if image_id not in known_images}
+    pictures = dataset.select(list(new.values()))
+    column = next(column for column in MEDIA_COLUMNS if column in dataset.column_names)
+    undecoded = pictures.select_columns(column).with_format("arrow")
+    if missing := [image_id for image_id, row in zip(new, undecoded) if row[column].null_count]:
+        raise ValueError(
+            f"{len(missing)} of {len(new)} pictures are missing, the first is {missing[0]}: put them into the folder "
+            "`images` of --data_dir (videos into `videos`, features into `FeatureData`)."
+        )
     text_embeds = encode_texts(model, captions, processor, batch_size, show_progress)
-    pictures = dataset.select(list(first_rows.values()))["image"]  # a column decodes what is sliced from it
-    image_embeds = encode_images(model, pictures, processor, batch_size, show_progress)
+    collator = DataCollatorForCrossLingualRetrieval(processor, load_video=partial(read_frames, num_frames=num_frames))
+
+    def media(images: Sequence[int], **kwargs) -> BatchFeature:
+        return BatchFeature(collator.media([pictures[i] for i in images]))
+
+    known_images |= zip(new, encode_images(model, range(len(pictures)), media, batch_size, show_progress))
+    image_embeds = torch.stack([known_images[image_id] for image_id in first_rows])
     caption_to_image = torch.tensor([numbers[image_id] for image_id in image_ids])
     return metrics_by_source(list(first_rows), text_embeds, image_embeds, caption_to_image)
 
@@ -87,6 +120,13 @@ def metrics_by_source(
     return results
 
 
+def mean_and_worst(languages: dict[str, dict[str, float]]) -> tuple[dict[str, float], str]:
+    """The mean of each metric over languages, and the language with the lowest sum of recalls."""
+    names = next(iter(languages.values()))
+    mean = {name: sum(metrics[name] for metrics in languages.values()) / len(languages) for name in names}
+    return mean, min(languages, key=lambda language: languages[language]["sum_recall"])
+
+
 def split_seed(model: str, seed: int | None) -> int:
     """
     The seed of the split that the model was trained with, as the `metrics.json` beside it tells.
@@ -115,7 +155,11 @@ def main(argv: list[str] | None = None):
     )
     parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
     parser.add_argument("--dataset", default="tuxpaint+cldr_emoji", help='builders, joined by "+"')
-    parser.add_argument("--target", default="gl", help="language of the queries")
+    parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
+    parser.add_argument("--visual_feature", help="folder of features, or a name in data_dir/FeatureData")
+    parser.add_argument("--media_dir", help="folder of pictures or videos; default: images or videos in data_dir")
+    parser.add_argument("--num_frames", type=int, default=8, help="of each video, as in training")
+    parser.add_argument("--target", default="gl", help="language of the queries; several, joined by commas; or all")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, help="of the split; default: the one that the model was trained with")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -130,24 +174,41 @@ def main(argv: list[str] | None = None):
 def evaluate(args: argparse.Namespace):
     model, processor = load_model(args.model)
     seed = split_seed(args.model, args.seed)
-    splits = load_caption_dataset(args.dataset, args.target, seed)
-    if args.split not in splits:
-        raise ValueError(f"No split {args.split!r}; there are {', '.join(splits)}.")
-    results = evaluate_dataset(model, processor, splits[args.split], batch_size=args.batch_size)
+    languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
+    if not languages:
+        raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
+    by_language, known_images = {}, {}
+    for language in languages:
+        options = {name: getattr(args, name) for name in ("data_dir", "visual_feature", "media_dir")}
+        options = {name: value for name, value in options.items() if value}
+        splits = load_caption_dataset(args.dataset, language, seed, **options)
+        if args.split not in splits:
+            raise ValueError(f"No split {args.split!r}; there are {', '.join(splits)}.")
+        by_language[language] = evaluate_dataset(
+            model, processor, splits[args.split], batch_size=args.batch_size, known_images=known_images,
+            num_frames=args.num_frames,
+        )  # fmt: skip
 
-    table = {}
-    for name, result in results.items():
-        table["{}: {captions} captions, {images} pictures".format(name, **result["counts"])] = result["metrics"]
-        table[f"{name}: chance"] = result["chance"]
+    table, report = {}, {}
+    if len(languages) == 1:
+        results = by_language[languages[0]]
+        for name, result in results.items():
+            table["{}: {captions} captions, {images} pictures".format(name, **result["counts"])] = result["metrics"]
+            table[f"{name}: chance"] = result["chance"]
+            suffix = "" if name == "all" else f"_{name}"
+            report |= {f"{args.split}{suffix}": result["metrics"], f"chance{suffix}": result["chance"]}
+        report["counts"] = {name: result["counts"] for name, result in results.items()}
+    else:
+        table = {language: results["all"]["metrics"] for language, results in by_language.items()}
+        mean, worst = mean_and_worst(table)
+        report = {"languages": dict(table), "mean": mean, "worst": table[worst], "worst_language": worst}
+        report["counts"] = {language: results["all"]["counts"] for language, results in by_language.items()}
+        table |= {f"mean of {len(languages)}": mean, f"worst: {worst}": table[worst]}
     print(f"\n{args.model}: {args.split} split of {args.dataset}, human {args.target} queries, split seed {seed}\n")
     print(format_table(table))
     if args.output:
         settings = {key: getattr(args, key) for key in ("model", "dataset", "target", "split")} | {"split_seed": seed}
-        report = {}
-        for name, result in results.items():
-            suffix = "" if name == "all" else f"_{name}"
-            report |= {f"{args.split}{suffix}": result["metrics"], f"chance{suffix}": result["chance"]}
-        report |= {"counts": {name: result["counts"] for name, result in results.items()}, "settings": settings}
+        report["settings"] = settings
         temporary = Path(f"{args.output}.{os.getpid()}")
         temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         os.replace(temporary, args.output)

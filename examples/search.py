@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from search_page import QueryRow, Result, draw_sheet, save_png
+from transformers import AutoProcessor
 
 from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.retriever import load_image
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None):
 def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
     """A trained model, ready to encode, and its processor. Raises ValueError where there is none."""
     try:
-        return NrccrModel.from_pretrained(name).eval(), NrccrProcessor.from_pretrained(name)
+        return NrccrModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
     except OSError as error:
         missing = (
             "" if Path(name).is_dir() else "there is no such folder (`make demo` trains outputs/demo); as a hub id: "

@@ -26,7 +26,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from card import write_model_card
-from data import find_font, language_name, load_translated_dataset
+from data import find_font, language_name, load_translated_dataset, query_origin
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source
 from search_page import QueryRow, Result, write_search_page
@@ -35,8 +35,10 @@ from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, se
 from transformers.trainer_utils import get_last_checkpoint
 
 from datasets_scripts.debian import FetchError
+from datasets_scripts.videos import read_frames
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
-from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.checkpoints import last_complete_checkpoint
+from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 
@@ -54,10 +56,13 @@ class ScriptArguments:
 
     config: str = option(str(DEMO_CONFIG), "YAML file with any of these fields.")
     dataset: str = option("tuxpaint+cldr_emoji", "Builders of datasets_scripts, joined by '+'.")
-    data_dir: str | None = option(None, "Folder with the contents of the Debian packages; fetched where not given.")
+    data_dir: str | None = option(None, "Folder of the data; Debian packages are fetched where it is not given.")
+    visual_feature: str | None = option(None, "Features: a folder, a name in data_dir/FeatureData, or none.")
+    media_dir: str | None = option(None, "Folder of pictures or videos; default: images or videos in data_dir.")
+    num_frames: int = option(8, "Frames of each video, sampled uniformly.")
     source_language: str = option("en", "Language of the captions that exist.")
     target_language: str = option("gl", "Language of the searches.")
-    translator: str = option("apertium", "Machine translation engine.")
+    translator: str = option("apertium", "Machine translation engine; none: as the data came.")
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
@@ -101,8 +106,9 @@ class ModelArguments:
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
 
     def build(self) -> tuple[NrccrModel, NrccrProcessor]:
-        text_encoder = find_encoder(self.text_encoder)
-        vision_encoder = None if self.vision_encoder == "none" else find_encoder(self.vision_encoder)
+        with PartialState().main_process_first():  # it may fetch and build them
+            text_encoder = find_encoder(self.text_encoder)
+            vision_encoder = None if self.vision_encoder == "none" else find_encoder(self.vision_encoder)
         names = vars(self).keys() & NrccrConfig.__dataclass_fields__.keys()
         model = NrccrModel.from_encoders(text_encoder, vision_encoder, **{name: getattr(self, name) for name in names})
         tokenizer = AutoTokenizer.from_pretrained(
@@ -138,22 +144,46 @@ class Experiment:
         with PartialState().main_process_first():
             self.dataset, self.translator = load_translated_dataset(
                 script.dataset, script.source_language, script.target_language, script.split_seed, script.target,
-                script.translator, script.data_dir,
+                script.translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
             )  # fmt: skip
-        self.rows = self.dataset.remove_columns("image")
+        columns = self.dataset["train"].column_names
+        self.media = next(column for column in MEDIA_COLUMNS if column in columns)
+        # what is cached; features come from their files as they are
+        self.rows = self.dataset if self.media == "visual_feats" else self.dataset.remove_columns(self.media)
+        if self.media == "visual_feats" and model.vision_encoder == "none" and model.visual_feat_dim is None:
+            model.visual_feat_dim = self.dataset["train"][0]["visual_feats"].shape[-1]
         self.cache: FeatureCache | None = None
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
-        if self.cache is None:
-            self.cache = FeatureCache(model, processor)
+        """Of all splits; the first process of each machine computes them, the others read what it wrote."""
+        if self.cache is not None:
+            return self.cache
+        state, shared = PartialState(), None
+        if state.num_processes > 1:
+            machine = state.process_index - state.local_process_index
+            shared = Path(f"{self.args.output_dir}-checkpoints", f"features-{machine}")
+        with state.local_main_process_first():
+            if shared is not None and state.is_local_main_process:  # of a killed run
+                shutil.rmtree(shared, ignore_errors=True)
+            self.cache = FeatureCache(model, processor, shared)
             columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
             self.cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
             for split, rows in self.rows.items():
                 index = {image_id: i for i, image_id in enumerate(rows["image_id"])}
-                self.cache.add_images(
-                    index, lambda image_id, s=split, at=index: self.dataset[s][at[image_id]]["image"]
-                )
+                if self.media != "visual_feats":
+                    self.cache.add_images(index, lambda image_id, s=split, at=index: self.picture(s, at[image_id]))
+        state.wait_for_everyone()
+        if shared is not None and state.is_local_main_process:
+            shutil.rmtree(shared, ignore_errors=True)
         return self.cache
+
+    def picture(self, split: str, row: int):
+        """A row's picture, or the frames of its video."""
+        media = self.dataset[split][row][self.media]
+        return self.load_video(media) if self.media == "video" else media
+
+    def load_video(self, video) -> list:
+        return read_frames(video, self.script.num_frames)
 
     def train(self, name: str, **changes) -> NrccrTrainer:
         """A trained model, the best on validation; `changes` to the training arguments."""
@@ -166,7 +196,9 @@ class Experiment:
         model.set_trained_layers(args.trained_text_layers, args.train_vision_tower)
         cached = args.trained_text_layers >= 0 and not (args.train_vision_tower or args.frozen_dropout)
         cached = cached and not model.config.pool_padding
-        collator = DataCollatorForCrossLingualRetrieval(self.cached(model, processor) if cached else processor)
+        collator = DataCollatorForCrossLingualRetrieval(
+            self.cached(model, processor) if cached else processor, load_video=self.load_video
+        )
         rows = self.rows if cached else self.dataset
         trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator)
         trainer.train(resume_from_checkpoint=self.checkpoint(directory))
@@ -176,18 +208,27 @@ class Experiment:
         resume = self.args.resume_from_checkpoint
         if resume and str(resume).lower() != "true":
             return resume if directory.name == "nrccr" else None
-        last = get_last_checkpoint(directory) if directory.is_dir() else None
-        if resume or last is None:
-            return last
-        if not self.script.overwrite:
+        if resume:
+            return last_complete_checkpoint(directory)
+        held = directory.is_dir() and get_last_checkpoint(directory) is not None
+        PartialState().wait_for_everyone()  # all have looked before one removes
+        if held and not self.script.overwrite:
             raise ValueError(
                 f"{directory} holds checkpoints of an earlier run: --resume_from_checkpoint true goes on from them, "
                 "--overwrite true replaces them"
             )
-        if PartialState().is_main_process:
+        if held and PartialState().is_main_process:
             shutil.rmtree(directory)
         PartialState().wait_for_everyone()
         return None
+
+    def has(self, column: str) -> bool:
+        """Whether every row of validation and test has a caption in `column`; human English is no machine's query."""
+        held_out = [self.rows[split] for split in ("validation", "test")]
+        if column == "source_caption" and self.script.translator == "none":
+            if any(rows[column] == rows["reference_source_caption"] for rows in held_out):
+                return False
+        return not any(rows.data.column(column).null_count for rows in held_out)
 
     def test(self, trainer: NrccrTrainer, query_column: str, split: str = "test"):
         """Embeddings of queries and pictures, and the picture of each query."""
@@ -206,13 +247,19 @@ def best_fusion_weight(target: torch.Tensor, source: torch.Tensor, images: torch
 
 def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, shown: int = 5) -> list[QueryRow]:
     """Queries drawn at random (not chosen) by the run's seed, with the best pictures of each."""
-    rows, pictures = experiment.rows["test"], experiment.dataset["test"]
+    rows = experiment.rows["test"]
     captions, references = rows["target_caption"], rows["reference_source_caption"]
     source = experiment.script.search_page
     kept = [i for i, image_id in enumerate(rows["image_id"]) if source in ("all", image_id.split("/")[0])]
     if not kept:
         raise ValueError(f"search_page={source!r}: all, none, or what stands before the '/' of an image_id")
     left_out = torch.ones(len(images), dtype=torch.bool).index_fill(0, owner[kept], False)
+    first = {image: row for row, image in reversed(list(enumerate(owner.tolist())))}  # a picture's first caption
+
+    def shown_picture(image: int):
+        media = experiment.picture("test", first[image])
+        return media[len(media) // 2] if experiment.media == "video" else media
+
     result = []
     for i in random.Random(experiment.args.seed).sample(kept, min(count, len(kept))):
         scores = (images @ queries[i]).masked_fill(left_out, -2)
@@ -223,7 +270,7 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
                 gloss=references[i],
                 machine_translation=rows["source_caption"][i],
                 results=[
-                    Result(pictures[j]["image"], captions[j], scores[j].item(), j == owner[i].item()) for j in best
+                    Result(shown_picture(j), captions[first[j]], scores[j].item(), j == owner[i].item()) for j in best
                 ],
                 rank_of_correct=int((scores > scores[owner[i]]).sum()) + 1,
             )
@@ -233,6 +280,7 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
 
 def main(arguments: list[str] | None = None):
     script, model_arguments, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    args.check_processes()  # before anything is fetched
     start = time.perf_counter()
     experiment = Experiment(script, model_arguments, args)
     fetched = time.perf_counter() - start
@@ -251,22 +299,27 @@ def main(arguments: list[str] | None = None):
             ("translated_query", "source_caption"),
             ("english_query", "reference_source_caption"),
         ):
-            baselines[name] = compute_retrieval_metrics(*experiment.test(english, column))
+            if experiment.has(column):
+                baselines[name] = compute_retrieval_metrics(*experiment.test(english, column))
     trainer = experiment.train("nrccr")
 
     queries, images, owner = experiment.test(trainer, "target_caption")
     image_ids = list(dict.fromkeys(experiment.rows["test"]["image_id"]))
     subsets = metrics_by_source(image_ids, queries, images, owner)
-    translated, _, _ = experiment.test(trainer, "source_caption")
     validation = experiment.test(trainer, "target_caption", "validation")
-    weight = best_fusion_weight(
-        validation[0], experiment.test(trainer, "source_caption", "validation")[0], *validation[1:]
-    )
+    weight, fused = 0.0, {}
+    if experiment.has("source_caption"):
+        translated, _, _ = experiment.test(trainer, "source_caption")
+        weight = best_fusion_weight(
+            validation[0], experiment.test(trainer, "source_caption", "validation")[0], *validation[1:]
+        )
+        embeds = fuse_query_embeds(queries, translated, weight)
+        fused = {"test_fused": compute_retrieval_metrics(embeds, images, owner)}
     report = {
         "validation": compute_retrieval_metrics(*validation),
         "test": compute_retrieval_metrics(queries, images, owner),
         **{f"test_{name}": part["metrics"] for name, part in subsets.items() if name != "all"},
-        "test_fused": compute_retrieval_metrics(fuse_query_embeds(queries, translated, weight), images, owner),
+        **fused,
         "chance": chance_metrics(len(queries), len(images), owner),
         "baselines": baselines,
         "settings": {
@@ -275,8 +328,14 @@ def main(arguments: list[str] | None = None):
             "target_language": script.target_language,
             "translator": experiment.translator.name,
             "target": script.target,
+            "queries": query_origin(experiment.rows["test"]),
             "seed": args.seed,
             "split_seed": script.split_seed,
+            "media": experiment.media,
+            "num_frames": script.num_frames if experiment.media == "video" else None,
+            "visual_feat_dim": trainer.model.config.visual_feat_dim,
+            "trained_text_layers": args.trained_text_layers,
+            "train_vision_tower": args.train_vision_tower,
             "pictures": {split: len(set(rows["image_id"])) for split, rows in experiment.rows.items()},
             "text_encoder": encoder_label(model_arguments.text_encoder),
             "vision_encoder": encoder_label(model_arguments.vision_encoder),
@@ -302,7 +361,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     os.replace(partial, output_dir / "metrics.json")
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])
-    if experiment.script.search_page != "none":
+    if experiment.script.search_page != "none" and experiment.media != "visual_feats":
         title = f"Picture search in {language_name(report['settings']['target_language'])}"
         rows_drawn = search_rows(experiment, *embeddings)
         write_search_page(output_dir, title, rows_drawn, font=find_font(experiment.script.data_dir))
@@ -321,7 +380,7 @@ def report_rows(report: dict) -> dict[str, dict]:
         f"NRCCR, {language} query": report["test"],
         "- emoji alone": report.get("test_emoji"),
         "- stamps alone": report.get("test_stamps"),
-        f"NRCCR, {language} query fused with its translation": report["test_fused"],
+        f"NRCCR, {language} query fused with its translation": report.get("test_fused"),
         f"(for comparison) {english}-only model, human {english} query": report["baselines"].get("english_query"),
     }
     return {name: metrics for name, metrics in asked.items() if metrics}

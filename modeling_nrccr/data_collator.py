@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -10,18 +11,20 @@ from .modeling_nrccr import VIEWS
 
 
 COLUMNS = {"source": "source_caption", "target": "target_caption", "back_translation": "back_translation"}
+MEDIA_COLUMNS = ("image", "video", "visual_feats")
 KEY_PREFIX = {"source": "", "target": "target_", "back_translation": "back_translation_"}
 
 
 @dataclass
 class DataCollatorForCrossLingualRetrieval:
     r"""
-    Collates rows with the columns `image_id`, `source_caption`, `target_caption`, `back_translation` and `image` (or
-    `visual_feats`, or neither where `processor` is a [`FeatureCache`], which knows pictures by their `image_id`).
+    Collates rows with the columns `image_id`, `source_caption`, `target_caption`, `back_translation` and `image`,
+    `video` or `visual_feats` (none where `processor` is a [`FeatureCache`], which knows pictures by their `image_id`).
 
     Args:
         processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
         views: Which views of a caption are collated; [`NrccrTrainer`] asks only for those that a loss reads.
+        load_video: Gives the frames (list of pictures) of what the column `video` holds; by default it holds them.
 
     Example, with a processor that gives ids:
 
@@ -34,6 +37,7 @@ class DataCollatorForCrossLingualRetrieval:
 
     processor: Callable
     views: tuple[str, ...] = VIEWS
+    load_video: Callable[[Any], list] = list
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = {}
@@ -56,9 +60,11 @@ class DataCollatorForCrossLingualRetrieval:
         return caption
 
     def media(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`pixel_values`, or `visual_feats` with their mask, of the rows' pictures."""
+        """`pixel_values` of the rows' pictures or videos, or `visual_feats`, with the mask of their frames."""
         if rows[0].get("visual_feats") is not None:
             return dict(self.processor(visual_feats=[row["visual_feats"] for row in rows], return_tensors="pt"))
+        if rows[0].get("video") is not None:
+            return dict(self.processor(videos=[self.load_video(row["video"]) for row in rows], return_tensors="pt"))
         images = [row["image"] if row.get("image") is not None else row["image_id"] for row in rows]
         return dict(self.processor(images=images, return_tensors="pt"))
 

@@ -40,12 +40,16 @@ class FeatureCache:
         self.texts.fill(new, self.boundary_states, batch_size, self.model)
 
     def add_images(self, image_ids: Iterable[str], load, batch_size: int = 16):
-        """Features of every new picture; `load(image_id)` returns a picture."""
+        """Features of every new picture or video; `load(image_id)` returns a picture, or a list of frames."""
         new = [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self.images.rows]
 
         def features(ids: list[str]) -> list[torch.Tensor]:
-            inputs = self.processor(images=[load(image_id) for image_id in ids], return_tensors="pt")
-            return list(self.model.visual_tower(**inputs.to(self.model.device)))
+            loaded = [load(image_id) for image_id in ids]
+            kind = "videos" if isinstance(loaded[0], list) else "images"
+            inputs = self.processor(**{kind: loaded}, return_tensors="pt").to(self.model.device)
+            mask = inputs.pop("visual_attention_mask", None)
+            feats = self.model.visual_tower(**inputs)
+            return list(feats) if mask is None else [row[of_row.bool()] for row, of_row in zip(feats, mask)]
 
         self.images.fill(new, features, batch_size, self.model)
 
@@ -54,18 +58,29 @@ class FeatureCache:
         states = self.model.text_tower.at_boundary(inputs["input_ids"], inputs["attention_mask"])
         return [row[mask.bool()] for row, mask in zip(states, inputs["attention_mask"])]
 
-    def __call__(self, text: list[str] | None = None, images: list[str] | None = None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, text: list[str] | None = None, images: list[str] | None = None, visual_feats=None, **kwargs
+    ) -> BatchFeature:
         """`boundary_states (batch_size, sequence_length, hidden_size)` and `attention_mask`, or
-        `visual_feats (batch_size, 1, visual_feat_dim)`."""
+        `visual_feats (batch_size, num_frames, visual_feat_dim)`, of videos with `visual_attention_mask`. Pre-extracted
+        `visual_feats` need no cache: they go to the processor."""
         batch = BatchFeature()
         if text is not None:
-            states = [self.texts[caption] for caption in text]
-            lengths = torch.tensor([len(part) for part in states])
-            batch["boundary_states"] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+            batch["boundary_states"], batch["attention_mask"] = pad([self.texts[caption] for caption in text])
         if images is not None:
-            batch["visual_feats"] = torch.stack([self.images[image_id] for image_id in images])
+            batch["visual_feats"], mask = pad([self.images[image_id] for image_id in images])
+            if mask.shape[1] > 1:
+                batch["visual_attention_mask"] = mask
+        if visual_feats is not None:
+            batch.update(self.processor(visual_feats=visual_feats, **kwargs))
         return batch
+
+
+def pad(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequences as one batch, and its mask, of shape `(batch_size, length)`."""
+    lengths = torch.tensor([len(part) for part in parts])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), mask
 
 
 class Store:

@@ -364,6 +364,18 @@ class NrccrVisualTower(nn.Module):
         return features.unflatten(0, (len(pixel_values), -1))
 
 
+def load_encoder(tower: NrccrTextTower | NrccrVisualTower, folder: str):
+    """Pretrained weights, of a hub id or a folder, into a tower. Raises ValueError where some are missing."""
+    # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
+    encoder, options = type(tower.encoder), {}
+    if isinstance(tower, NrccrTextTower) and "add_pooling_layer" in signature(encoder).parameters:
+        options["add_pooling_layer"] = False
+    loaded, info = encoder.from_pretrained(folder, config=tower.encoder.config, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{folder} lacks {', '.join(missing)} of {encoder.__name__}")
+    tower.encoder.load_state_dict(loaded.state_dict())
+
+
 # --------------------------------------------------------------------------------------------------------- model
 
 
@@ -424,19 +436,9 @@ class NrccrModel(NrccrPreTrainedModel):
         text_config = AutoConfig.from_pretrained(text_encoder)
         vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
         model = cls(NrccrConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
-        for tower, folder in ((model.text_tower, text_encoder), (model.visual_tower, vision_encoder)):
-            if tower is None:
-                continue
-            # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
-            encoder = type(tower.encoder)
-            options = {"add_pooling_layer": False} if "add_pooling_layer" in signature(encoder).parameters else {}
-            options = options if tower is model.text_tower else {}
-            loaded, info = encoder.from_pretrained(
-                folder, config=tower.encoder.config, output_loading_info=True, **options
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"{folder} lacks {', '.join(missing)} of {encoder.__name__}")
-            tower.encoder.load_state_dict(loaded.state_dict())
+        load_encoder(model.text_tower, text_encoder)
+        if model.visual_tower is not None:
+            load_encoder(model.visual_tower, vision_encoder)
         return model
 
     def set_trained_layers(self, text_layers: int | None = None, vision: bool = True, frozen_dropout: bool = False):

@@ -30,6 +30,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def to_square(image: Image.Image) -> Image.Image:
+    """Padded with white to a square."""
+    return ImageOps.pad(image, (max(image.size), max(image.size)), color="white")
+
+
+def frame_mask(counts: Sequence[int]) -> np.ndarray:
+    """1 for a frame, 0 for padding, of shape `(batch_size, max(counts))`."""
+    return (np.arange(max(counts)) < np.array(counts)[:, None]).astype(np.int64)
+
+
 class NrccrTextProcessor(ProcessorMixin):
     r"""
     Processor of a model that takes pre-extracted visual features: tokenizer only, pictures are refused.
@@ -62,6 +72,7 @@ class NrccrTextProcessor(ProcessorMixin):
         visual_feats: Sequence | None = None,
         padding: bool | str = "longest",
         return_tensors: str | None = None,
+        videos: Sequence[Sequence] | None = None,
     ) -> BatchFeature:
         """
         Args:
@@ -71,11 +82,13 @@ class NrccrTextProcessor(ProcessorMixin):
                 Pre-extracted features of each picture or video; a vector is one frame.
             padding: As the tokenizer's.
             return_tensors (`str`, *optional*): "pt", "np" or None.
+            videos (list of lists of pictures): The frames of each video, which may differ in number.
 
         Returns:
             Of what was given: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`,
-            `pixel_values` of shape `(batch_size, num_channels, height, width)`, and `visual_feats` of shape
-            `(batch_size, num_frames, visual_feat_dim)` with `visual_attention_mask` of shape
+            `pixel_values` of shape `(batch_size, num_channels, height, width)`, of videos
+            `(batch_size, num_frames, num_channels, height, width)`, and `visual_feats` of shape
+            `(batch_size, num_frames, visual_feat_dim)`; the last two with `visual_attention_mask` of shape
             `(batch_size, num_frames)`.
 
         Raises:
@@ -84,9 +97,11 @@ class NrccrTextProcessor(ProcessorMixin):
         """
         text = [text] if isinstance(text, str) else text
         images = images if images is None or isinstance(images, (list, tuple)) else [images]
-        given = [rows for rows in (text, images, visual_feats) if rows is not None]
+        given = [rows for rows in (text, images, visual_feats, videos) if rows is not None]
         if not given or not all(len(rows) for rows in given):
-            raise ValueError(f"{type(self).__name__} needs text, images or visual_feats, of at least one row")
+            raise ValueError(f"{type(self).__name__} needs text, images, videos or visual_feats, of at least one row")
+        if sum(rows is not None for rows in (images, visual_feats, videos)) > 1:
+            raise ValueError(f"{type(self).__name__} takes one of images, videos and visual_feats at a time")
         data = {}
         if text is not None:
             data.update(self._process_text(list(text), padding))
@@ -94,6 +109,8 @@ class NrccrTextProcessor(ProcessorMixin):
             data.update(self._process_pictures(list(images), return_tensors))
         if visual_feats is not None:
             data.update(self._process_visual_feats(visual_feats))
+        if videos is not None:
+            data.update(self._process_videos([list(frames) for frames in videos]))
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _process_text(self, text: list[str], padding: bool | str) -> dict:
@@ -127,6 +144,24 @@ class NrccrTextProcessor(ProcessorMixin):
             "pass them as visual_feats, or use a checkpoint that has a vision_config"
         )
 
+    def _process_videos(self, videos: list[list]) -> dict:
+        """Frames as pictures, put back together, the shorter videos padded with zeros."""
+        if empty := [row for row, frames in enumerate(videos) if not frames]:
+            raise ValueError(f"video in row {empty[0]} has no frames: leave the row out")
+        counts = [len(frames) for frames in videos]
+        pictures = [picture for frames in videos for picture in frames]
+        inputs = self._process_pictures(pictures, "pt")
+        if set(inputs) != {"pixel_values"}:
+            raise ValueError(
+                f"{type(self.image_processor).__name__} gives {', '.join(inputs)}, and frames of several shapes make "
+                "no video: use an image processor of one shape"
+            )
+        frames = inputs["pixel_values"].split(counts)
+        return {
+            "pixel_values": pad_sequence(frames, batch_first=True).numpy(force=True),
+            "visual_attention_mask": frame_mask(counts),
+        }
+
     def _process_visual_feats(self, visual_feats: Sequence) -> dict:
         rows, dim = [], self.visual_feat_dim
         for row, feats in enumerate(visual_feats):
@@ -144,10 +179,9 @@ class NrccrTextProcessor(ProcessorMixin):
                     "extract its features again, or leave the row out"
                 )
             rows.append(feats)
-        mask = pad_sequence([torch.ones(len(feats), dtype=torch.long) for feats in rows], batch_first=True)
         return {
             "visual_feats": pad_sequence(rows, batch_first=True).numpy(force=True),
-            "visual_attention_mask": mask.numpy(),
+            "visual_attention_mask": frame_mask([len(feats) for feats in rows]),
         }
 
 
@@ -195,9 +229,7 @@ class NrccrProcessor(NrccrTextProcessor):
                 f"picture in row {row} ({path or type(image).__name__}) cannot be read: {error}; "
                 "replace it, or leave the row out"
             ) from error
-        if self.pad_to_square:
-            rgb = ImageOps.pad(rgb, (max(rgb.size), max(rgb.size)), color="white")
-        return rgb
+        return to_square(rgb) if self.pad_to_square else rgb
 
 
 # Inherited by NrccrProcessor. Here, so that every process that saves a processor copies this file beside it.

@@ -153,7 +153,8 @@ class NrccrTrainer(Trainer):
             return inputs
         pad_token_id = getattr(self.model.config.text_config, "pad_token_id", None) or 0
         for name, value in inputs.items():
-            if name.endswith(("input_ids", "boundary_states")) or name in MASKS or name == "visual_feats":
+            frames = name == "visual_feats" or (name == "pixel_values" and value.ndim == 5)
+            if frames or name in MASKS or name.endswith(("input_ids", "boundary_states")):
                 pad_index = pad_token_id if name.endswith("input_ids") else 0
                 inputs[name] = self.accelerator.pad_across_processes(value, dim=1, pad_index=pad_index)
         return inputs

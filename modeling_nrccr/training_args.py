@@ -5,6 +5,7 @@ import shlex
 import sys
 from dataclasses import dataclass, field
 
+import torch
 from accelerate.utils import str_to_bool
 from torch import nn
 from transformers import TrainingArguments
@@ -82,6 +83,8 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     )
 
     def __post_init__(self):
+        if launched_processes() > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate makes no group of them, and each trains alone
         super().__post_init__()
         if self.discriminator_kind not in KINDS:
             raise ValueError(f"discriminator_kind={self.discriminator_kind!r}: one of {', '.join(KINDS)}")
@@ -111,6 +114,11 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
                 f"negatives. Start one process a GPU:\n    torchrun --nproc_per_node {self.n_gpu} "
                 f"{shlex.join(sys.argv)}\nor choose one GPU with CUDA_VISIBLE_DEVICES=0"
             )
+        if launched_processes() > 1 and self.world_size == 1:
+            raise ValueError(
+                f"{launched_processes()} processes were started, but each would train alone and overwrite the others' "
+                "files, because accelerate knows no way to connect them: use one process, or set use_cpu=True"
+            )
         if self.world_size == 1:
             return
         if not self.dataloader_drop_last:
@@ -130,6 +138,11 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
                     f"train_vision_tower=True with {self.world_size} processes: the BatchNorm of this vision tower "
                     "would see each process's part of a batch. Leave the tower frozen, or train in one process"
                 )
+
+
+def launched_processes() -> int:
+    """As many as torchrun says that it has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def enabled(variable: str) -> bool:

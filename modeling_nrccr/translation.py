@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # ISO 639-1 codes, as used everywhere else, and the ISO 639-3 codes that newer Apertium modes are named by.
 _ISO_639_3 = dict(
@@ -252,7 +255,8 @@ def add_translations(dataset_dict, translator: Translator, source: str = "en", t
     - `train`: `target_caption`, where there is none, from `source_caption`, with the engine's name as
       `target_origin`; `back_translation` from `target_caption`.
     - every other split: `source_caption` from the human `target_caption`, for query fusion. What was there is
-      replaced: human English belongs in `reference_source_caption`.
+      replaced: human English belongs in `reference_source_caption`. Where there is no human `target_caption`, the
+      translation of `reference_source_caption` stands in, with the engine's name as `target_origin`, and a warning.
 
     Returns:
         `DatasetDict`: new, with the same columns, rows and pictures.
@@ -268,18 +272,22 @@ def add_translations(dataset_dict, translator: Translator, source: str = "en", t
             raise ValueError(f"{name} has target_language {languages}, not {target!r} alone")
         if not len(dataset):
             result[name] = dataset
-        elif name != "train":
-            captions = _translate_column(name, dataset, "target_caption", translator, target, source)
-            result[name] = _replace_columns(dataset, {"source_caption": captions})
         else:
+            column = "source_caption" if name == "train" else "reference_source_caption"
             captions, origins = list(dataset["target_caption"]), list(dataset["target_origin"])
             rows = [row for row, caption in enumerate(captions) if caption is None]
-            if rows:
-                subset = dataset.select_columns(["caption_id", "source_caption"]).select(rows)
-                made = _translate_column(name, subset, "source_caption", translator, source, target)
+            if rows and column in dataset.column_names:
+                if name != "train":
+                    logger.warning(
+                        f"{name}: {len(rows)} of {len(captions)} rows have no human {target} caption; translations by "
+                        f"{translator.name} stand in, so results on them are not results on human queries"
+                    )
+                subset = dataset.select_columns(["caption_id", column]).select(rows)
+                made = _translate_column(name, subset, column, translator, source, target)
                 for row, caption in zip(rows, made):
                     captions[row], origins[row] = caption, translator.name
-            dataset = _replace_columns(dataset, {"target_caption": captions, "target_origin": origins})
+                dataset = _replace_columns(dataset, {"target_caption": captions, "target_origin": origins})
             back = _translate_column(name, dataset, "target_caption", translator, target, source)
-            result[name] = _replace_columns(dataset, {"back_translation": back})
+            filled = "back_translation" if name == "train" else "source_caption"
+            result[name] = _replace_columns(dataset, {filled: back})
     return type(dataset_dict)(result)

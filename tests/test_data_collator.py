@@ -31,3 +31,14 @@ def test_a_missing_caption_names_row_and_remedy(caption):
     rows[1]["target_caption"] = caption
     with pytest.raises(ValueError, match=r"target_caption of 'toy/1#0' is .*translate the data set first"):
         DataCollatorForCrossLingualRetrieval(WordProcessor())(rows)
+
+
+def test_videos_are_loaded_from_what_their_column_holds():
+    def processor(text=None, videos=None, **kwargs):
+        return {"pixel_values": list(map(len, videos))} if videos else {"input_ids": text}
+
+    rows = [row | {"image": None, "video": {"path": "ab" * n}} for n, row in enumerate(toy_rows(2), 1)]
+    collator = DataCollatorForCrossLingualRetrieval(
+        processor, ("source",), load_video=lambda video: list(video["path"])
+    )
+    assert collator(rows)["pixel_values"] == [2, 4]

@@ -42,3 +42,29 @@ def test_nan_names_the_caption():
         model.text_tower.encoder.embeddings.word_embeddings.weight[2 + sum(map(ord, "bad")) % 35] = float("nan")
     with pytest.raises(ValueError, match="NaN or infinity for 'bad'"):
         FeatureCache(model, WordProcessor()).add_texts(["good one", "bad"])
+
+
+def test_cached_videos_give_what_frames_give():
+    from PIL import Image
+    from transformers import BatchFeature
+
+    tower = {"model_type": "efficientnet_lite", "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_size": 16}
+    model = tiny_model(vision_config=tower, visual_feat_dim=None, visual_head="attention")
+    clips = {"a": [Image.new("RGB", (32, 32), c) for c in ("red", "blue", "green")], "b": [Image.new("RGB", (32, 32))]}
+
+    def processor(videos, **kwargs):
+        frames = [
+            torch.stack([torch.tensor(list(f.getdata())).view(32, 32, 3).permute(2, 0, 1) / 255 for f in v])
+            for v in videos
+        ]
+        mask = [torch.ones(len(f), dtype=torch.long) for f in frames]
+        pixels, mask = (torch.nn.utils.rnn.pad_sequence(part, batch_first=True) for part in (frames, mask))
+        return BatchFeature({"pixel_values": pixels, "visual_attention_mask": mask})
+
+    cache = FeatureCache(model, processor)
+    cache.add_images(clips, clips.get)
+    cached = cache(images=["b", "a"])
+    assert cached["visual_attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    with torch.no_grad():
+        expected = model.get_image_features(**processor([clips["b"], clips["a"]])).pooler_output
+        torch.testing.assert_close(model.get_image_features(**cached).pooler_output, expected)

@@ -105,8 +105,9 @@ class Recorder(TrainerCallback):
 
 def arguments(directory: Path, **changes) -> NrccrTrainingArguments:
     settings = dict(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, seed=3, learning_rate=2e-3, max_grad_norm=1.0,
-        logging_steps=1, per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)),
+        output_dir=str(directory), disable_tqdm=True, seed=3, learning_rate=2e-3, max_grad_norm=1.0, logging_steps=1,
+        use_cpu="WORLD_SIZE" not in os.environ,  # who starts several without a GPU need not say so
+        per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)),
         eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
     )  # fmt: skip
     return NrccrTrainingArguments(**(settings | changes))
@@ -193,7 +194,8 @@ def launch(directory: Path, processes: int) -> tuple[list[dict[str, torch.Tensor
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
          __file__, str(directory)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=150,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-5000:]
     tensors = [load_file(directory / f"{rank}.safetensors") for rank in range(processes)]
@@ -300,6 +302,13 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/train.py", "--output_dir", "my outputs"])
     monkeypatch.setattr(NrccrTrainingArguments, "n_gpu", 4)
     refused(tmp_path, r"torchrun --nproc_per_node 4 examples/train.py --output_dir 'my outputs'\n")
+
+
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    args = arguments(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but each would train alone.*use_cpu=True"):
+        NrccrTrainer(None, args)
 
 
 def test_what_would_differ_on_several_processes_is_refused(tmp_path, monkeypatch):

@@ -184,8 +184,39 @@ def test_bad_visual_feats_are_named(processor, feats, message):
 
 @pytest.mark.parametrize("inputs", [{}, {"text": []}, {"text": ["a dog"], "images": []}, {"visual_feats": []}])
 def test_nothing_given_is_an_error(processor, inputs):
-    with pytest.raises(ValueError, match="needs text, images or visual_feats, of at least one row"):
+    with pytest.raises(ValueError, match="needs text, images, videos or visual_feats, of at least one row"):
         processor(**inputs)
+
+
+def test_videos_are_frames_padded_and_masked(processor):
+    red, white, small = (Image.new("RGB", (30, 30), colour) for colour in ("red", "white", "black"))
+    batch = processor(videos=[[red], (white, small, white)], return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 3, 3, 20, 20)
+    assert batch["visual_attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    alone = processor(images=[red, white, small], return_tensors="pt")["pixel_values"]
+    assert torch.equal(batch["pixel_values"][0, 0], alone[0]) and torch.equal(batch["pixel_values"][1, 1], alone[2])
+    assert not batch["pixel_values"][0, 1:].any()
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        ({"videos": [[Image.new("RGB", (9, 9))], []]}, "video in row 1 has no frames"),
+        ({"videos": [["nowhere.png"]]}, "nowhere.png"),
+        (
+            {"videos": [[Image.new("RGB", (9, 9))]], "images": ["a.png"]},
+            "takes one of images, videos and visual_feats",
+        ),
+    ],
+)
+def test_bad_videos_are_named(processor, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        processor(**inputs)
+
+
+def test_a_model_of_features_refuses_videos(tokenizer):
+    with pytest.raises(ValueError, match="has no image processor"):
+        NrccrTextProcessor(tokenizer)(videos=[[Image.new("RGB", (9, 9))]])
 
 
 def test_save_and_load(processor, tmp_path):

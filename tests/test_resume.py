@@ -115,8 +115,11 @@ def run(directory: Path, schedule: str, moment: str | None = None, step: int = 0
     trainer.train(resume_from_checkpoint=True)
     metrics = trainer.evaluate()
     save_file(trainer.model.state_dict(), directory / "final.safetensors")
-    report = {"metrics": metrics, "log": trainer.state.log_history, "epoch": trainer.state.epoch, "loads": loads,
-              "from": started.step, "warnings": warnings, "best": trainer.state.best_global_step}  # fmt: skip
+    state = trainer.state
+    report = {
+        "metrics": metrics, "log": state.log_history, "epoch": state.epoch, "best": state.best_global_step,
+        "best_path": state.best_model_checkpoint, "from": started.step, "loads": loads, "warnings": warnings,
+    }  # fmt: skip
     (directory / "final.json").write_text(json.dumps(report))
 
 
@@ -200,6 +203,7 @@ def check_ends_alike(server, whole, directory: Path, schedule: str) -> dict:
         step = TrainerState.load_from_json(str(Path(newest, "trainer_state.json"))).best_global_step
         assert is_complete(directory / f"checkpoint-{step}")
     report, (expected_directory, expected, _) = finish(server, directory, schedule), whole[schedule]
+    assert report["best_path"] == str(directory / f"checkpoint-{report['best']}")  # even if the folder was moved
     assert report["from"] == (int(newest.rpartition("-")[2]) if newest else 0)
     for key in ("metrics", "epoch", "best"):
         close(report[key], expected[key], key)

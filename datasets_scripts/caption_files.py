@@ -1,0 +1,214 @@
+"""
+Your own data: a CSV or JSONL file of `image,caption` beside a folder of pictures.
+
+    from datasets_scripts.caption_files import CaptionFiles
+    builder = CaptionFiles(data_dir="my-pictures", source_language="en", target_language="gl")
+    builder.download_and_prepare()
+    dataset = builder.as_dataset()
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .columns import caption_columns
+from .splits import group_key, split_of
+from .text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
+
+
+SUFFIXES = (".csv", ".jsonl")
+COLUMNS = {"image", "caption", "target_caption", "caption_id", "split", "group"}
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
+               "dev": "validation", "test": "test"}  # fmt: skip
+
+
+@dataclass
+class CaptionFilesConfig(TextFilesConfig):
+    """
+    BuilderConfig of CaptionFiles.
+
+    Args:
+        source_language, target_language (`str`): of the columns `caption` and `target_caption`.
+        seed (`int`, defaults to 0): of the group-wise split where the file has no column `split`, see [`split_of`].
+        caption_file (`str`, *optional*): its name in `data_dir`; the only CSV or JSONL file there.
+    """
+
+    source_language: str = "en"
+    target_language: str = "gl"
+    seed: int = 0
+    caption_file: str | None = None
+
+
+class CaptionFiles(TextFilesBuilder):
+    """
+    Pictures and captions of the user's own. Columns of the file in `data_dir` (CSV with a head line, or JSONL):
+    `image` (a path below `image_dir`, `data_dir` or its `images`; or `file_name`, as in an image folder of `datasets`)
+    and `caption`; if there are any, `target_caption` (by people: for an honest test), `split` (train, validation,
+    test), `caption_id`, and `group` (pictures that must stay on one side).
+    """
+
+    BUILDER_CONFIG_CLASS = CaptionFilesConfig
+    BUILDER_CONFIGS = [CaptionFilesConfig(name="default", version="1.0.0")]
+    LICENSE = "that of the pictures and captions in the folder"
+
+    @staticmethod
+    def _state_files(data_dir: Path, options: dict) -> Iterable[str]:
+        find_caption_file(data_dir, options.get("caption_file"))
+        return [""]  # the pictures may lie anywhere in it
+
+    def _read(self, dl_manager) -> dict[str, list[dict]]:
+        config = self.config
+        if config.data_dir is None:
+            raise ValueError(
+                "caption_files needs data_dir: the folder that holds a CSV or JSONL file of image,caption"
+            )
+        path = find_caption_file(Path(config.data_dir), config.caption_file)
+        records = read_records(path)
+        columns = {name for record in records for name in record}
+        self._places = {record["image"]: f"{path}, line {record['line']}: " for record in reversed(records)}
+        splits = split_by_column(path, records) if "split" in columns else split_by_group(records, config.seed)
+        rows, count, lines = {name: [] for name in self.SPLITS}, {}, {}
+        for record, split in zip(records, splits):
+            # One source name for all ("pictures"), and the whole path: a.png and a.jpg are two pictures.
+            image_id = f"pictures/{record['image']}"
+            k = count[image_id] = count.get(image_id, -1) + 1
+            caption_id = record.get("caption_id") or f"{image_id}#{k}"
+            if caption_id in lines:
+                raise ValueError(f"{path}, line {record['line']}: {caption_id} is in line {lines[caption_id]} already")
+            lines[caption_id] = record["line"]
+            human = record.get("target_caption")
+            if split == "train" and config.target == "human" and human is None:
+                raise ValueError(
+                    f"{path}, line {record['line']}: no target_caption, which target='human' trains on; add it, leave "
+                    "the row out, or train with target='translated'"
+                )
+            languages = {"target_language": config.target_language, "source_language": config.source_language}
+            options = {"split": split, "target": config.target, "caption_id": caption_id}
+            row = caption_columns(image_id, record["caption"], human, **languages, **options)
+            rows[split].append({**row, "picture": record["image"]})
+        return rows
+
+    def _picture_folders(self) -> list[str]:
+        return [folder for folder in (self.config.image_dir, self.config.data_dir) if folder is not None]
+
+    def _place(self, name: str) -> str:
+        return self._places[name]
+
+
+def find_caption_file(data_dir: Path, name: str | None = None) -> Path:
+    """`name` in the folder, or the only CSV or JSONL file there."""
+    files = [data_dir / name] if name else sorted(file for file in data_dir.glob("*") if file.suffix in SUFFIXES)
+    if len(files) > 1:
+        raise ValueError(
+            f"{data_dir} has {len(files)} files of captions, {', '.join(file.name for file in files)}: name one "
+            "(caption_file)"
+        )
+    if not files or not files[0].is_file() or files[0].suffix not in SUFFIXES:
+        raise FileNotFoundError(
+            f"{data_dir} has no {name or 'CSV or JSONL file'}: write image,caption in the first line of a .csv file "
+            "there, then a line for each caption"
+        )
+    return files[0]
+
+
+def read_records(path: Path) -> list[dict]:
+    """
+    The rows of a CSV or JSONL file as `{"line": number, "image": ..., "caption": ..., ...}`: the known columns that it
+    has, texts with single spaces, None where a cell is empty. Raises ValueError for what is amiss; names the line.
+    """
+    records, ignored = [], set()
+    for line, row in (read_csv if path.suffix == ".csv" else read_jsonl)(path):
+        if "image" not in row and "file_name" in row:
+            row["image"] = row.pop("file_name")
+        for name in ("image", "caption"):
+            if name not in row:
+                raise ValueError(
+                    f"{path}, line {line}: no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}"
+                )
+        ignored |= row.keys() - COLUMNS
+        record = {"line": line}
+        for name in COLUMNS & row.keys():
+            if not isinstance(row[name] or "", str):
+                raise ValueError(f"{path}, line {line}: {name} must be text, not {row[name]!r}")
+            record[name] = " ".join((row[name] or "").split()) or None
+        for name in ("image", "caption"):
+            if record[name] is None:
+                raise ValueError(f"{path}, line {line}: {name} is empty; fill it or leave the line out")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} has no rows; each is a picture's path and a caption")
+    if ignored:
+        print(f"{path.name}: columns that are not read: {', '.join(sorted(map(str, ignored)))}", flush=True)
+    return records
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
+    reader = csv.DictReader((f"{line}\n" for _, line in read_text_lines(path)), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {'more' if None in row else 'fewer'} fields than the first line "
+                    f"has, {','.join(reader.fieldnames)}; put captions with commas in quotes"
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.reader.line_num}: not readable as CSV ({error})") from error
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    for number, line in read_text_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not readable as JSON ({error}); each line is one object"
+            ) from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: must be an object with image and caption, not {line[:40]!r}")
+        yield number, row
+
+
+def split_by_column(path: Path, records: list[dict]) -> list[str]:
+    """The column `split`; a picture on two sides is an error."""
+    splits, first = [], {}
+    for record in records:
+        name = record.get("split")
+        if name not in SPLIT_NAMES:
+            raise ValueError(f"{path}, line {record['line']}: split is {name!r}, not train, validation or test")
+        splits.append(SPLIT_NAMES[name])
+        split, line = first.setdefault(record["image"], (splits[-1], record["line"]))
+        if split != splits[-1]:
+            raise ValueError(
+                f"{path}, line {record['line']}: {record['image']} is in {splits[-1]}, and in line {line} in {split}; "
+                "the captions of one picture belong on one side"
+            )
+    return splits
+
+
+def split_by_group(records: list[dict], seed: int) -> list[str]:
+    """
+    By hash of the group: pictures that share a caption (see [`group_key`]) or a `group` stay together, directly or by
+    way of others. A picture whose captions are its own falls where the other builders put such captions.
+    """
+    parent = {}
+
+    def root(key: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for record in records:
+        for other in (("caption", group_key(record["caption"])), ("group", record.get("group"))):
+            if other[1]:
+                first, second = sorted((root(("image", record["image"])), root(other)))
+                parent[second] = first  # the least key, a caption, stands for all
+    roots = [root(("image", record["image"])) for record in records]
+    pictures = len({record["image"] for record in records})
+    print(f"{pictures} pictures in {len(set(roots))} groups, seed {seed}", flush=True)
+    return [split_of(key, seed) for _, key in roots]

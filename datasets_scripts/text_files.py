@@ -1,0 +1,187 @@
+"""Caption files as they come from users and upstream: read whole and checked, each error with its file and line."""
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+
+from .columns import CaptionBuilder
+from .debian import data_fingerprint
+from .features import VisualFeats, open_features
+
+
+def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, plain or gzip, numbered from 1, without their ends; blank ones too."""
+    path, number = Path(path), 0
+    with path.open("rb") as file:
+        is_gzip = path.suffix == ".gz" or file.read(2) == b"\x1f\x8b"  # a downloaded file has no suffix
+    try:
+        with gzip.open(path) if is_gzip else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text.removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not UTF-8 ({error}); convert the file (`iconv -t UTF-8`)") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: damaged after line {number} ({error}); fetch the file again") from error
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """One caption a line, with single spaces. Raises ValueError for a line without text."""
+    captions = []
+    for number, line in read_text_lines(path):
+        captions.append(" ".join(line.split()))
+        if not captions[-1]:
+            raise ValueError(f"{path}, line {number}: no text; the files of other languages count on this line")
+    return captions
+
+
+def check_aligned(files: dict[Path, Sequence[str]]):
+    """Line i of one file belongs to line i of the others: raises ValueError where one is shorter."""
+    shortest, longest = min(files, key=lambda path: len(files[path])), max(files, key=lambda path: len(files[path]))
+    if len(files[shortest]) < len(files[longest]):
+        raise ValueError(
+            f"{shortest} ends after line {len(files[shortest])}, but {longest} has {len(files[longest])}: their lines "
+            "belong together; fetch both again"
+        )
+
+
+def find_pictures(folders: Iterable[str | Path], names: Iterable[str]) -> dict[str, str]:
+    """
+    The path of each named picture: in the first of `folders` that has it, else anywhere below them; without those that
+    are nowhere. Raises ValueError for a name that is below them twice.
+    """
+    names, files = list(dict.fromkeys(names)), {}
+    for folder in folders:
+        files |= {n: path for n in names if n not in files and os.path.isfile(path := os.path.join(folder, n))}
+    wanted = set(names) - files.keys()
+    for parent, _, found in (step for folder in (folders if wanted else ()) for step in os.walk(folder)):
+        for name in wanted.intersection(found):
+            path = os.path.join(parent, name)
+            if not os.path.samefile(files.setdefault(name, path), path):
+                raise ValueError(f"{name} is both {files[name]} and {path}: name it by its path, or remove one")
+    return files
+
+
+@dataclass
+class TextFilesConfig(datasets.BuilderConfig):
+    """
+    BuilderConfig of builders over caption files.
+
+    Args:
+        target (`str`, defaults to `"translated"`): `"translated"`, or `"human"` for the upper bound that trains on
+            human target captions.
+        image_dir (`str`, *optional*): the folder of the pictures; `images` in `data_dir` if that is there. Without
+            pictures `image` is None.
+        visual_feature (`str`, *optional*): the folder of pre-extracted features, which take the place of pictures;
+            `FeatureData` in `data_dir` if that is there and `image_dir` is not given.
+    """
+
+    target: str = "translated"
+    image_dir: str | None = None
+    visual_feature: str | None = None
+
+
+class TextFilesBuilder(CaptionBuilder):
+    """
+    Base of the builders over caption files in `data_dir`. A subclass reads its rows; pictures, or features in their
+    place, are found here.
+    """
+
+    BUILDER_CONFIG_CLASS = TextFilesConfig
+
+    def __init__(
+        self,
+        *args,
+        data_dir: str | Path | None = None,
+        image_dir: str | Path | None = None,
+        visual_feature: str | Path | None = None,
+        **kwargs,
+    ):
+        # datasets caches by options; the state of the files belongs to them.
+        state = []
+        if data_dir is not None:
+            data_dir = Path(data_dir).expanduser().absolute()
+            if visual_feature is None and image_dir is None and (data_dir / "FeatureData").is_dir():
+                visual_feature = data_dir / "FeatureData"
+            if image_dir is None and (data_dir / "images").is_dir():
+                image_dir = data_dir / "images"
+            state.append(data_fingerprint(dict(enumerate(self._state_files(data_dir, kwargs))), data_dir))
+            kwargs["data_dir"] = str(data_dir)
+        if visual_feature is not None:
+            visual_feature = Path(visual_feature).expanduser().absolute()
+            state.append(data_fingerprint({"": ""}, visual_feature))
+            kwargs["visual_feature"] = str(visual_feature)
+        if image_dir is not None:
+            image_dir = Path(image_dir).expanduser().absolute()
+            state.append(data_fingerprint({"": ""}, image_dir))
+            kwargs["image_dir"] = str(image_dir)
+        if state:
+            kwargs.setdefault("hash", "-".join(state))
+        super().__init__(*args, **kwargs)
+
+    def _info(self) -> datasets.DatasetInfo:
+        if self.config.visual_feature is not None:
+            self.MEDIA = {"visual_feats": VisualFeats()}
+        return super()._info()
+
+    @staticmethod
+    def _state_files(data_dir: Path, options: dict) -> Iterable[str]:
+        """The caption files, or folders of them, that a build reads, below `data_dir`."""
+        raise NotImplementedError
+
+    def _read(self, dl_manager) -> dict[str, list[dict]]:
+        """Rows by split: the columns of captions, and `picture`, a file's name."""
+        raise NotImplementedError
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        ((column, _),) = self.MEDIA.items()
+        self._rows = self._read(dl_manager)
+        others = [split for split in self._rows if split not in self.SPLITS]
+        for splits in ([split for split in self._rows if split in self.SPLITS], *([split] for split in others)):
+            rows = [row for split in splits for row in self._rows[split]]
+            try:
+                media = self._media({row["picture"]: row["image_id"] for row in rows})
+            except FileNotFoundError as error:
+                if splits[0] in self.SPLITS:
+                    raise
+                print(f"{splits[0]} is left out: {error}", flush=True)  # another collection, which few have
+                del self._rows[splits[0]]
+                continue
+            for row in rows:
+                row[column] = media[row.pop("picture")]
+        sizes = ", ".join(f"{name} {len(split)}" for name, split in self._rows.items())
+        print(f"{self.name} {self.config.name}: captions {sizes}", flush=True)
+        return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name, r in self._rows.items() if r]
+
+    def _media(self, names: dict[str, str]) -> dict[str, dict | None]:
+        """What the media column holds, by picture name. `names`: picture name -> `image_id`."""
+        folders = self._picture_folders()
+        if self.config.visual_feature is not None:
+            folders, what, option = [self.config.visual_feature], "features", "visual_feature"
+            reader = open_features(self.config.visual_feature)
+            ids = {name: (image_id, name, Path(name).stem) for name, image_id in names.items()}
+            ids = {name: next((key for key in keys if key in reader), None) for name, keys in ids.items()}
+            media = {name: {"path": str(reader.path), "id": key} for name, key in ids.items() if key is not None}
+        elif folders:
+            what, option = "pictures", "image_dir"
+            media = {name: {"path": path, "bytes": None} for name, path in find_pictures(folders, names).items()}
+        else:
+            return dict.fromkeys(names)
+        if missing := [name for name in names if name not in media]:
+            raise FileNotFoundError(
+                f"{self._place(missing[0])}{' and '.join(folders)} has no {what} of {missing[0]}, nor of "
+                f"{len(missing) - 1:,} others of {len(names):,}; add them, or name the folder that has them ({option})"
+            )
+        return media
+
+    def _picture_folders(self) -> list[str]:
+        return [self.config.image_dir] if self.config.image_dir else []
+
+    def _place(self, name: str) -> str:
+        """Where a picture is named, for messages."""
+        return ""

@@ -1,0 +1,207 @@
+"""Extracts features of pictures and videos by any vision tower, once, for trainings that read them:
+
+    accelerate launch examples/extract_features.py --media videos --output FeatureData/lite0 --num_frames 8
+
+Writes shards into `--output`, which the builders of `datasets_scripts` read (`visual_feature`). An item's id is its
+file's name without suffix. Run again, it goes on where it was ended, and adds what is new in `--media`.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from accelerate import PartialState
+from encoders import encoder_label, find_encoder
+from PIL import Image
+from safetensors.numpy import save
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoImageProcessor
+
+from datasets_scripts.benchmark import media_files
+from datasets_scripts.features import ShardFeatures
+from datasets_scripts.videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_frames
+from modeling_nrccr import NrccrConfig
+from modeling_nrccr.feature_cache import fingerprint
+from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
+from modeling_nrccr.processing_nrccr import to_rgb, to_square
+
+
+ROWS_A_GROUP = 16  # of Parquet: what reading one item reads
+
+
+class Extractor:
+    """A vision tower and its image processor: pictures to features of shape `(num_pictures, dim)`."""
+
+    def __init__(self, vision_encoder: str, output: str = "pooled", pad_to_square: bool = True):
+        folder = find_encoder(vision_encoder)
+        config = NrccrConfig(vision_config=AutoConfig.from_pretrained(folder), visual_encoder_output=output)
+        self.tower = NrccrVisualTower(config)
+        load_encoder(self.tower, folder)
+        self.tower.eval().to(PartialState().device)
+        self.image_processor = AutoImageProcessor.from_pretrained(folder)
+        self.pad_to_square = pad_to_square
+        self.settings = {
+            "vision_encoder": encoder_label(folder),
+            "fingerprint": fingerprint(self.tower, self.image_processor),
+            "visual_encoder_output": output,
+            "pad_to_square": pad_to_square,
+        }
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        pictures = [to_square(to_rgb(picture)) if self.pad_to_square else to_rgb(picture) for picture in pictures]
+        inputs = self.image_processor(pictures, return_tensors="pt").to(PartialState().device)
+        return self.tower(**inputs).squeeze(1).float().cpu()
+
+
+def write_shard(path: Path, feats: dict[str, np.ndarray]):
+    """A shard, at once or not at all. `feats`: by item, of shape `(num_frames, dim)`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    if path.suffix == ".safetensors":
+        header = {
+            "image_ids": json.dumps(list(feats)),
+            "num_frames": json.dumps([len(part) for part in feats.values()]),
+        }
+        partial.write_bytes(save({"visual_feats": np.concatenate(list(feats.values()))}, metadata=header))
+    else:
+        dim = next(iter(feats.values())).shape[1]
+        columns = {
+            "image_id": pa.array(list(feats)),
+            "visual_feats": pa.array([part.tolist() for part in feats.values()], pa.list_(pa.list_(pa.float32()))),
+        }
+        table = pa.table(columns).replace_schema_metadata({"dim": str(dim)})
+        pq.write_table(table, partial, row_group_size=ROWS_A_GROUP)
+    os.replace(partial, path)
+
+
+def start(output: Path, settings: dict) -> ShardFeatures:
+    """The shards that are there, once it is sure that they were made with the same settings."""
+    state, record = PartialState(), output / "settings.json"
+    with state.main_process_first():
+        output.mkdir(parents=True, exist_ok=True)
+        if not record.exists():
+            partial = output / f"settings.json.{os.getpid()}.tmp"
+            partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+            os.replace(partial, record)
+    found = json.loads(record.read_text(encoding="utf-8"))
+    if other := [
+        f"{key} {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
+    ]:
+        raise ValueError(f"{output} holds features made with {'; '.join(other)}: name another --output, or remove it")
+    shards = sorted(file for file in output.glob("features-*") if file.suffix in (".safetensors", ".parquet"))
+    done = ShardFeatures(output, shards)
+    state.wait_for_everyone()  # all have listed the same shards before one is added
+    if state.is_main_process:
+        for leftover in output.glob("*.tmp"):  # of a run that was killed
+            leftover.unlink()
+    state.wait_for_everyone()
+    return done
+
+
+def extract(
+    media: dict[str, Path],
+    output: Path,
+    extractor: Extractor,
+    num_frames: int = 8,
+    batch_size: int = 8,
+    shard_size: int = 256,
+    format: str = "safetensors",
+    dtype: str = "float32",
+    skip_broken: bool = False,
+) -> tuple[int, int, list[str]]:
+    """
+    Features of every item that `output` lacks; each process extracts whole shards.
+
+    Returns:
+        How many items this process extracted, how many were there, and what it skipped, with the reason.
+
+    Raises:
+        ValueError: a picture or video cannot be read (unless `skip_broken`), or `output` has features of other
+            settings.
+    """
+    state = PartialState()
+    done = start(output, extractor.settings | {"num_frames": num_frames})
+    new = [item for item in media if item not in done]
+    first = max((int(file.stem.split("-")[1]) for file in done.files), default=-1) + 1
+    shards = list(range(0, len(new), shard_size))[state.process_index :: state.num_processes]
+    extracted, broken = 0, []
+    with tqdm(total=len(new), desc="features", unit="item", disable=not state.is_main_process) as progress:
+        for shard in shards:
+            feats = {}
+            chunk = new[shard : shard + shard_size]
+            for begin in range(0, len(chunk), batch_size):
+                frames = {}
+                for item in chunk[begin : begin + batch_size]:
+                    try:
+                        frames[item] = read_frames(media[item], num_frames)
+                    except ValueError as error:
+                        if not skip_broken:
+                            raise
+                        broken.append(str(error))
+                feats |= features_of(frames, extractor, dtype)
+                progress.update(state.num_processes * min(batch_size, len(chunk) - begin))
+            if feats:
+                write_shard(output / f"features-{first + shard // shard_size:05d}.{format}", feats)
+            extracted += len(feats)
+    return extracted, len(media) - len(new), broken
+
+
+def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtype: str) -> dict[str, np.ndarray]:
+    """By item, of shape `(num_frames, dim)`; all in one pass of the tower."""
+    if not videos:
+        return {}
+    parts = extractor([frame for frames in videos.values() for frame in frames]).split(list(map(len, videos.values())))
+    feats = {item: part.numpy().astype(dtype) for item, part in zip(videos, parts)}
+    if wrong := next((item for item, part in feats.items() if not np.isfinite(part).all()), None):
+        raise ValueError(
+            f"the features of {wrong} are not finite in {dtype}: check the encoder's weights, or the dtype"
+        )
+    return feats
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--media", required=True, help="folder of pictures and videos, read with its sub-folders")
+    parser.add_argument("--output", required=True, help="folder of the shards")
+    parser.add_argument("--vision_encoder", default="efficientnet-lite0", help="hub id, folder, or efficientnet-lite0")
+    parser.add_argument("--visual_encoder_output", default="pooled", help="pooled, cls, mean, or projected (CLIP's)")
+    parser.add_argument("--no_pad", action="store_true", help="do not pad to a square (as CLIP was trained)")
+    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=int, default=256, help="pictures or videos a shard")
+    parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of safetensors")
+    parser.add_argument("--skip_broken", action="store_true", help="leave out what cannot be read, and list it")
+    args = parser.parse_args(argv)
+    try:
+        # videos after pictures: a picture of the same name is the video's cover
+        media = media_files(args.media, IMAGE_SUFFIXES) | media_files(args.media, VIDEO_SUFFIXES)
+        if not media:
+            raise ValueError(
+                f"{args.media} holds no pictures or videos ({', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})"
+            )
+        started = time.perf_counter()
+        extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
+        options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
+        output = Path(args.output)
+        extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
+    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
+        sys.exit(f"error: {error}")
+    for line in broken:
+        print(f"skipped: {line}")
+    seconds = time.perf_counter() - started
+    print(f"{extracted} extracted, {found} were there, {len(broken)} skipped ({seconds:.0f} s): {output}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

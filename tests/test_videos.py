@@ -1,0 +1,94 @@
+"""Frames of real, small, long, broken and hostile videos."""
+
+import builtins
+from pathlib import Path
+
+import pytest
+from upstream_formats import greys, write_video, write_webp
+
+from datasets_scripts.videos import read_frames
+
+
+av = pytest.importorskip("av", reason='needs PyAV: pip install "modeling_nrccr[video]"')
+
+
+@pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.avi", "mpeg4"), ("a.mkv", "mpeg4")])
+def test_frames_are_sampled_uniformly(tmp_path, name, codec):
+    video = write_video(tmp_path / name, 50, codec=codec)
+    assert greys(video, num_frames=5) == pytest.approx([255 * i / 49 for i in (5, 15, 25, 35, 45)], abs=6)
+    assert greys(video.read_bytes(), num_frames=1) == pytest.approx([255 * 25 / 49], abs=6)
+    assert len(greys({"path": str(video), "bytes": None}, num_frames=60)) == 50
+
+
+def test_animated_webp_and_still_pictures(tmp_path):
+    clip = write_webp(tmp_path / "a.webp", 11)
+    assert greys(clip, num_frames=3) == [255 * i // 10 for i in (1, 5, 9)]
+    (frame,) = read_frames(write_webp(tmp_path / "b.webp", 1))
+    assert frame.size == (32, 24)
+    frame.convert("RGB").save(tmp_path / "c.jpg")
+    assert len(read_frames(tmp_path / "c.jpg")) == 1
+
+
+@pytest.mark.parametrize("limit, what", [({"max_frames": 9}, "frames"), ({"max_pixels": 700}, "pixels a frame")])
+def test_limits(tmp_path, limit, what):
+    for file in (write_video(tmp_path / "a.mp4", 10), write_webp(tmp_path / "a.webp", 10)):
+        assert len(read_frames(file)) == 8
+        with pytest.raises(ValueError, match=rf"a\.\w+ has .* {what}, more than .* allowed: .*{next(iter(limit))}"):
+            read_frames(file, **limit)
+    with pytest.raises(ValueError, match="0.4 seconds, more than the 0.2 allowed"):
+        read_frames(tmp_path / "a.mp4", max_seconds=0.2)
+
+
+def test_what_is_no_video_names_the_file(tmp_path):
+    whole = write_video(tmp_path / "a.mp4", 30).read_bytes()
+    clip = write_webp(tmp_path / "a.webp", 10).read_bytes()
+    broken = {"half.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"no video" * 99,
+              "half.webp": clip[: len(clip) // 2], "head.webp": clip[:30]}  # fmt: skip
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be decoded"):
+            read_frames(tmp_path / name)
+    with pytest.raises(ValueError, match=r"none\.mp4 cannot be opened: No such file"):
+        read_frames(tmp_path / "none.mp4")
+    with pytest.raises(ValueError, match="num_frames must be at least 1"):
+        read_frames(tmp_path / "a.mp4", num_frames=0)
+
+
+def test_a_video_without_frames(tmp_path):
+    with av.open(str(tmp_path / "sound.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000)
+        frame = av.AudioFrame(format="s16", layout="stereo", samples=1024)
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    with pytest.raises(ValueError, match=r"sound\.mkv cannot be decoded .*no video stream"):
+        read_frames(tmp_path / "sound.mkv")
+    # frames that the container counts, but does not hold
+    data = write_video(tmp_path / "a.avi", 20).read_bytes()
+    (tmp_path / "cut.avi").write_bytes(data[: data.index(b"movi") + 4 + 300])
+    with pytest.raises(ValueError, match=r"cut\.avi (cannot be decoded|has no video frames)"):
+        read_frames(tmp_path / "cut.avi")
+
+
+def test_playlists_are_not_followed(tmp_path):
+    write_video(tmp_path / "a.mp4", 3)
+    for target in ("a.mp4", str(tmp_path / "a.mp4"), f"file://{tmp_path}/a.mp4"):
+        (tmp_path / "list.m3u8").write_text(
+            f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{target}\n#EXT-X-ENDLIST\n"
+        )
+        (tmp_path / "list.txt").write_text(f"ffconcat version 1.0\nfile '{target}'\n")
+        for name in ("list.m3u8", "list.txt"):
+            with pytest.raises(ValueError, match=f"{name} cannot be decoded"):
+                read_frames(tmp_path / name)
+
+
+def test_without_pyav_the_message_says_what_to_install(tmp_path, monkeypatch):
+    def no_av(name, *args, real=builtins.__import__, **kwargs):
+        if name == "av":
+            raise ImportError("No module named 'av'")
+        return real(name, *args, **kwargs)
+
+    video, clip = write_video(tmp_path / "a.mp4", 3), write_webp(tmp_path / "a.webp", 3)
+    monkeypatch.setattr(builtins, "__import__", no_av)
+    assert len(read_frames(clip)) == 3
+    with pytest.raises(ImportError, match=r"PyAV is needed to read .*a\.mp4: `pip install"):
+        read_frames(Path(video))
