@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig
 from conftest import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
@@ -23,6 +24,7 @@ from modeling_nrccr.discriminator import LanguageDiscriminator
 from modeling_nrccr.losses import NrccrLossArguments
 
 
+CONFIGS = Path(__file__).parents[1] / "examples" / "accelerate_configs"
 BATCH, STEPS = 12, 3  # rows a step, whatever the number of processes
 NO_DROPOUT = {"text_config": TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
               "head_dropout": 0.0}  # fmt: skip
@@ -125,7 +127,7 @@ def train(directory: Path, name: str) -> tuple[dict[str, torch.Tensor], list[dic
     config, changes = CASES[name]
     rows, discriminator = None, None
     if name == "streamed":  # and a discriminator of which the processes have different weights
-        torch.manual_seed(int(os.environ["RANK"]))
+        torch.manual_seed(int(os.environ.get("RANK", 0)))
         rows, discriminator = Stream(rows_of(60, seed=1)), LanguageDiscriminator(TINY_TEXT["hidden_size"])
     trainer = trainer_of(directory / name, config, rows, discriminator=discriminator, max_steps=STEPS, **changes)
     recorder, losses, compute_loss = Recorder(), [], trainer.compute_loss
@@ -190,10 +192,12 @@ def main(directory: Path):
 
 
 def launch(directory: Path, processes: int) -> tuple[list[dict[str, torch.Tensor]], list[dict]]:
-    """What each process saw."""
+    """What each process saw; a single one is started as `cpu.yaml` says."""
+    launcher = ["accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
-         __file__, str(directory)],
+        [sys.executable, "-m", *launcher, __file__, str(directory)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=150,
     )  # fmt: skip
@@ -279,6 +283,15 @@ def test_the_discriminator_is_never_in_half_precision(tmp_path):
     assert all(not torch.equal(value, before[name]) for name, value in trainer.discriminator.state_dict().items())
 
 
+@pytest.mark.slow
+def test_launch_configs_are_read_and_use_bf16_on_gpus():
+    files = {path.stem: ClusterConfig.from_yaml_file(path) for path in CONFIGS.glob("*.yaml")}
+    assert set(files) == {"cpu", "single_gpu", "multi_gpu", "multi_node"}
+    for name, config in files.items():
+        assert str(config.mixed_precision) == ("no" if name == "cpu" else "bf16"), name
+        assert config.distributed_type == ("MULTI_GPU" if name.startswith("multi") else "NO"), name
+
+
 def refused(directory: Path, message: str, **changes):
     with pytest.raises(ValueError, match=message):
         trainer_of(directory, HEADS["attention"], rows_of(24, seed=1), **changes)
@@ -302,6 +315,16 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["examples/train.py", "--output_dir", "my outputs"])
     monkeypatch.setattr(NrccrTrainingArguments, "n_gpu", 4)
     refused(tmp_path, r"torchrun --nproc_per_node 4 examples/train.py --output_dir 'my outputs'\n")
+
+
+@pytest.mark.slow
+def test_train_refuses_before_anything_is_fetched(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: pytest.fail("fetched"))
+    monkeypatch.setattr(NrccrTrainingArguments, "n_gpu", 4)
+    with pytest.raises(ValueError, match="torchrun --nproc_per_node 4"):
+        train.main(["--output_dir", str(tmp_path)])
 
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):

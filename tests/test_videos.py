@@ -92,3 +92,19 @@ def test_without_pyav_the_message_says_what_to_install(tmp_path, monkeypatch):
     assert len(read_frames(clip)) == 3
     with pytest.raises(ImportError, match=r"PyAV is needed to read .*a\.mp4: `pip install"):
         read_frames(Path(video))
+
+
+@pytest.mark.network
+def test_real_clips():
+    """Of the PyPI wheel of gradio, which is downloaded and not installed."""
+    from wheels import fetch_wheel, read_member
+
+    wheel = fetch_wheel("gradio==6.31.0", "7b50b9b6a2d23cd02851ad4c8b1c8312c88d8b911d1f29c93f9761c98348a64a")
+    sizes = {"a.mp4": (1920, 1080), "b.mp4": (480, 270), "b.avi": (480, 270), "world.mp4": (480, 270)}
+    for name, size in sizes.items():
+        video = read_member(wheel, f"gradio/media_assets/videos/{name}")
+        frames = read_frames(video, num_frames=8)
+        assert [frame.size for frame in frames] == [size] * 8, name
+        assert len({frame.tobytes() for frame in frames}) == 8, name
+    one, other = (greys(read_member(wheel, f"gradio/media_assets/videos/b.{end}")) for end in ("mp4", "avi"))
+    assert one == pytest.approx(other, abs=4)  # the same clip in two containers and codecs
