@@ -11,7 +11,7 @@ from search_page import QueryRow, Result, draw_sheet, save_png
 from transformers import AutoProcessor
 
 from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever
-from modeling_nrccr.retriever import load_image
+from modeling_nrccr.processing_nrccr import load_image
 
 
 def main(argv: list[str] | None = None):

@@ -1,5 +1,6 @@
 """From captions, pictures and pre-extracted features to the tensors that `NrccrModel` takes."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# Pillow goes by content, not by suffix; formats that start other programs (EPS runs Ghostscript) are kept out.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+# Vision towers look at 512 pixels or less; a batch of phone or panorama pictures in full would take gigabytes.
+MAX_SIDE = 2048
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -28,6 +34,24 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """
+    Decodes a picture (the first frame of an animation) to upright RGB of at most `MAX_SIDE` pixels a side.
+
+    Raises:
+        PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError: before decoding, if it has more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+        OSError and others: if it is corrupt; Pillow's decoders raise many kinds.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes a large JPEG at a half, a quarter or an eighth
+            image = to_rgb(image)
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image
 
 
 def to_square(image: Image.Image) -> Image.Image:
@@ -219,10 +243,10 @@ class NrccrProcessor(NrccrTextProcessor):
     def _prepare_picture(self, image, row: int) -> Image.Image:
         try:
             if isinstance(image, (str, Path)):
-                with Image.open(image) as opened:
-                    rgb = to_rgb(opened)
+                rgb = load_image(image)
             else:
                 rgb = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+                rgb.thumbnail((MAX_SIDE, MAX_SIDE))  # before it is padded: a square of its longer side
         except Exception as error:  # decoders of broken files raise anything
             path = image if isinstance(image, (str, Path)) else getattr(image, "filename", None)
             raise ValueError(

@@ -11,7 +11,6 @@ for hit in retriever.search("un gato durmindo", k=5):
 import json
 import os
 import secrets
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,12 @@ from transformers.utils import logging
 
 from .encoding import encode_images, encode_texts
 from .modeling_nrccr import NrccrModel
-from .processing_nrccr import to_rgb
+from .processing_nrccr import load_image
 
 
 logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Pillow goes by content, not by suffix; formats that start other programs (EPS runs Ghostscript) are kept out.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Vision towers look at 512 pixels or less; a batch of phone or panorama pictures in full would take gigabytes.
-MAX_SIDE = 2048
 INDEX_FILE = "index.json"
 FORMAT_VERSION = 1
 
@@ -78,24 +73,6 @@ def list_images(folder: str | Path) -> list[Path]:
             f"No pictures under {str(folder)!r}: looked for files that end in {', '.join(IMAGE_SUFFIXES)}."
         )
     return paths
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """
-    Decodes a picture (the first frame of an animation) to upright RGB of at most `MAX_SIDE` pixels a side.
-
-    Raises:
-        PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError: before decoding, if it has more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-        OSError and others: if it is corrupt; Pillow's decoders raise many kinds.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes a large JPEG at a half, a quarter or an eighth
-            image = to_rgb(image)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
 
 
 class NrccrRetriever:
