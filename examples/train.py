@@ -193,7 +193,7 @@ class Experiment:
             setattr(args, key, value)
         set_seed(args.seed)  # heads start from it
         model, processor = self.model.build()
-        model.set_trained_layers(args.trained_text_layers, args.train_vision_tower)
+        model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device)
         cached = args.trained_text_layers >= 0 and not (args.train_vision_tower or args.frozen_dropout)
         cached = cached and not model.config.pool_padding
         collator = DataCollatorForCrossLingualRetrieval(
