@@ -27,6 +27,7 @@ from datasets_scripts.debian import FetchError
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.encoding import picture_rows
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics
 
 
@@ -62,10 +63,7 @@ def evaluate_dataset(
             )
     if not captions:
         raise ValueError("The split has no rows to evaluate.")
-    first_rows = {}
-    for row, image_id in enumerate(image_ids):
-        first_rows.setdefault(image_id, row)
-    numbers = {image_id: number for number, image_id in enumerate(first_rows)}
+    first_rows, caption_to_image = picture_rows(image_ids)
     known_images = {} if known_images is None else known_images
     new = {image_id: row for image_id, row in first_rows.items() if image_id not in known_images}
     pictures = dataset.select(list(new.values()))
@@ -84,7 +82,6 @@ def evaluate_dataset(
 
     known_images |= zip(new, encode_images(model, range(len(pictures)), media, batch_size, show_progress))
     image_embeds = torch.stack([known_images[image_id] for image_id in first_rows])
-    caption_to_image = torch.tensor([numbers[image_id] for image_id in image_ids])
     return metrics_by_source(list(first_rows), text_embeds, image_embeds, caption_to_image)
 
 

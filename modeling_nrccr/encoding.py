@@ -40,6 +40,16 @@ def encode_images(
     return encode(model, images, embed, batch_size, "pictures" if show_progress else None)
 
 
+def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor]:
+    """Each picture's first row, in the order of their occurrence, and for each row the number of its picture in that
+    order, of shape `(len(image_ids),)`: several captions may share a picture."""
+    first_rows = {}
+    for row, image_id in enumerate(image_ids):
+        first_rows.setdefault(image_id, row)
+    numbers = {image_id: number for number, image_id in enumerate(first_rows)}
+    return first_rows, torch.tensor([numbers[image_id] for image_id in image_ids])
+
+
 @torch.no_grad()
 def encode(model: NrccrModel, items: Sequence, embed: Callable, batch_size: int, progress: str | None) -> torch.Tensor:
     was_training = model.training

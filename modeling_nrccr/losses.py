@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .modeling_nrccr import NrccrOutput
+from .modeling_nrccr import NrccrOutput, clip_loss
 
 
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
@@ -70,9 +70,7 @@ def triplet_loss(
 
 def contrastive_loss(a: torch.Tensor, b: torch.Tensor, ignored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Symmetric softmax contrast (InfoNCE, arXiv 1807.03748; CLIP, arXiv 2103.00020) of `(n, dim)` and `(n, dim)`."""
-    logits = (scale * b @ a.t()).masked_fill(ignored, float("-inf"))
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+    return clip_loss((scale * b @ a.t()).masked_fill(ignored, float("-inf")))
 
 
 def distillation_loss(

@@ -57,7 +57,7 @@ class NrccrOutput(ModelOutput):
 # --------------------------------------------------------------------------------------------------------- heads
 
 
-def contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
+def clip_loss(logits: torch.Tensor) -> torch.Tensor:
     """Symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv 2103.00020)."""
     labels = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
@@ -78,6 +78,13 @@ def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Ten
     return (states * mask).sum(1) / mask.sum(1)
 
 
+def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes in their order, `(world_size * batch_size, ...)`, with gradient."""
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor.contiguous()))
+
+
 class GatheredBatchNorm1d(nn.BatchNorm1d):
     """BatchNorm over the whole batch of all processes (`torch.nn.SyncBatchNorm` refuses CPU tensors)."""
 
@@ -85,10 +92,8 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if not (self.training and distributed and torch.distributed.get_world_size() > 1):
             return super().forward(hidden_states)
-        from torch.distributed.nn.functional import all_gather
-
         rank, size = torch.distributed.get_rank(), len(hidden_states)
-        return super().forward(torch.cat(all_gather(hidden_states)))[rank * size : (rank + 1) * size]
+        return super().forward(gather_rows(hidden_states))[rank * size : (rank + 1) * size]
 
 
 class NrccrProjection(nn.Module):
@@ -587,7 +592,7 @@ class NrccrModel(NrccrPreTrainedModel):
         text_embeds = embeds.get("source", embeds.get("target"))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = logit_scale * text_embeds @ image_embeds.t()
-            loss = contrastive_loss(logits_per_text) if return_loss else None
+            loss = clip_loss(logits_per_text) if return_loss else None
         return NrccrOutput(
             loss=loss,
             logits_per_text=logits_per_text,

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
 from .callbacks import EpochDecayCallback
@@ -22,10 +22,10 @@ from .checkpoints import (
 )
 from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
-from .encoding import encode_images, encode_texts
+from .encoding import encode_images, encode_texts, picture_rows
 from .losses import NrccrLoss
 from .metrics import RECALL_AT, compute_retrieval_metrics
-from .modeling_nrccr import NrccrModel, NrccrOutput
+from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
 from .training_args import NrccrTrainingArguments
 
 
@@ -164,10 +164,8 @@ class NrccrTrainer(Trainer):
         mean over processes of these gradients is then the gradient that one process with the whole batch has."""
         if self.args.world_size == 1:
             return outputs, image_ids
-        from torch.distributed.nn.functional import all_gather
-
         gathered = {
-            name: torch.cat(all_gather(value.contiguous())) if name.endswith("_embeds") else value
+            name: gather_rows(value) if name.endswith("_embeds") else value
             for name, value in outputs.items()
             if value is not None
         }
@@ -231,14 +229,9 @@ class NrccrTrainer(Trainer):
     def encode_dataset(self, dataset, query_column: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings of the captions in `query_column` and of each picture once, and the row of each caption's picture
         `(num_captions,)`; the same on every process, each of which encodes a part, none twice."""
-        rows = without_images(dataset)
-        first_row = {}
-        for i, row in enumerate(rows):
-            first_row.setdefault(row["image_id"], i)
-        order = {image_id: i for i, image_id in enumerate(first_row)}
-        caption_to_image = torch.tensor([order[row["image_id"]] for row in rows])
+        first_rows, caption_to_image = picture_rows([row["image_id"] for row in without_images(dataset)])
         queries, size = self.encode_captions(dataset, query_column), self.args.per_device_eval_batch_size
-        images = self.shared_out(list(first_row.values()), lambda part: self.encode_rows(dataset, part, size))
+        images = self.shared_out(list(first_rows.values()), lambda part: self.encode_rows(dataset, part, size))
         return queries, images, caption_to_image
 
     def encode_captions(self, dataset, column: str) -> torch.Tensor:
@@ -259,8 +252,6 @@ class NrccrTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
 
         def media(images: list[int], **kwargs):
-            from transformers import BatchFeature
-
             return BatchFeature(self.data_collator.media([dataset[i] for i in images]))
 
         return encode_images(model, indices, media, batch_size)

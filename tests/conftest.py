@@ -92,3 +92,12 @@ def toy_rows(count: int, seed: int = 0) -> list[dict]:
 @pytest.fixture
 def word_processor():
     return WordProcessor()
+
+
+@pytest.fixture
+def no_bars():
+    import datasets
+
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()

@@ -14,11 +14,7 @@ from datasets_scripts.splits import group_key, split_of
 from modeling_nrccr import translation
 
 
-@pytest.fixture(autouse=True)
-def no_bars():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("no_bars")
 
 
 @pytest.fixture

@@ -37,12 +37,7 @@ EMOJI = {
     "⁂": ("asterism", "asterismo", ""),
 }
 
-
-@pytest.fixture(autouse=True)
-def no_bars():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
+pytestmark = pytest.mark.usefixtures("no_bars")
 
 
 @pytest.fixture
