@@ -2,6 +2,9 @@ from setuptools import setup
 
 
 VIDEO = ["av>=14"]
+SEQ2SEQ = ["sentencepiece>=0.2", "sacremoses>=0.1"]
+CTRANSLATE2 = [*SEQ2SEQ, "ctranslate2>=4.6,<5"]
+NOISE = ["sacrebleu>=2.5,<3", "py3langid>=0.4,<0.5"]  # measures of translations
 
 setup(
     name="modeling_nrccr",
@@ -20,6 +23,7 @@ setup(
         "accelerate>=1.10,<2",
         "evaluate>=0.4.6,<1",
         "huggingface_hub>=2.0,<3",
+        "langcodes>=3.5,<4",
         "safetensors>=0.5",
         "filelock>=3.12",
         "numpy>=2",
@@ -27,5 +31,11 @@ setup(
         "pyyaml>=6",
         "tqdm>=4.66",
     ],
-    extras_require={"video": VIDEO, "dev": ["pytest>=8", "ruff>=0.9", "psutil>=6", *VIDEO]},
+    extras_require={
+        "video": VIDEO,
+        "seq2seq": SEQ2SEQ,
+        "ctranslate2": CTRANSLATE2,
+        "noise": NOISE,
+        "dev": ["pytest>=8", "ruff>=0.9", "psutil>=6", "pytrec-eval-terrier>=0.5.7", *VIDEO, *CTRANSLATE2, *NOISE],
+    },
 )

@@ -96,8 +96,6 @@ class BenchmarkBuilder(CaptionBuilder):
         return None, next((data_dir / name for name in ("videos", "images") if (data_dir / name).is_dir()), None)
 
     def _info(self) -> datasets.DatasetInfo:
-        if self.config.missing not in ("error", "skip"):
-            raise ValueError(f"missing must be error or skip, got {self.config.missing!r}")
         if self.config.visual_feature != "none":
             self.MEDIA = {"visual_feats": VisualFeats(max_frames=self.config.max_frames)}
         elif self.ITEM == "video":

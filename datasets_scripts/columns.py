@@ -106,6 +106,8 @@ class CaptionBuilder(datasets.GeneratorBasedBuilder):
         target = getattr(self.config, "target", TARGETS[0])
         if target not in TARGETS:
             raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if (missing := getattr(self.config, "missing", "error")) not in ("error", "skip"):
+            raise ValueError(f"missing must be error or skip, got {missing!r}")
         return datasets.DatasetInfo(
             description=" ".join((self.__doc__ or "").split()),
             features=datasets.Features({**CAPTION_FEATURES, **self.MEDIA}),
@@ -163,10 +165,16 @@ class CaptionedPictureBuilder(CaptionBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         language, seed = self.config.name, self.config.seed
-        left_out, groups = Counter(), {}
+        left_out, groups, captions = Counter(), {}, {}
         rows = {"train": [], "validation": [], "test": []}
         # Read here and not while writing, where datasets would hide the message of an error.
         for image_id, english, human, media in self._pictures(self._paths(), left_out):
+            if image_id in captions:
+                raise ValueError(
+                    f"{self.name} {language}: {image_id} is there twice, as {captions[image_id]!r} and {english!r}; "
+                    "remove one of the two files"
+                )
+            captions[image_id] = english
             group = group_key(english)
             groups[group] = split = split_of(group, seed)
             row = caption_columns(image_id, english, human, language, split, self.config.target)

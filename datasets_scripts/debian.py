@@ -163,13 +163,15 @@ def fetch_packages(names: Iterable[str], cache_dir: str | Path | None = None, de
         except Timeout:
             print(f"Waiting for another process that fetches into {base}", flush=True)
             lock.acquire()
-    except OSError as error:
-        raise FetchError(f"The cache folder {base} cannot be written ({error}): set NRCCR_CACHE to another") from error
-    try:
-        if missing := [name for name in names if not _is_fetched(base, name, dependencies)]:
-            _fetch(base, missing, dependencies)
-    finally:
-        lock.release()
+        try:
+            if missing := [name for name in names if not _is_fetched(base, name, dependencies)]:
+                _fetch(base, missing, dependencies)
+        finally:
+            lock.release()
+    except OSError as error:  # of whom it is, or full
+        raise FetchError(
+            f"The cache folder {base} cannot be written ({error}): make room, or set NRCCR_CACHE to another"
+        ) from error
     return base / "root"
 
 
@@ -236,3 +238,49 @@ def apertium_root(
         return None
     names = dict.fromkeys(debian_package(source, target) for source, target in pairs)
     return fetch_packages(["apertium", *names], cache_dir, dependencies=True)
+
+
+def freedict_index(
+    source: str, target: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """
+    The index of the FreeDict dictionary of a pair of ISO 639-1 codes, in that direction or else in the other
+    (`DictionaryTranslator` reads both ways): below `data_dir` if that has it, as installed on this system, or fetched.
+    """
+    from modeling_nrccr.translation_dictionary import dictionary_package
+
+    paths = {}
+    for package in (dictionary_package(source, target), dictionary_package(target, source)):
+        paths[package] = f"usr/share/dictd/{package.removeprefix('dict-')}.index"
+        if data_dir is not None and Path(data_dir, paths[package]).exists():
+            return Path(data_dir, paths[package])
+    problems = []
+    for package, path in paths.items():
+        try:
+            return find_data({package: path}, cache_dir=cache_dir)[0]
+        except FetchError as error:
+            problems.append(error)
+    raise problems[0]
+
+
+def prepare_translator(
+    spec: str, source: str, target: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> tuple[str, dict]:
+    """
+    Fetch what the engines of `spec` need of Debian for `source` to `target` and back, and return what
+    `load_translator` takes: the spec, in which `dictionary` has become `dictionary:FILE`, and `root` if Apertium needs
+    it. Other engines are left alone.
+    """
+    from modeling_nrccr.translation import split_spec
+
+    engines, pivots = split_spec(spec)
+    codes = [source, *pivots, target]
+    pairs = []
+    for i, engine in enumerate(engines):
+        if engine == "apertium":
+            pairs += [(codes[i], codes[i + 1]), (codes[i + 1], codes[i])]
+        elif engine == "dictionary":
+            engines[i] = f"dictionary:{freedict_index(codes[i], codes[i + 1], data_dir, cache_dir)}"
+    root = apertium_root(pairs, data_dir, cache_dir) if pairs else None
+    spec = engines[0] + "".join(f"+{code}+{engine}" for code, engine in zip(pivots, engines[1:]))
+    return spec, {"root": root} if root is not None else {}

@@ -83,7 +83,10 @@ class FeatureReader:
         """float32, of shape `(num_frames, dim)`."""
         if item not in self:
             raise KeyError(f"{self.path} has no features of {item!r}")
-        return np.array(self._read(item), dtype=np.float32, ndmin=2)
+        feats = np.array(self._read(item), dtype=np.float32, ndmin=2)
+        if not len(feats):
+            raise ValueError(f"{self.path}: {item!r} has no frames; extract its features again, or leave it out")
+        return feats
 
 
 class BinaryFeatures(FeatureReader):
@@ -223,12 +226,12 @@ class ShardFeatures(FeatureReader):
         if file.suffix == ".safetensors":
             if shard not in self.open:
                 self.open[shard] = safe_open(file, "np").get_slice("visual_feats")
-            return self.open[shard][place[0] : place[1]]
+            return self.open[shard][place[0] : place[1]] if place[0] < place[1] else np.empty((0, self.dim))
         if shard not in self.open:
             self.open[shard] = pq.ParquetFile(file, memory_map=True)
         group, row = place
         column = self.open[shard].read_row_group(group, columns=["visual_feats"])["visual_feats"]
-        return np.stack(column[row].as_py())
+        return np.reshape(column[row].as_py(), (-1, self.dim))
 
     def __getstate__(self):
         return self.__dict__ | {"open": {}}  # handles stay with their process

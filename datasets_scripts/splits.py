@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 DEFAULT_FRACTIONS = {"validation": 0.10, "test": 0.25}
@@ -60,3 +60,27 @@ def split_of(group_key: str, seed: int = 0, fractions: Mapping[str, float] = DEF
             return split
         position -= fraction
     return "train"
+
+
+def check_ids(dataset: Mapping[str, Mapping[str, Sequence[str]]]):
+    """
+    Raises ValueError where a `caption_id` occurs twice in a split, or a picture is on two sides of `train`,
+    `validation` and `test`: it would be tested on what it was trained on. Names the rows. `dataset`: columns by split.
+    """
+    sides = {}
+    for split in ("train", "validation", "test"):
+        rows, captions = dataset.get(split), {}
+        if rows is None:
+            continue
+        for row, (image_id, caption_id) in enumerate(zip(rows["image_id"][:], rows["caption_id"][:])):
+            if (first := captions.setdefault(caption_id, row)) != row:
+                raise ValueError(
+                    f"{split}, row {row}: the caption_id {caption_id} is that of row {first} already; give each "
+                    "caption its own, or name each data set once"
+                )
+            side, first = sides.setdefault(image_id, (split, row))
+            if side != split:
+                raise ValueError(
+                    f"{split}, row {row}: the picture {image_id} is in row {first} of {side} too; all captions of a "
+                    "picture belong on one side"
+                )

@@ -79,11 +79,14 @@ class TextFilesConfig(datasets.BuilderConfig):
             pictures `image` is None.
         visual_feature (`str`, *optional*): the folder of pre-extracted features, which take the place of pictures;
             `FeatureData` in `data_dir` if that is there and `image_dir` is not given.
+        missing (`str`, defaults to `"error"`): `"skip"` leaves captions without picture or features out, and lists
+            them.
     """
 
     target: str = "translated"
     image_dir: str | None = None
     visual_feature: str | None = None
+    missing: str = "error"
 
 
 class TextFilesBuilder(CaptionBuilder):
@@ -152,8 +155,10 @@ class TextFilesBuilder(CaptionBuilder):
                 print(f"{splits[0]} is left out: {error}", flush=True)  # another collection, which few have
                 del self._rows[splits[0]]
                 continue
+            for split in splits:
+                self._rows[split] = [row for row in self._rows[split] if row["picture"] in media]
             for row in rows:
-                row[column] = media[row.pop("picture")]
+                row[column] = media.get(row.pop("picture"))
         sizes = ", ".join(f"{name} {len(split)}" for name, split in self._rows.items())
         print(f"{self.name} {self.config.name}: captions {sizes}", flush=True)
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name, r in self._rows.items() if r]
@@ -172,11 +177,16 @@ class TextFilesBuilder(CaptionBuilder):
             media = {name: {"path": path, "bytes": None} for name, path in find_pictures(folders, names).items()}
         else:
             return dict.fromkeys(names)
-        if missing := [name for name in names if name not in media]:
+        missing = [name for name in names if name not in media]
+        if missing and (self.config.missing == "error" or not media):
             raise FileNotFoundError(
                 f"{self._place(missing[0])}{' and '.join(folders)} has no {what} of {missing[0]}, nor of "
-                f"{len(missing) - 1:,} others of {len(names):,}; add them, or name the folder that has them ({option})"
+                f"{len(missing) - 1:,} others of {len(names):,}; add them, name the folder that has them ({option}), "
+                "or leave them out with missing='skip'"
             )
+        if missing:
+            places = "".join(f"\n  {self._place(name)}{name}" for name in missing)
+            print(f"{self.name}: left out, without {what}: {len(missing):,} of {len(names):,}{places}", flush=True)
         return media
 
     def _picture_folders(self) -> list[str]:

@@ -1,22 +1,29 @@
 """Loads and translates the caption data sets that the examples train and test on."""
 
+import json
 import time
 from pathlib import Path
 
 import datasets
+from accelerate import PartialState
 
 from datasets_scripts.animated_emoji import AnimatedEmoji
 from datasets_scripts.caption_files import CaptionFiles
 from datasets_scripts.cldr_emoji import CldrEmoji
-from datasets_scripts.debian import FetchError, apertium_root, find_data
+from datasets_scripts.columns import CAPTION_FEATURES
+from datasets_scripts.debian import FetchError, apertium_root, cache_folder, find_data
 from datasets_scripts.mscoco import Mscoco
 from datasets_scripts.msrvtt_cn import MsrvttCn
 from datasets_scripts.multi30k import Multi30k
+from datasets_scripts.scenes import Scenes
+from datasets_scripts.splits import check_ids
 from datasets_scripts.tuxpaint import Tuxpaint
 from datasets_scripts.vatex import Vatex
 from datasets_scripts.xm3600 import Xm3600
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.translation import Translator, add_translations, load_translator
+from modeling_nrccr.translation_cache import CachedTranslator
+from modeling_nrccr.translation_dictionary import dictionary_package
 
 
 LANGUAGES = {
@@ -33,7 +40,10 @@ BUILDERS = {
     "vatex": Vatex,
     "mscoco": Mscoco,
     "animated_emoji": AnimatedEmoji,
+    "scenes": Scenes,
 }
+
+TRANSLATION_RECORD = "translation.json"  # beside the Parquet files: what was translated, by which engines
 
 
 def language_name(code: str) -> str:
@@ -61,21 +71,28 @@ def load_caption_dataset(
     source_language: str = "en",
     visual_feature: str | None = None,
     media_dir: str | None = None,
+    missing: str = "error",
 ) -> datasets.DatasetDict:
     """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
     columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`.
-    `visual_feature` and `media_dir`: see [`BenchmarkConfig`].
+    `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `parquet`: what `translate.py` wrote into
+    `data_dir`.
 
-    Raises ValueError for an unknown name or language.
+    Raises ValueError for an unknown name or language, and where [`check_ids`] does.
     """
     parts = []
     for part in name.split("+"):
         part, _, variant = part.partition(":")
+        if part == "parquet":
+            parts.append(read_translated(data_dir, source_language, target_language, seed, target))
+            continue
         if part not in BUILDERS:
-            raise ValueError(f"unknown data set {part!r} in {name!r}: known are {', '.join(BUILDERS)}, joined by '+'")
+            known = ", ".join((*BUILDERS, "parquet"))
+            raise ValueError(f"unknown data set {part!r} in {name!r}: known are {known}, joined by '+'")
         options = {"seed": seed, "target": target, "source_language": source_language}
         options["target_language"] = target_language
         options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
+        options["missing"] = missing
         known = BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
         options = {key: value for key, value in options.items() if key in known}
         # a builder of any two languages takes them as options, the others as the name of a configuration
@@ -85,9 +102,33 @@ def load_caption_dataset(
         builder.download_and_prepare()
         parts.append(builder.as_dataset())
     splits = dict.fromkeys(split for part in parts for split in part)
-    return datasets.DatasetDict(
-        {split: datasets.concatenate_datasets([part[split] for part in parts if split in part]) for split in splits}
-    )
+    joined = {
+        split: datasets.concatenate_datasets([part[split] for part in parts if split in part]) for split in splits
+    }
+    check_ids(joined)
+    return datasets.DatasetDict(joined)
+
+
+def read_translated(
+    data_dir: str | None, source_language: str, target_language: str, seed: int, target: str
+) -> datasets.DatasetDict:
+    """The folder that `translate.py` wrote. Raises ValueError if it was asked for other languages or another split."""
+    if data_dir is None or not list(Path(data_dir).glob("data/*.parquet")):
+        raise ValueError(f"parquet needs data_dir, a folder that translate.py wrote; {data_dir} has no data/*.parquet")
+    if target != "translated":
+        raise ValueError(f"{data_dir} is translated; {target} captions are in the data that it was made of")
+    dataset = datasets.load_dataset("parquet", data_dir=str(data_dir))
+    for split, rows in dataset.items():
+        if missing := CAPTION_FEATURES.keys() - set(rows.column_names):
+            raise ValueError(f"{data_dir}, {split} lacks the columns {', '.join(sorted(missing))}")
+        for column, language in (("source_language", source_language), ("target_language", target_language)):
+            if other := set(rows[column]) - {language}:
+                raise ValueError(f"{data_dir}, {split}: {column} is {', '.join(map(str, other))}, not {language}")
+    record = Path(data_dir, TRANSLATION_RECORD)
+    split_seed = json.loads(record.read_text(encoding="utf-8"))["split_seed"] if record.exists() else seed
+    if split_seed != seed:  # a model that says otherwise would be tested on what it was trained on
+        raise ValueError(f"{data_dir} was split by seed {split_seed}, not {seed}: --split_seed {split_seed}")
+    return dataset
 
 
 def dataset_languages(name: str) -> list[str]:
@@ -114,13 +155,66 @@ def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator 
         if translator != "none" and any(rows.data.column(column).null_count for column in wanted):
             return None
     engine = Translator()
-    engine.name = ", ".join(sorted(set(dataset["train"]["target_origin"]) - {None})) or "none"
+    origins = set(dataset["train"]["target_origin"]) if "train" in dataset else set()
+    engine.name = ", ".join(sorted(origins - {None})) or "none"
     return engine
+
+
+def translation_cache_path() -> Path:
+    """Where all examples keep what was translated, whatever the data set."""
+    return cache_folder() / "translations.sqlite"
+
+
+def load_engine(
+    spec: str,
+    pairs: list[tuple[str, str]],
+    data_dir: str | None = None,
+    cache: str | Path | None = None,
+    state: PartialState | None = None,
+    **options,
+) -> CachedTranslator:
+    """
+    The engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a name:
+    that of the pair) need of Debian is fetched.
+
+    Args:
+        pairs: what is wanted, `(source, target)`; the way back comes last.
+        cache: file of what was translated before; by default one for all data sets.
+        state: of several processes that all make the same calls, see [`CachedTranslator`].
+        options: of the engines.
+
+    Raises:
+        ValueError: the engine lacks one of the pairs; before the first is translated.
+    """
+    steps = spec.split("+")
+    target_language, source_language = pairs[-1]
+    codes = [source_language, *steps[1::2], target_language]
+    wanted = []
+    for i, (engine, *pair) in enumerate(zip(steps[::2], codes, codes[1:])):
+        if engine == "apertium":
+            wanted += [tuple(pair), tuple(pair[::-1])]
+        elif engine == "dictionary":
+            steps[2 * i] = f"dictionary:{find_dictionary(*pair, data_dir)}"
+    root = {"root": apertium_root(wanted, data_dir=data_dir)} if wanted else {}
+    translator = load_translator("+".join(steps), **root, **options)
+    for pair in pairs:
+        translator.check_pair(*pair)
+    return CachedTranslator(translator, cache or translation_cache_path(), state)
+
+
+def find_dictionary(source_language: str, target_language: str, data_dir: str | None = None) -> Path:
+    """FreeDict's dictionary of a pair: in `data_dir`, installed, or fetched."""
+    package = dictionary_package(source_language, target_language)
+    path = f"usr/share/dictd/{package.removeprefix('dict-')}.index"
+    (index,) = find_data({package: path}, data_dir if data_dir and Path(data_dir, path).exists() else None)
+    return index
 
 
 def query_origin(rows: datasets.Dataset) -> str:
     """Who wrote the target captions of a split, for reports."""
     origins = set(rows["target_origin"]) if "target_origin" in rows.column_names else {"human"}
+    if origins == {"grammar"}:
+        return "written by a grammar, not by people (synthetic)"
     engines = sorted(str(origin) for origin in origins - {"human"})
     return f"translated by {', '.join(engines)}, not all by people" if engines else "written by people"
 
@@ -154,8 +248,7 @@ def load_translated_dataset(
         return dataset, engine
     start = time.perf_counter()
     pairs = [(source_language, target_language), (target_language, source_language)]
-    root = apertium_root(pairs, data_dir=data_dir) if translator == "apertium" else None
-    engine = load_translator(translator, root=root)
+    engine = load_engine(translator, pairs, data_dir)
     dataset = add_translations(dataset, engine, source_language, target_language)
     print(f"translated by {engine.name} ({time.perf_counter() - start:.0f} s)")
     return dataset, engine

@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None):
                 f"{args.media} holds no pictures or videos ({', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})"
             )
         started = time.perf_counter()
+        PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
         extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
         options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
         output = Path(args.output)

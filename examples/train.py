@@ -17,8 +17,9 @@ import resource
 import shutil
 import sys
 import time
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from datasets_scripts.videos import read_frames
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.encoding import picture_rows
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 
@@ -66,7 +68,9 @@ class ScriptArguments:
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
+    feature_cache_dir: str | None = option(None, "Folder that keeps what frozen encoders give, for later runs.")
     search_page: str = option("all", "Pictures on search.html and search.png: all, none, or of one source: emoji.")
+    strict: bool = option(False, "A picture or video that cannot be read is an error; default: left out, and listed.")
     overwrite: bool = option(False, "Replaces the checkpoints of an earlier run in the same output_dir.")
 
 
@@ -87,9 +91,9 @@ class ModelArguments:
     projection_dim: int = option(512, "Width of the common space.")
     projection_norm: str = option("none", "none or batch_norm.")
     projection_dropout: float = option(0.0, "Dropout after the projection.")
-    text_head: str = option("attention", "attention or pooling.")
+    text_head: str = option("attention", "attention, linear or pooling.")
     text_pooling: str = option("mean", "mean, max, first or last token.")
-    text_dropout: float = option(0.0, "Dropout on the text encoder's states before a pooling head.")
+    text_dropout: float = option(0.0, "Dropout on what a linear or pooling text head has pooled.")
     text_hidden_size: int | None = option(None, "Width inside the text's attention head; default: its input's.")
     text_num_attention_heads: int = option(8, "Heads of the text's attention block.")
     max_text_positions: int = option(250, "Learned positions of the text's attention head.")
@@ -101,19 +105,22 @@ class ModelArguments:
     key_query_size: int = option(512, "Width of all queries of an attention block together.")
     attention_score_scale: str = option("head", "head, or hidden as released.")
     pool_padding: bool = option(False, "Pools padding too, as released.")
-    visual_dropout: float = option(0.0, "Dropout on visual features before a linear or pooling head.")
+    visual_dropout: float = option(0.0, "The same of the visual head.")
     head_dropout: float = option(0.1, "Dropout inside attention heads.")
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
 
-    def build(self) -> tuple[NrccrModel, NrccrProcessor]:
+    def build(self, encoders: NrccrModel | None = None) -> tuple[NrccrModel, NrccrProcessor]:
+        """The model and its processor; over the towers of `encoders` where they are given."""
         with PartialState().main_process_first():  # it may fetch and build them
             text_encoder = find_encoder(self.text_encoder)
             vision_encoder = None if self.vision_encoder == "none" else find_encoder(self.vision_encoder)
         names = vars(self).keys() & NrccrConfig.__dataclass_fields__.keys()
-        model = NrccrModel.from_encoders(text_encoder, vision_encoder, **{name: getattr(self, name) for name in names})
-        tokenizer = AutoTokenizer.from_pretrained(
-            text_encoder, **({"do_lower_case": True} if self.do_lower_case else {})
-        )
+        settings = {name: getattr(self, name) for name in names}
+        if encoders is not None:
+            model = encoders.with_new_heads(**settings)
+        else:
+            model = NrccrModel.from_encoders(text_encoder, vision_encoder, **settings)
+        tokenizer = load_tokenizer(text_encoder, **({"do_lower_case": True} if self.do_lower_case else {}))
         if self.do_lower_case and tokenizer.tokenize("ÉTÉ") != tokenizer.tokenize("ete"):
             raise ValueError(f"do_lower_case is BERT's: {type(tokenizer).__name__} of {self.text_encoder} ignores it")
         options = {"text_prefix": self.text_prefix, "max_text_length": self.max_text_length,
@@ -124,11 +131,16 @@ class ModelArguments:
         return model, NrccrProcessor(tokenizer, image_processor, pad_to_square=self.pad_to_square, **options)
 
 
-def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:
-    """The YAML file's fields, then the flags. Raises ValueError for a field that nobody knows."""
+load_tokenizer = lru_cache(AutoTokenizer.from_pretrained)  # a large vocabulary is read for a second
+
+
+def parse_arguments(
+    arguments: list[str], **settings
+) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:
+    """The YAML file's fields, then `settings`, then the flags. Raises ValueError for a field that nobody knows."""
     parser = HfArgumentParser((ScriptArguments, ModelArguments, NrccrTrainingArguments))
     path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else DEMO_CONFIG)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    settings = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | settings
     known = {action.dest for action in parser._actions}
     if unknown := settings.keys() - known:
         raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
@@ -145,6 +157,7 @@ class Experiment:
             self.dataset, self.translator = load_translated_dataset(
                 script.dataset, script.source_language, script.target_language, script.split_seed, script.target,
                 script.translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
+                missing="error" if script.strict else "skip",
             )  # fmt: skip
         columns = self.dataset["train"].column_names
         self.media = next(column for column in MEDIA_COLUMNS if column in columns)
@@ -152,35 +165,68 @@ class Experiment:
         self.rows = self.dataset if self.media == "visual_feats" else self.dataset.remove_columns(self.media)
         if self.media == "visual_feats" and model.vision_encoder == "none" and model.visual_feat_dim is None:
             model.visual_feat_dim = self.dataset["train"][0]["visual_feats"].shape[-1]
-        self.cache: FeatureCache | None = None
+        self.encoders: NrccrModel | None = None
+        self.caches: dict[tuple, FeatureCache] = {}  # by what of the text is cached
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
         """Of all splits; the first process of each machine computes them, the others read what it wrote."""
-        if self.cache is not None:
-            return self.cache
-        state, shared = PartialState(), None
-        if state.num_processes > 1:
+        key = (model.text_tower.num_trained_layers, model.cached_text_pooling)
+        if key not in self.caches:
+            self.caches[key] = self.compute_cache(model, processor)
+        return self.caches[key]
+
+    def compute_cache(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
+        state, kept, shared, broken = PartialState(), self.script.feature_cache_dir, None, {}
+        if state.num_processes > 1 and kept is None:
             machine = state.process_index - state.local_process_index
             shared = Path(f"{self.args.output_dir}-checkpoints", f"features-{machine}")
         with state.local_main_process_first():
             if shared is not None and state.is_local_main_process:  # of a killed run
                 shutil.rmtree(shared, ignore_errors=True)
-            self.cache = FeatureCache(model, processor, shared)
+            cache = FeatureCache(model, processor, kept or shared)
             columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
-            self.cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
+            cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
             for split, rows in self.rows.items():
-                index = {image_id: i for i, image_id in enumerate(rows["image_id"])}
+                index, _ = picture_rows(rows["image_id"])
                 if self.media != "visual_feats":
-                    self.cache.add_images(index, lambda image_id, s=split, at=index: self.picture(s, at[image_id]))
+                    broken |= cache.add_images(
+                        index, lambda image_id, s=split, at=index: self.picture(s, at[image_id]),
+                        skip_broken=not self.script.strict,
+                    )  # fmt: skip
         state.wait_for_everyone()
         if shared is not None and state.is_local_main_process:
             shutil.rmtree(shared, ignore_errors=True)
-        return self.cache
+        self.leave_out(broken)
+        return cache
+
+    def leave_out(self, broken: dict[str, str]):
+        """Takes the rows of pictures that cannot be read out of all splits, and says which. `broken`: reasons by
+        `image_id`."""
+        if not broken:
+            return
+        pictures = len({image_id for rows in self.rows.values() for image_id in rows["image_id"]})
+        captions = 0
+        for split in list(self.rows):
+            kept = [i for i, image_id in enumerate(self.rows[split]["image_id"]) if image_id not in broken]
+            captions += len(self.rows[split]) - len(kept)
+            if not kept and len(self.rows[split]):
+                raise ValueError(f"{split}: none of its pictures can be read, such as {next(iter(broken.values()))}")
+            self.dataset[split], self.rows[split] = self.dataset[split].select(kept), self.rows[split].select(kept)
+        if PartialState().is_main_process:
+            print(f"left out: {len(broken)} of {pictures} {self.media}s with {captions} captions")
+            print("".join(f"  {reason}\n" for reason in broken.values()), end="", flush=True)
 
     def picture(self, split: str, row: int):
         """A row's picture, or the frames of its video."""
-        media = self.dataset[split][row][self.media]
-        return self.load_video(media) if self.media == "video" else media
+        try:
+            media = self.dataset[split][row][self.media]
+            return self.load_video(media) if self.media == "video" else media
+        except ImportError:  # not the picture's fault
+            raise
+        except Exception as error:  # decoders of broken files raise anything, often without the file's name
+            stored = self.dataset[split].with_format("arrow")[row][self.media][0].as_py()
+            file = f", file {stored['path']}" if stored and stored["path"] else ""
+            raise ValueError(f"{split}, row {row}{file}: {error}") from error
 
     def load_video(self, video) -> list:
         return read_frames(video, self.script.num_frames)
@@ -191,18 +237,29 @@ class Experiment:
         args = copy(self.args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
         for key, value in (changes | {"output_dir": str(directory)}).items():
             setattr(args, key, value)
-        set_seed(args.seed)  # heads start from it
-        model, processor = self.model.build()
-        model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device)
+        trainer = self.trainer(args)
+        trainer.train(resume_from_checkpoint=self.checkpoint(directory))
+        return trainer
+
+    def build(self, args: NrccrTrainingArguments) -> tuple[NrccrModel, NrccrProcessor]:
+        """New heads, drawn from the seed, over encoders that are loaded once; a copy of them where they train."""
+        if self.encoders is None:
+            self.encoders, _ = self.model.build()
+        frozen = args.trained_text_layers == 0 and not args.train_vision_tower
+        encoders = self.encoders if frozen else deepcopy(self.encoders)
+        set_seed(args.seed)
+        model, processor = self.model.build(encoders)
+        return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device), processor
+
+    def trainer(self, args: NrccrTrainingArguments, **kwargs) -> NrccrTrainer:
+        model, processor = self.build(args)
         cached = args.trained_text_layers >= 0 and not (args.train_vision_tower or args.frozen_dropout)
         cached = cached and not model.config.pool_padding
         collator = DataCollatorForCrossLingualRetrieval(
             self.cached(model, processor) if cached else processor, load_video=self.load_video
         )
         rows = self.rows if cached else self.dataset
-        trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator)
-        trainer.train(resume_from_checkpoint=self.checkpoint(directory))
-        return trainer
+        return NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator, **kwargs)
 
     def checkpoint(self, directory: Path) -> str | None:
         resume = self.args.resume_from_checkpoint

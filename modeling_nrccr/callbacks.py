@@ -1,8 +1,9 @@
-"""The learning rate schedule of the released code (arXiv 2208.12526), as a callback of the Trainer.
+"""Callbacks of the Trainer: the schedule of the released code (arXiv 2208.12526), and the best weights in memory.
 
 The rest of the schedule is the Trainer's own: `early_stopping_patience` stops, `metric_for_best_model` chooses.
 """
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -48,12 +49,10 @@ class EpochDecayCallback(TrainerCallback, ExportableState):
             )
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        name = args.metric_for_best_model or ""
-        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        value = watched(metrics, args)
         if value is None:  # of another data set
             return
-        best = state.best_metric  # the Trainer has not yet counted this evaluation
-        improved = best is None or (value > best if args.greater_is_better else value < best)
+        improved = is_better(value, state.best_metric, args)  # the Trainer has not yet counted this evaluation
         epoch = round(state.epoch or 0)
         if not improved and epoch - self.last_plateau >= self.plateau_interval:
             self.plateaus, self.last_plateau = self.plateaus + 1, epoch
@@ -67,3 +66,37 @@ class EpochDecayCallback(TrainerCallback, ExportableState):
                 group["lr"] *= base / lr_scheduler.base_lrs[i]
             lr_scheduler.base_lrs[i] = base
         lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the Trainer logs
+
+
+class BestWeightsCallback(TrainerCallback):
+    """Keeps a copy of what trains from the best evaluation by `metric_for_best_model`, and ends the training with it:
+    for runs whose checkpoints, frozen encoders and all, would cost more than the training."""
+
+    def __init__(self):
+        self.best: float | None = None
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.best, self.weights = None, {}
+
+    def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
+        value = watched(metrics, args)
+        if value is None or not is_better(value, self.best, args):
+            return
+        frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        self.best = value
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in frozen}
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.weights:
+            model.load_state_dict(self.weights, strict=False)
+
+
+def watched(metrics: dict[str, float], args) -> float | None:
+    """The value of `metric_for_best_model`; None where these are the metrics of another data set."""
+    name = args.metric_for_best_model or ""
+    return metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+
+
+def is_better(value: float, best: float | None, args) -> bool:
+    return best is None or (value > best if args.greater_is_better else value < best)

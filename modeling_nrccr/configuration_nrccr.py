@@ -52,10 +52,12 @@ class NrccrConfig(PreTrainedConfig):
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
             Any `AutoModel` vision tower, or [`EfficientNetLiteConfig`]. None: the model takes `visual_feats` only.
         visual_feat_dim (`int`, *optional*): Width of `visual_feats`; defaults to the vision tower's output width.
+            None with no vision tower: the model has no visual side, and embeds texts alone.
         projection_dim (`int`): Width of the common space (published: 1536).
         text_head, visual_head (`str`):
             "attention": LayerNorm, Linear, ReLU, positions, one attention block, pooling (published for text, video);
-            "linear" (visual only): pooling, then ReLU(Linear) (published for pictures);
+            "linear": pooling, then a Linear; for pictures ReLU(Linear) (published), for text without ReLU, so that
+            with the projection it is a stack of two linear layers (M2M, arXiv 2601.10096);
             "pooling": pooling alone, straight into the projection.
         text_pooling, visual_pooling (`str`): "mean" or "max" over time; for text also "first" (CLS) or "last" token.
         text_hidden_size, visual_hidden_size (`int`, *optional*): Width inside an attention head; default: input width.
@@ -75,7 +77,7 @@ class NrccrConfig(PreTrainedConfig):
         projection_norm (`str`): "none", or "batch_norm" after the projection (published).
         head_dropout, projection_dropout (`float`): Dropout inside attention heads (published 0.1) and after the
             projection (published 0.2).
-        text_dropout, visual_dropout (`float`): Dropout on encoder states or features before a pooling head.
+        text_dropout, visual_dropout (`float`): Dropout on what a linear or pooling head has pooled.
         logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
     """
 
@@ -89,7 +91,7 @@ class NrccrConfig(PreTrainedConfig):
     vision_config: PreTrainedConfig | dict | None = None
     visual_feat_dim: int | None = None
     projection_dim: int = 512
-    text_head: Literal["attention", "pooling"] = "attention"
+    text_head: Literal["attention", "linear", "pooling"] = "attention"
     visual_head: Literal["attention", "linear", "pooling"] = "linear"
     text_pooling: Literal["mean", "max", "first", "last"] = "mean"
     visual_pooling: Literal["mean", "max"] = "mean"
@@ -130,7 +132,7 @@ class NrccrConfig(PreTrainedConfig):
         if self.teacher_view == "cross" and self.text_head != "attention":
             raise ValueError(
                 "teacher_view='cross' needs the attention block of text_head='attention'; "
-                "with text_head='pooling' set teacher_view='source'"
+                f"with text_head={self.text_head!r} set teacher_view='source'"
             )
         tower = getattr(self.vision_config, "model_type", None)
         if self.visual_encoder_output == "projected" and tower not in (None, "clip_vision_model"):

@@ -24,6 +24,7 @@ class DataCollatorForCrossLingualRetrieval:
     Args:
         processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
         views: Which views of a caption are collated; [`NrccrTrainer`] asks only for those that a loss reads.
+        with_media: False leaves pictures out, for training on text alone.
         load_video: Gives the frames (list of pictures) of what the column `video` holds; by default it holds them.
 
     Example, with a processor that gives ids:
@@ -37,6 +38,7 @@ class DataCollatorForCrossLingualRetrieval:
 
     processor: Callable
     views: tuple[str, ...] = VIEWS
+    with_media: bool = True
     load_video: Callable[[Any], list] = list
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -45,7 +47,8 @@ class DataCollatorForCrossLingualRetrieval:
             captions = [self.caption(row, view) for row in rows]
             for key, value in self.processor(text=captions, return_tensors="pt").items():
                 batch[KEY_PREFIX[view] + key] = value
-        batch |= self.media(rows)
+        if self.with_media:
+            batch |= self.media(rows)
         batch["image_ids"] = torch.tensor([stable_id(row["image_id"]) for row in rows])
         return batch
 

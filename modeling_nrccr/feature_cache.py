@@ -1,18 +1,30 @@
 """Outputs of everything frozen, computed once: the vision tower's features and the text states at the boundary."""
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from PIL.Image import Image
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 from transformers import BatchFeature
+from transformers.utils import logging
 
-from .modeling_nrccr import NrccrModel
+from .modeling_nrccr import NrccrModel, pool
+
+
+logger = logging.get_logger(__name__)
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+HEADER_SIZE = 512  # of a file, with the 8 bytes that say how long it is
 
 
 class FeatureCache:
@@ -23,39 +35,76 @@ class FeatureCache:
         model: Its frozen part (`NrccrModel.set_trained_layers`) decides what is cached.
         processor: The model's processor.
         directory: Where the cache is kept between runs (None: in memory only). Files are named by a fingerprint of
-            the frozen weights and of the processor's settings, so a cache of another encoder is never read.
+            the frozen weights and of the processor's settings, and hold it, so a cache of another encoder is never
+            read. They are mapped, not read into memory. Several processes may fill one directory.
+        dtype: Of what is stored; `torch.bfloat16` halves it. Batches come in the model's own.
+
+    Raises:
+        ValueError: `pool_padding`, another dtype, or a file in `directory` that is damaged or another encoder's.
     """
 
-    def __init__(self, model: NrccrModel, processor, directory: str | Path | None = None):
+    def __init__(
+        self,
+        model: NrccrModel,
+        processor,
+        directory: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
         if model.config.pool_padding:
             raise ValueError("pool_padding=True pools the states of padding too, which are not cached: train uncached")
         self.model, self.processor = model, processor
         # the whole frozen tower and where it is cut: any other weights or cut give other states
-        self.texts = Store(directory, "texts", (model.text_tower, model.text_tower.num_trained_layers, processor))
-        self.images = Store(directory, "images", (model.visual_tower, processor))
+        self.pooling = model.cached_text_pooling
+        frozen = (model.text_tower, model.text_tower.num_trained_layers, self.pooling, processor)
+        self.texts = Store(directory, "texts", frozen, dtype)
+        self.images = Store(directory, "images", (model.visual_tower, processor), dtype)
 
     def add_texts(self, captions: Iterable[str | None], batch_size: int = 128):
-        """States of every new caption at the boundary; None is passed over."""
+        """States of every new caption at the boundary, as one pooled state where nothing reads more; None is passed
+        over."""
         new = sorted({c for c in captions if c} - self.texts.rows.keys(), key=lambda caption: (len(caption), caption))
-        self.texts.fill(new, self.boundary_states, batch_size, self.model)
+        self.texts.fill(
+            new, lambda chunk: dict(zip(chunk, self.boundary_states(chunk), strict=True)), batch_size, self.model
+        )
 
-    def add_images(self, image_ids: Iterable[str], load, batch_size: int = 16):
-        """Features of every new picture or video; `load(image_id)` returns a picture, or a list of frames."""
+    def add_images(
+        self, image_ids: Iterable[str], load: Callable, batch_size: int = 16, skip_broken: bool = False
+    ) -> dict[str, str]:
+        """Features of every new picture or video; `load(image_id)` returns a picture, or a list of frames.
+
+        Returns:
+            With `skip_broken`, the ids that cannot be loaded, each with the reason; else that is a ValueError which
+            names the first. What was computed before an error stays.
+        """
         new = [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self.images.rows]
+        broken = {}
 
-        def features(ids: list[str]) -> list[torch.Tensor]:
-            loaded = [load(image_id) for image_id in ids]
-            kind = "videos" if isinstance(loaded[0], list) else "images"
-            inputs = self.processor(**{kind: loaded}, return_tensors="pt").to(self.model.device)
+        def features(ids: list[str]) -> dict[str, torch.Tensor]:
+            loaded = {}
+            for image_id in ids:
+                try:
+                    loaded[image_id] = load_media(image_id, load)
+                except ValueError as error:
+                    if not skip_broken:
+                        raise
+                    broken[image_id] = str(error)
+            if not loaded:
+                return {}
+            kind = "videos" if isinstance(next(iter(loaded.values())), list) else "images"
+            inputs = self.processor(**{kind: list(loaded.values())}, return_tensors="pt").to(self.model.device)
             mask = inputs.pop("visual_attention_mask", None)
             feats = self.model.visual_tower(**inputs)
-            return list(feats) if mask is None else [row[of_row.bool()] for row, of_row in zip(feats, mask)]
+            parts = feats if mask is None else [row[of_row.bool()] for row, of_row in zip(feats, mask)]
+            return dict(zip(loaded, parts, strict=True))
 
         self.images.fill(new, features, batch_size, self.model)
+        return broken
 
     def boundary_states(self, captions: list[str]) -> list[torch.Tensor]:
         inputs = self.processor(text=captions, return_tensors="pt").to(self.model.device)
         states = self.model.text_tower.at_boundary(inputs["input_ids"], inputs["attention_mask"])
+        if self.pooling:
+            return list(pool(states, inputs["attention_mask"], self.pooling).unsqueeze(1))
         return [row[mask.bool()] for row, mask in zip(states, inputs["attention_mask"])]
 
     def __call__(
@@ -64,11 +113,13 @@ class FeatureCache:
         """`boundary_states (batch_size, sequence_length, hidden_size)` and `attention_mask`, or
         `visual_feats (batch_size, num_frames, visual_feat_dim)`, of videos with `visual_attention_mask`. Pre-extracted
         `visual_feats` need no cache: they go to the processor."""
-        batch = BatchFeature()
+        batch, dtype = BatchFeature(), self.model.dtype
         if text is not None:
-            batch["boundary_states"], batch["attention_mask"] = pad([self.texts[caption] for caption in text])
+            states, batch["attention_mask"] = self.texts.batch(text)
+            batch["boundary_states"] = states.to(dtype)
         if images is not None:
-            batch["visual_feats"], mask = pad([self.images[image_id] for image_id in images])
+            feats, mask = self.images.batch(images)
+            batch["visual_feats"] = feats.to(dtype)
             if mask.shape[1] > 1:
                 batch["visual_attention_mask"] = mask
         if visual_feats is not None:
@@ -76,55 +127,246 @@ class FeatureCache:
         return batch
 
 
-def pad(parts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences as one batch, and its mask, of shape `(batch_size, length)`."""
-    lengths = torch.tensor([len(part) for part in parts])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), mask
+def load_media(image_id: str, load: Callable):
+    """What `load` gives; a ValueError that names `image_id` where that fails, whatever a decoder raises, or where a
+    video has no frames."""
+    try:
+        media = load(image_id)
+        if isinstance(media, Image):
+            media.load()  # Pillow opens a file without a look at its pixels
+    except (ImportError, MemoryError):  # not the picture's fault
+        raise
+    except Exception as error:  # decoders of broken files raise anything
+        raise ValueError(
+            f"{image_id} cannot be read ({str(error) or type(error).__name__}): repair it, or leave it out"
+        ) from error
+    if media is None or (isinstance(media, list) and not media):
+        what = "no picture" if media is None else "a video of no frames"
+        raise ValueError(f"{image_id} is {what}: leave it out")
+    return media
 
 
 class Store:
-    """Named sequences of vectors of one width, in one matrix; written atomically as one safetensors file."""
+    """
+    Named sequences of vectors of one width, in one matrix. Row 0 of the matrix is zeros, for padding: that makes a
+    padded batch one `index_select`, without a look at each sequence.
 
-    def __init__(self, directory: str | Path | None, kind: str, frozen: tuple):
-        self.kind, self.rows, self.matrix = kind, {}, None
-        self.path = Path(directory) / f"{kind}-{fingerprint(*frozen)}.safetensors" if directory else None
-        if self.path and self.path.exists():
-            with safe_open(self.path, "pt") as file:
-                self.rows = {key: tuple(row) for key, row in json.loads(file.metadata()["rows"]).items()}
-                self.matrix = file.get_tensor("vectors")
+    With a directory, the matrix is a view of one mapped safetensors file: `vectors (1 + total, width)` and `index`,
+    the names and lengths of the sequences as JSON. It is replaced as a whole or not at all, by one process at a time.
+    """
+
+    def __init__(self, directory: str | Path | None, kind: str, frozen: tuple, dtype: torch.dtype = torch.float32):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        self.kind, self.dtype, self.path = kind, dtype, None
+        self.matrix: torch.Tensor | None = None
+        self.rows: dict[str, int] = {}  # the number of each sequence
+        self.lengths = self.starts = torch.empty(0, dtype=torch.long)
+        if directory:
+            self.fingerprint = fingerprint(*frozen, dtype)
+            self.path = Path(directory) / f"{kind}-{self.fingerprint}.safetensors"
+            self.read()
 
     def __getitem__(self, key: str) -> torch.Tensor:
+        """The vectors of one sequence, of shape `(length, width)`."""
+        number = self.numbers([key])
+        start = int(self.starts[number])
+        return self.matrix[start : start + int(self.lengths[number])]
+
+    def numbers(self, keys: Sequence[str]) -> torch.Tensor:
+        """For [`gather`], of shape `(len(keys),)`; they hold until something is added."""
         try:
-            start, end = self.rows[key]
-        except KeyError:
-            raise KeyError(f"{key!r} is not among the cached {self.kind}: call add_{self.kind} first") from None
-        return self.matrix[start:end]
+            return torch.tensor(list(map(self.rows.__getitem__, keys)), dtype=torch.long)
+        except KeyError as error:
+            raise KeyError(
+                f"{error.args[0]!r} is not among the cached {self.kind}: call add_{self.kind} first"
+            ) from None
+
+    def gather(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences as one batch `(batch_size, length, width)`, padded with zeros, and its mask
+        `(batch_size, length)`."""
+        lengths = self.lengths[numbers]
+        position = torch.arange(int(lengths.max()))
+        mask = position < lengths[:, None]
+        index = torch.where(mask, self.starts[numbers][:, None] + position, 0)
+        return self.matrix.index_select(0, index.flatten()).view(*index.shape, -1), mask.long()
+
+    def batch(self, keys: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gather(self.numbers(keys))
 
     @torch.no_grad()
-    def fill(self, keys: list[str], compute, batch_size: int, model: NrccrModel):
+    def fill(self, keys: Sequence[str], compute: Callable, batch_size: int, model: NrccrModel):
+        """Adds what `compute(keys)` gives, a dict of vectors of shape `(length, width)`, of those `keys` that are
+        wanting, here and in the file. Where it fails, what it gave before is kept, and its error is raised."""
         if not keys:
             return
+        failures = []
+
+        def until_failure(batches: Iterator) -> Iterator:
+            try:
+                yield from batches
+            except (Exception, KeyboardInterrupt) as error:
+                failures.append(error)
+
         was_training = model.training
         model.eval()
-        parts = [] if self.matrix is None else [self.matrix]
-        end = len(parts[0]) if parts else 0
-        for start in tqdm(range(0, len(keys), batch_size), desc=f"frozen {self.kind}", unit="batch"):
-            chunk = keys[start : start + batch_size]
-            for key, vectors in zip(chunk, compute(chunk), strict=True):
-                if not vectors.isfinite().all():
-                    raise ValueError(
-                        f"the encoder gives NaN or infinity for {key!r}: check this input and the weights"
-                    )
-                self.rows[key] = (end, end := end + len(vectors))
-                parts.append(vectors.cpu())
-        model.train(was_training)
-        self.matrix = torch.cat(parts)
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"vectors": self.matrix}, partial, metadata={"rows": json.dumps(self.rows)})
+        try:
+            with self.lock():
+                held = copy(self)
+                self.read()  # what other processes have added since
+                wanting = [key for key in keys if key not in self.rows]
+                lost = {key: held[key] for key in held.rows if key not in self.rows}
+                del held  # what it has in memory is copied and freed
+                batches = until_failure(self.batches(wanting, compute, batch_size, lost))
+                if (first := next(batches, None)) is not None:  # else nothing is to be written
+                    add = self.keep if self.path is None else self.write
+                    add(itertools.chain([first], batches))
+        finally:
+            model.train(was_training)
+        if failures:
+            raise failures[0]
+
+    @contextmanager
+    def lock(self):
+        """The right to replace the file. Whoever waits for it finds what it was going to compute."""
+        if self.path is None:
+            yield
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            logger.warning(f"waiting for another process that fills {self.path}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def batches(
+        self, keys: Sequence[str], compute: Callable, batch_size: int, lost: dict[str, torch.Tensor]
+    ) -> Iterator[tuple[dict[str, int], torch.Tensor]]:
+        """The lengths of some sequences, and their vectors in a row. `lost`: what this process holds and the file no
+        longer has, because somebody removed it and another process began anew."""
+        is_first = self.matrix is None
+        if lost:
+            yield {key: len(vectors) for key, vectors in lost.items()}, torch.cat(list(lost.values()))
+        starts = range(0, len(keys), batch_size)
+        for start in tqdm(starts, desc=f"frozen {self.kind}", unit="batch", disable=not keys):
+            parts = compute(keys[start : start + batch_size])
+            if not parts:
+                continue
+            vectors = torch.cat(list(parts.values())).to("cpu", self.dtype)
+            if not vectors.isfinite().all():
+                bad = next(key for key, part in parts.items() if not part.to(self.dtype).isfinite().all())
+                raise ValueError(
+                    f"the encoder gives NaN or infinity for {bad!r} in {self.dtype}: check this input and the weights"
+                )
+            if empty := [key for key, part in parts.items() if not len(part)]:
+                raise ValueError(f"the encoder gives nothing for {empty[0]!r}: leave it out")
+            yield {key: len(part) for key, part in parts.items()}, F.pad(vectors, (0, 0, int(is_first), 0))
+            is_first = False
+
+    def keep(self, batches: Iterator):
+        """Adds to the matrix in memory."""
+        lengths, parts = self.index(), [] if self.matrix is None else [self.matrix]
+        for added, vectors in batches:
+            lengths |= added
+            parts.append(vectors)
+        self.matrix = None
+        matrix, end = torch.empty(sum(map(len, parts)), parts[0].shape[1], dtype=self.dtype), 0
+        while parts:  # freed one by one: never all of it twice
+            part = parts.pop(0)
+            matrix[end : (end := end + len(part))] = part
+        self.set(matrix, lengths)
+
+    def write(self, batches: Iterator):
+        """
+        Replaces the file by one that holds more, batch by batch as it is computed, so in little memory: that is why
+        safetensors' own `save_file`, which wants all of it, is not used (the format:
+        https://huggingface.co/docs/safetensors/index#format).
+        """
+        lengths, partial = self.index(), self.path.with_suffix(".tmp")
+        try:
+            with open(partial, "wb") as file:
+                file.seek(HEADER_SIZE)  # the header comes last, when the sizes are known
+                if self.matrix is not None:
+                    file.write(as_bytes(self.matrix))
+                for added, vectors in batches:
+                    lengths |= added
+                    width = vectors.shape[1]
+                    file.write(as_bytes(vectors))
+                middle = file.tell() - HEADER_SIZE
+                file.write(json.dumps([list(lengths), list(lengths.values())]).encode())
+                end = file.tell() - HEADER_SIZE
+                shape = [1 + sum(lengths.values()), width]
+                header = {
+                    "__metadata__": {"fingerprint": self.fingerprint},
+                    "vectors": {"dtype": DTYPES[self.dtype], "shape": shape, "data_offsets": [0, middle]},
+                    "index": {"dtype": "U8", "shape": [end - middle], "data_offsets": [middle, end]},
+                }
+                text = json.dumps(header).encode().ljust(HEADER_SIZE - 8)
+                file.seek(0)
+                file.write(len(text).to_bytes(8, "little") + text)
             os.replace(partial, self.path)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.path} cannot be written ({error.strerror}): make room, or name another directory; what it "
+                "held before is as it was",
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self.read()
+
+    def read(self):
+        """Maps the file, if there is one."""
+        state = None
+        # safetensors opens it twice, for the header and for the rest; again, where it was replaced in between
+        while (current := file_state(self.path)) not in (None, state):
+            state, damage = current, None
+            try:
+                with safe_open(self.path, "pt") as file:
+                    found = (file.metadata() or {}).get("fingerprint")
+                    if found == self.fingerprint:
+                        keys, lengths = json.loads(file.get_tensor("index").numpy().tobytes())
+                        matrix, lengths = file.get_tensor("vectors"), dict(zip(keys, lengths, strict=True))
+            except (SafetensorError, ValueError, FileNotFoundError) as error:
+                damage = error
+        if state is None:
+            return
+        if damage is not None:
+            raise ValueError(f"{self.path} is damaged ({damage}): remove it, and it is computed again") from damage
+        if found != self.fingerprint:
+            raise ValueError(
+                f"{self.path} holds {self.kind} of another encoder or processor (fingerprint {found}, here "
+                f"{self.fingerprint}), so it was renamed or copied by hand: remove it, or name another directory"
+            )
+        self.set(matrix, lengths)
+
+    def set(self, matrix: torch.Tensor, lengths: dict[str, int]):
+        self.matrix, self.rows = matrix, {key: number for number, key in enumerate(lengths)}
+        self.lengths = torch.tensor(list(lengths.values()), dtype=torch.long)
+        self.starts = 1 + self.lengths.cumsum(0) - self.lengths
+
+    def index(self) -> dict[str, int]:
+        """The length of each sequence."""
+        return dict(zip(self.rows, self.lengths.tolist()))
+
+
+def file_state(path: Path | None) -> tuple | None:
+    """What tells a file from the one that takes its place; None where there is none."""
+    try:
+        stat = path.stat() if path is not None else None
+    except FileNotFoundError:
+        return None
+    return stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+
+def as_bytes(vectors: torch.Tensor):
+    """Their memory, for writing; no copy."""
+    return vectors.contiguous().view(torch.uint8).numpy()
 
 
 def fingerprint(*parts) -> str:

@@ -164,8 +164,9 @@ class NrccrLoss:
     """`NrccrLoss(**settings)(outputs, image_ids=None) -> dict[str, Tensor]`: every term, unweighted and by name, and
     `loss`, their weighted sum. The discriminator's two terms are the Trainer's.
 
-    Settings are the fields of [`NrccrLossArguments`]. Raises ValueError for a batch of one (it has no negatives) and
-    for a term whose view the output lacks.
+    Settings are the fields of [`NrccrLossArguments`]. Without pictures (`image_embeds` None) the teacher's embedding
+    of the source caption, or where there is no teacher the source caption's own, stands where the picture would.
+    Raises ValueError for a batch of one (it has no negatives) and for a term whose view the output lacks.
     """
 
     def __init__(self, **settings):
@@ -186,7 +187,8 @@ class NrccrLoss:
         return getattr(self.settings, f"{term}_weight")
 
     def __call__(self, outputs: NrccrOutput, image_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        size, device = len(outputs.image_embeds), outputs.image_embeds.device
+        items = self.items(outputs)
+        size, device = len(items), items.device
         if size < 2:
             raise ValueError("a batch of one has no negatives: train with at least 2 rows a batch")
         ignored = same_item(image_ids if self.settings.mask_same_image else None, size, device)
@@ -201,6 +203,19 @@ class NrccrLoss:
             raise ValueError(f"this loss reads {name}, which the output lacks: give that view or set its weight to 0")
         return value
 
+    def items(self, outputs: NrccrOutput) -> torch.Tensor:
+        """What captions are to find, `(n, dim)`: pictures, or texts of the source language in their place."""
+        if outputs.image_embeds is not None:
+            return outputs.image_embeds
+        if outputs.teacher_text_embeds is not None:
+            return outputs.teacher_text_embeds.detach()
+        if self.settings.triplet_loss_weight or self.settings.contrastive_loss_weight:
+            raise ValueError(
+                "without pictures the source captions would be their own answer: set triplet_loss_weight and "
+                "contrastive_loss_weight to 0"
+            )
+        return self.embeds(outputs, "text_embeds")
+
     def hinge(self, a: torch.Tensor, b: torch.Tensor, ignored: torch.Tensor) -> torch.Tensor:
         s = self.settings
         return triplet_loss(
@@ -208,23 +223,23 @@ class NrccrLoss:
         )
 
     def triplet_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        return self.hinge(self.embeds(outputs, "image_embeds"), self.embeds(outputs, "text_embeds"), ignored)
+        return self.hinge(self.items(outputs), self.embeds(outputs, "text_embeds"), ignored)
 
     def contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         text = self.embeds(outputs, "text_embeds")
-        return contrastive_loss(outputs.image_embeds, text, ignored, outputs.logit_scale)
+        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale)
 
     def target_triplet_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        return self.hinge(outputs.image_embeds, self.embeds(outputs, "target_text_embeds"), ignored)
+        return self.hinge(self.items(outputs), self.embeds(outputs, "target_text_embeds"), ignored)
 
     def target_contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         text = self.embeds(outputs, "target_text_embeds")
-        return contrastive_loss(outputs.image_embeds, text, ignored, outputs.logit_scale)
+        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale)
 
     def distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
         s = self.settings
-        return distillation_loss(outputs.image_embeds, student, teacher, ignored, s.temperature, s.detach_targets)
+        return distillation_loss(self.items(outputs), student, teacher, ignored, s.temperature, s.detach_targets)
 
     def feature_distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))

@@ -47,9 +47,7 @@ def compute_retrieval_metrics(
     Raises:
         ValueError: for shapes that do not fit, NaN or infinity, or a `caption_to_image` out of range; names the row.
     """
-    texts = _normalize(text_embeds, "text_embeds")
-    images = _normalize(image_embeds, "image_embeds")
-    caption_to_image = _check(texts, images, caption_to_image)
+    texts, images, caption_to_image = _checked(text_embeds, image_embeds, caption_to_image)
     if not 0.0 <= source_query_weight <= 1.0:
         raise ValueError(f"source_query_weight must be between 0 and 1, got {source_query_weight}.")
     if source_text_embeds is not None:
@@ -69,18 +67,32 @@ def compute_retrieval_metrics(
         ones = torch.ones_like(caption_to_image)
         metrics = _summary(_ahead(texts, images, caption_to_image, ones), ones, "t2v")
 
-        # Pictures with the most captions first: the j-th caption of each then belongs to the first rows only.
-        captions_of = torch.bincount(caption_to_image, minlength=len(images))
-        order = captions_of.argsort(descending=True, stable=True)[: int((captions_of > 0).sum())]
-        position = torch.full_like(captions_of, len(order)).scatter_(0, order, torch.arange(len(order)).to(order))
-        captions = position[caption_to_image].argsort(stable=True)
-        counts = captions_of[order]
+        order, captions, counts = _captions_of(caption_to_image, len(images))
         metrics.update(_summary(_ahead(images[order], texts, captions, counts), counts, "v2t"))
 
     recalls = [metrics[f"{way}_recall@{k}"] for way in ("t2v", "v2t") for k in RECALL_AT]
     metrics["sum_recall"] = sum(recalls)
     metrics["mean_recall"] = sum(recalls) / len(recalls)
     return metrics
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    text_embeds: torch.Tensor, image_embeds: torch.Tensor, caption_to_image: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The ranks behind [`compute_retrieval_metrics`], query by query, for paired comparisons of two models.
+
+    Returns:
+        float64 of shape `(num_captions,)`, the rank of each caption's picture, and of shape `(num_images,)`, the rank
+        of each picture's best caption (NaN where it has none).
+    """
+    texts, images, caption_to_image = _checked(text_embeds, image_embeds, caption_to_image)
+    t2v = 1 + _ahead(texts, images, caption_to_image, torch.ones_like(caption_to_image))
+    order, captions, counts = _captions_of(caption_to_image, len(images))
+    v2t = torch.full((len(images),), math.nan, dtype=torch.float64, device=images.device)
+    v2t[order] = 1 + _ahead(images[order], texts, captions, counts)[counts.cumsum(0) - counts]
+    return t2v, v2t
 
 
 def fuse_query_embeds(
@@ -151,6 +163,20 @@ def _normalize(embeds: torch.Tensor, name: str) -> torch.Tensor:
         if bad:
             raise ValueError(f"{name} has NaN or infinity in row {bad[0]} ({len(bad)} of {len(embeds)} rows).")
     return F.normalize(embeds, dim=1)
+
+
+def _checked(text_embeds, image_embeds, caption_to_image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    texts, images = _normalize(text_embeds, "text_embeds"), _normalize(image_embeds, "image_embeds")
+    return texts, images, _check(texts, images, caption_to_image)
+
+
+def _captions_of(caption_to_image: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures with captions, those with the most first, so that the j-th caption of each belongs to the first rows
+    only; the captions in the order of these pictures; and the number of captions of each."""
+    counts = torch.bincount(caption_to_image, minlength=num_images)
+    order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
+    position = torch.full_like(counts, len(order)).scatter_(0, order, torch.arange(len(order)).to(order))
+    return order, position[caption_to_image].argsort(stable=True), counts[order]
 
 
 def _check(texts: torch.Tensor, images: torch.Tensor, caption_to_image: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,20 @@ def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Ten
     return (states * mask).sum(1) / mask.sum(1)
 
 
+def length_groups(lengths: torch.Tensor, num_groups: int = 4) -> list[torch.Tensor]:
+    """Row numbers of a batch in groups of like length, `(group_size,)` each, so that short rows are not padded to the
+    longest; all rows in one group where that would save little. `lengths`: tokens of each row, `(batch_size,)`."""
+    rows = torch.arange(len(lengths), device=lengths.device)
+    if len(lengths) < 8 * num_groups or lengths.max() <= 1.5 * lengths.float().mean():
+        return [rows]
+    return list(lengths.argsort(stable=True).chunk(num_groups))
+
+
+def row_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """The place after each row's last token, `(batch_size,)`, wherever its padding is."""
+    return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+
+
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     """The rows of all processes in their order, `(world_size * batch_size, ...)`, with gradient."""
     from torch.distributed.nn.functional import all_gather
@@ -202,18 +216,23 @@ class NrccrAttentionHead(nn.Module):
 
 
 class NrccrPoolingHead(nn.Module):
-    """Pooling over tokens or frames; with `dense=True` a Linear and ReLU after it (published for pictures)."""
+    """Pooling over tokens or frames; with `dense=True` a Linear after it, and a ReLU (published for pictures)."""
 
-    def __init__(self, input_size: int, pooling: str, dropout: float, dense: bool, config: NrccrConfig):
+    def __init__(
+        self, input_size: int, pooling: str, dropout: float, config: NrccrConfig, dense: bool, relu: bool = True
+    ):
         super().__init__()
         self.pooling, self.pool_padding = pooling, config.pool_padding
         self.output_size = input_size
         self.dropout = nn.Dropout(dropout)
         self.dense = nn.Linear(input_size, input_size) if dense else None
+        self.relu = relu
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        pooled = pool(self.dropout(states), None if self.pool_padding else mask, self.pooling)
-        return pooled if self.dense is None else F.relu(self.dense(pooled))
+        pooled = self.dropout(pool(states, None if self.pool_padding else mask, self.pooling))
+        if self.dense is None:
+            return pooled
+        return F.relu(self.dense(pooled)) if self.relu else self.dense(pooled)
 
 
 # -------------------------------------------------------------------------------------------------------- towers
@@ -406,12 +425,12 @@ class NrccrModel(NrccrPreTrainedModel):
     `back_translation_input_ids`, each with its `*attention_mask`, all in ONE pass through the text encoder.
     """
 
-    def __init__(self, config: NrccrConfig):
+    def __init__(self, config: NrccrConfig, towers: "NrccrModel | None" = None):
         super().__init__(config)
-        self.text_tower = NrccrTextTower(config)
-        self.visual_tower = NrccrVisualTower(config) if config.vision_config is not None else None
-        if config.visual_feat_dim is None:
-            raise ValueError("NrccrConfig.visual_feat_dim is None: give the width of visual_feats")
+        self.text_tower = towers.text_tower if towers else NrccrTextTower(config)
+        self.visual_tower = None
+        if config.vision_config is not None:
+            self.visual_tower = towers.visual_tower if towers else NrccrVisualTower(config)
         width = config.text_config.hidden_size
         if config.text_head == "attention":
             self.text_head = NrccrAttentionHead(
@@ -419,18 +438,21 @@ class NrccrModel(NrccrPreTrainedModel):
                 config.max_text_positions, config.text_pooling, config,
             )  # fmt: skip
         else:
-            self.text_head = NrccrPoolingHead(width, config.text_pooling, config.text_dropout, False, config)
+            dense = config.text_head == "linear"
+            self.text_head = NrccrPoolingHead(width, config.text_pooling, config.text_dropout, config, dense, False)
         width = config.visual_feat_dim
-        if config.visual_head == "attention":
+        if width is None:
+            self.visual_head = None
+        elif config.visual_head == "attention":
             self.visual_head = NrccrAttentionHead(
                 width, config.visual_hidden_size or width, config.visual_num_attention_heads,
                 config.max_visual_positions, config.visual_pooling, config,
             )  # fmt: skip
         else:
             dense = config.visual_head == "linear"
-            self.visual_head = NrccrPoolingHead(width, config.visual_pooling, config.visual_dropout, dense, config)
+            self.visual_head = NrccrPoolingHead(width, config.visual_pooling, config.visual_dropout, config, dense)
         self.text_projection = NrccrProjection(self.text_head.output_size, config)
-        self.visual_projection = NrccrProjection(self.visual_head.output_size, config)
+        self.visual_projection = NrccrProjection(self.visual_head.output_size, config) if self.visual_head else None
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.kept_in_eval: list[nn.Module] = []
         self.post_init()
@@ -446,24 +468,48 @@ class NrccrModel(NrccrPreTrainedModel):
             load_encoder(model.visual_tower, vision_encoder)
         return model
 
-    def set_trained_layers(self, text_layers: int | None = None, vision: bool = True, frozen_dropout: bool = False):
-        """Freezes the text encoder below its top `text_layers` layers (None: trains all of it) and the vision tower
-        unless `vision`. Dropout inside frozen parts is off unless `frozen_dropout` (published: on)."""
+    def with_new_heads(self, **config_kwargs) -> "NrccrModel":
+        """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
+        encoders = {"text_config": self.config.text_config, "vision_config": self.config.vision_config}
+        return type(self)(NrccrConfig(**encoders, **config_kwargs), towers=self)
+
+    def set_trained_layers(
+        self,
+        text_layers: int | None = None,
+        vision: bool = True,
+        frozen_dropout: bool = False,
+        visual_head: bool = True,
+    ):
+        """Freezes the text encoder below its top `text_layers` layers (None: trains all of it), the vision tower
+        unless `vision`, and what follows it unless `visual_head`: then no `image_embeds` changes. Dropout inside
+        frozen towers is off unless `frozen_dropout` (published: on)."""
         self.text_tower.freeze_below(text_layers)
+        towers = [tower for tower in (self.text_tower, self.visual_tower) if tower]
         if self.visual_tower is not None:
             self.visual_tower.requires_grad_(vision)
-        towers = [module for tower in (self.text_tower, self.visual_tower) if tower for module in tower.modules()]
-        self.kept_in_eval = [] if frozen_dropout else [
-            module for module in towers
+        heads = [module for module in (self.visual_head, self.visual_projection) if module]
+        for module in heads:
+            module.requires_grad_(visual_head)
+        frozen = [] if frozen_dropout else [
+            module for tower in towers for module in tower.modules()
             if (parameters := list(module.parameters())) and not any(p.requires_grad for p in parameters)
         ]  # fmt: skip
+        frozen += [] if visual_head else heads
+        # their dropout too, which has no parameters
+        self.kept_in_eval = list({child: None for module in frozen for child in module.modules()})
         return self.train(self.training)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        for module in self.kept_in_eval:
-            module.eval()
+        for module in self.kept_in_eval:  # every one is listed, so none needs to look at its children
+            module.training = False
         return self
+
+    @property
+    def cached_text_pooling(self) -> str | None:
+        """How a frozen text encoder's states may be pooled once and for all; None where something reads them all."""
+        frozen = self.text_tower.num_trained_layers == 0
+        return self.config.text_pooling if frozen and self.config.text_head != "attention" else None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_tower.encoder.get_input_embeddings()
@@ -483,13 +529,26 @@ class NrccrModel(NrccrPreTrainedModel):
             return torch.cat([F.pad(part, pad, value=value) for part, pad in zip(parts, padding)])
 
         pad_token_id = getattr(self.config.text_config, "pad_token_id", None) or 0
-        encoded = self.text_tower(
-            input_ids=None if cached else stack(ids, pad_token_id),
-            attention_mask=stack(masks),
-            boundary_states=stack(states) if cached else None,
-        )
+        stacked = stack(states) if cached else stack(ids, pad_token_id)
+        encoded = self.encode_by_length("boundary_states" if cached else "input_ids", stacked, stack(masks))
         parts = encoded.split([batch for batch, _ in sizes])
         return [part[:, :length] for part, (_, length) in zip(parts, sizes)]
+
+    def encode_by_length(self, name: str, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
+        gives for cut-off padding is 0."""
+        lengths = row_lengths(mask)
+        # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0
+        whole = self.config.pool_padding or (name == "boundary_states" and self.text_tower.num_trained_layers == 0)
+        groups = [] if whole else length_groups(lengths)
+        if len(groups) < 2:
+            return self.text_tower(attention_mask=mask, **{name: inputs})
+        parts = []
+        for rows in groups:
+            length = max(1, int(lengths[rows].max()))
+            part = self.text_tower(attention_mask=mask[rows, :length], **{name: inputs[rows, :length]})
+            parts.append(F.pad(part, (0, 0, 0, mask.shape[1] - length)))
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def get_text_features(
         self,
@@ -516,6 +575,8 @@ class NrccrModel(NrccrPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
         `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`."""
+        if self.visual_head is None:
+            raise ValueError("this model embeds texts alone: its NrccrConfig.visual_feat_dim is None")
         if visual_feats is None:
             if self.visual_tower is None:
                 raise ValueError("this model has no vision tower: give visual_feats instead of pixel_values")
@@ -612,21 +673,41 @@ class NrccrModel(NrccrPreTrainedModel):
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of the
         released code: it decides the running statistics of a BatchNorm."""
-        if self.config.teacher_view == "cross":
-            states = {view: self.text_head.embed(states[view]) for view in states}
-            read = self.text_head.read
-        else:
-            read = self.text_head
-        embeds = {v: self.text_projection(read(states[v], masks[v])) for v in VIEWS[:2] if v in states}
-        teacher = None
-        if return_teacher and self.config.teacher_view == "source":
+        cross = return_teacher and self.config.teacher_view == "cross"
+        lengths = {view: row_lengths(mask) for view, mask in masks.items()}
+        groups = [torch.arange(len(next(iter(masks.values()))), device=self.logit_scale.device)]
+        if not self.config.pool_padding and self.config.text_head == "attention":
+            groups = length_groups(sum(lengths.values()))
+        parts = []
+        for rows in groups:
+            cut = {view: max(1, int(lengths[view][rows].max())) for view in states} if len(groups) > 1 else {}
+            of_rows = [
+                {view: tensor[rows, : cut[view]] if cut else tensor for view, tensor in tensors.items()}
+                for tensors in (states, masks)
+            ]
+            parts.append(self.read_views(*of_rows, cross))
+        order = torch.cat(groups).argsort()
+        read = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        embeds = {name: self.text_projection(features) for name, features in read.items()}
+        teacher = embeds.pop("teacher", None)
+        if return_teacher and not cross:
             teacher = embeds["source"]
-        elif return_teacher:
-            crossed = self.text_head.cross(states["source"], masks["source"], states["target"], masks["target"])
-            teacher = self.text_projection(crossed)
-        if VIEWS[2] in states:
-            embeds[VIEWS[2]] = self.text_projection(read(states[VIEWS[2]], masks[VIEWS[2]]))
         return embeds, teacher
+
+    def read_views(
+        self, states: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], cross: bool
+    ) -> dict[str, torch.Tensor]:
+        """What the head reads in each view, and with `cross` the teacher, of shape `(batch_size, width)`."""
+        if self.config.teacher_view == "source":
+            return {view: self.text_head(states[view], masks[view]) for view in VIEWS if view in states}
+        states = {view: self.text_head.embed(states[view]) for view in states}
+        read = {view: self.text_head.read(states[view], masks[view]) for view in VIEWS[:2] if view in states}
+        if cross:
+            source, target = ((states[view], masks[view]) for view in VIEWS[:2])
+            read["teacher"] = self.text_head.cross(*source, *target)
+        if VIEWS[2] in states:
+            read[VIEWS[2]] = self.text_head.read(states[VIEWS[2]], masks[VIEWS[2]])
+        return read
 
 
 NrccrModel.register_for_auto_class("AutoModel")

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .callbacks import EpochDecayCallback
+from .callbacks import BestWeightsCallback, EpochDecayCallback
 from .checkpoints import (
     checkpoint_directory,
     is_complete,
@@ -49,6 +49,9 @@ class NrccrTrainer(Trainer):
         data_collator: By default [`DataCollatorForCrossLingualRetrieval`] over `processing_class`, or over a
             [`FeatureCache`] given here as `data_collator.processor`.
         discriminator: By default built from `args.discriminator_kind` where `args.adversarial_loss_weight > 0`.
+        teacher: A frozen model whose embeddings of the source captions are the teacher's, such as an English-only
+            one that the target language is distilled from (arXiv 2004.09813). It reads what `model` reads, so with a
+            [`FeatureCache`] it has the same frozen encoder.
 
     `torchrun --nproc_per_node n` computes what one process does with the whole batch. Raises ValueError for what
     would not (`NrccrTrainingArguments.check_processes`).
@@ -64,9 +67,12 @@ class NrccrTrainer(Trainer):
         data_collator: DataCollatorForCrossLingualRetrieval | None = None,
         discriminator: LanguageDiscriminator | None = None,
         loss: NrccrLoss | None = None,
+        teacher: NrccrModel | None = None,
         **kwargs,
     ):
         args.check_processes(model)
+        if model.visual_head is None and not args.text_only:
+            raise ValueError("this model embeds texts alone (NrccrConfig.visual_feat_dim is None): set text_only=True")
         args = copy(args)
         # old checkpoints go when the new one is complete, which is later than the Trainer would do it
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
@@ -74,7 +80,8 @@ class NrccrTrainer(Trainer):
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.resumed_state: TrainerState | None = None
         text_layers = None if args.trained_text_layers < 0 else args.trained_text_layers
-        model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout)
+        model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout, args.train_visual_head)
+        self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
         self.nrccr_loss.terms |= {
             "distillation_loss": self.similarity_distillation,
@@ -82,7 +89,7 @@ class NrccrTrainer(Trainer):
             "back_translation_loss": self.cycle_consistency,
         }
         collator = data_collator or DataCollatorForCrossLingualRetrieval(processing_class)
-        collator.views = args.needed_views()
+        collator.views, collator.with_media = args.needed_views(), not args.text_only
         super().__init__(
             model=model,
             args=args,
@@ -107,6 +114,8 @@ class NrccrTrainer(Trainer):
                 self.discriminator.parameters(), lr=args.discriminator_learning_rate
             )
         self.add_callback(Checkpoints(self))
+        if args.keep_best_in_memory:
+            self.add_callback(BestWeightsCallback())
         if args.early_stopping_patience > 0:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.lr_decay_per_epoch != 1 or args.plateau_factor != 1:
@@ -130,7 +139,10 @@ class NrccrTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         inputs = self.pad_to_whole_batch(dict(inputs))
         image_ids = inputs.pop("image_ids", None)
-        outputs = model(**inputs, return_teacher=self.args.needs_teacher())
+        outputs = model(**inputs, return_teacher=self.args.needs_teacher() and self.teacher is None)
+        if self.teacher is not None:
+            with torch.no_grad():
+                outputs.teacher_text_embeds = self.teacher.get_text_features(**inputs).pooler_output
         terms = self.nrccr_loss(*self.gather_batch(outputs, image_ids))
         loss = terms.pop("loss")
         if self.discriminator is not None:
@@ -227,11 +239,15 @@ class NrccrTrainer(Trainer):
         return metrics
 
     def encode_dataset(self, dataset, query_column: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings of the captions in `query_column` and of each picture once, and the row of each caption's picture
-        `(num_captions,)`; the same on every process, each of which encodes a part, none twice."""
+        """Embeddings of the captions in `query_column` and of each picture once (or of its first caption in
+        `args.eval_gallery_column`), and the row of each caption's picture `(num_captions,)`; the same on every
+        process, each of which encodes a part, none twice."""
         first_rows, caption_to_image = picture_rows([row["image_id"] for row in without_images(dataset)])
         queries, size = self.encode_captions(dataset, query_column), self.args.per_device_eval_batch_size
-        images = self.shared_out(list(first_rows.values()), lambda part: self.encode_rows(dataset, part, size))
+        rows, gallery = list(first_rows.values()), self.args.eval_gallery_column
+        if gallery is not None:
+            return queries, self.encode_captions(dataset, gallery)[rows], caption_to_image
+        images = self.shared_out(rows, lambda part: self.encode_rows(dataset, part, size))
         return queries, images, caption_to_image
 
     def encode_captions(self, dataset, column: str) -> torch.Tensor:

@@ -32,6 +32,13 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         },
     )
     train_vision_tower: bool = field(default=False, metadata={"help": "Trains the vision tower. Released code: no."})
+    train_visual_head: bool = field(
+        default=True, metadata={"help": "False keeps every picture's embedding, and so an index, as it is."}
+    )
+    text_only: bool = field(
+        default=False,
+        metadata={"help": "Trains without pictures: the (teacher's) source caption stands where the picture would."},
+    )
     frozen_dropout: bool = field(default=False, metadata={"help": "Dropout inside frozen layers. Released code: on."})
     discriminator_kind: str = field(
         default="not-so-weak",
@@ -40,6 +47,12 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     discriminator_learning_rate: float = field(default=1e-3, metadata={"help": "Its own Adam. Released code: 1e-3."})
     eval_query_column: str = field(
         default="target_caption", metadata={"help": "Column whose captions are the queries of an evaluation."}
+    )
+    eval_gallery_column: str | None = field(
+        default=None, metadata={"help": "Column whose captions are found in an evaluation; default: pictures."}
+    )
+    keep_best_in_memory: bool = field(
+        default=False, metadata={"help": "Ends with the best weights by `metric_for_best_model`, with no checkpoint."}
     )
     early_stopping_patience: int = field(
         default=0, metadata={"help": "Stops after so many evaluations without improvement; 0: never. Paper: 11."}

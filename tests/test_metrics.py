@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_nrccr import metrics as module
-from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
+from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reference"
@@ -80,6 +80,42 @@ def test_equals_a_slow_implementation_with_ties(seed):
         got = compute_retrieval_metrics(texts.to(dtype), images.to(dtype), owner)
         assert got == pytest.approx(expected, abs=1e-9)
         assert set(got) == set(chance_metrics(num_captions, num_images, owner))
+        for way, ranks in zip(("t2v", "v2t"), retrieval_ranks(texts.to(dtype), images.to(dtype), owner)):
+            assert ranks.nanmean().item() == pytest.approx(expected[f"{way}_mean_rank"])
+            assert (ranks <= 5).sum() / ranks.isfinite().sum() * 100 == pytest.approx(expected[f"{way}_recall@5"])
+
+
+@pytest.mark.parametrize("num_captions, num_images", [(120, 40), (60, 150), (7, 3), (40, 1)])
+def test_equals_trec_eval_without_ties(num_captions, num_images):
+    """`pytrec_eval` wraps NIST's trec_eval: what others think of several captions a picture, and of none."""
+    import pytrec_eval
+
+    generator = torch.Generator().manual_seed(num_captions)
+    texts, images = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (num_captions, num_images))
+    owner = torch.randint(0, num_images, (num_captions,), generator=generator)
+    images[owner] += 0.5 * texts  # some are found
+    scores = torch.nn.functional.normalize(texts) @ torch.nn.functional.normalize(images).T
+    assert len(scores.unique()) == scores.numel()
+    got, ours = compute_retrieval_metrics(texts, images, owner), retrieval_ranks(texts, images, owner)
+    is_own = owner[:, None] == torch.arange(num_images)
+    for way, matrix, own, ranks in zip(("t2v", "v2t"), (scores, scores.T), (is_own, is_own.T), ours):
+        queries = own.any(1).nonzero()[:, 0].tolist()
+        relevant = {str(q): {str(i): int(hit) for i, hit in enumerate(own[q])} for q in queries}
+        # places from below instead of scores, which trec_eval may round
+        run = {str(q): dict(zip(relevant[str(q)], matrix[q].argsort().argsort().tolist())) for q in queries}
+        evaluator = pytrec_eval.RelevanceEvaluator(relevant, ["map", "recip_rank", "success.1,5,10"])
+        results = evaluator.evaluate(run)
+        table = {
+            name: torch.tensor([results[str(q)][name] for q in queries], dtype=torch.float64)
+            for name in ("map", "recip_rank", "success_1", "success_5", "success_10")
+        }
+        torch.testing.assert_close(ranks[queries], 1 / table["recip_rank"])
+        assert ranks.isnan().sum() == len(ranks) - len(queries)
+        expected = {f"recall@{k}": 100 * table[f"success_{k}"].mean().item() for k in (1, 5, 10)}
+        expected["map"] = table["map"].mean().item()
+        expected["mean_rank"] = (1 / table["recip_rank"]).mean().item()
+        expected["median_rank"] = (1 / table["recip_rank"]).quantile(0.5).item()
+        assert {name: got[f"{way}_{name}"] for name in expected} == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -83,8 +83,8 @@ def test_cached_training_equals_uncached(tmp_path, trained_layers):
 
 
 class ImagesAreFeatures:
-    def __getitem__(self, feats):
-        return torch.tensor(feats).unsqueeze(0)
+    def batch(self, feats):
+        return torch.tensor(feats).unsqueeze(1), torch.ones(len(feats), 1)
 
 
 def test_unneeded_views_are_not_collated(tmp_path):

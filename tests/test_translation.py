@@ -6,7 +6,9 @@ import time
 import datasets
 import pytest
 
-from datasets_scripts.debian import apertium_root
+from datasets_scripts.debian import apertium_root, prepare_translator
+from modeling_nrccr import translation
+from modeling_nrccr.language_codes import closest_code, nearest_codes, standard_code, standard_codes
 from modeling_nrccr.translation import (
     ApertiumTranslator,
     TranslationError,
@@ -14,7 +16,9 @@ from modeling_nrccr.translation import (
     add_translations,
     debian_package,
     load_translator,
+    split_spec,
 )
+from modeling_nrccr.translation_chain import ChainTranslator
 
 
 # Upper case is its translation. Words in the input make it misbehave; see the tests.
@@ -33,7 +37,9 @@ if "hang" in text:
 parts = text.split("\\n\\n")
 parts = [part.upper().replace("SPLIT", "ONE\\n\\nTWO").replace("VANISH", "") for part in parts]
 text = "\\n\\n".join(parts).replace("MERGE\\n\\n", "MERGE ")
-sys.stdout.buffer.write(text.encode())
+text = text.encode()
+if b"LATIN" in text: text = text.replace(b"LATIN", b"ni\\xf1a")
+sys.stdout.buffer.write(text)
 """
 
 
@@ -66,6 +72,22 @@ def test_a_miscount_is_met_by_halving(fake, bad):
     assert fake.translate(captions, "en", "gl") == expected
 
 
+def test_answers_in_another_encoding_are_refused(fake):
+    with pytest.raises(
+        TranslationError, match="apertium en-gl: the answer to 'a latin word' is not in UTF-8: 'A ni\ufffda"
+    ):
+        fake.translate(["a", "a latin word"], "en", "gl")
+    assert fake.translate(["\ufffd"], "en", "gl") == ["\ufffd"]  # it stood in the caption
+
+
+def test_long_captions_and_their_messages(fake):
+    long = " ".join(["word"] * 2000)  # 10,000 characters
+    assert fake.translate([long, "a"], "en", "gl") == [long.upper(), "A"]
+    with pytest.raises(TranslationError, match="no answer to 'vanish") as error:
+        fake.translate(["a", "vanish" * 2000], "en", "gl")
+    assert len(str(error.value)) < 400
+
+
 def test_no_answer_names_the_row(fake):
     with pytest.raises(TranslationError, match="apertium en-gl: row 1: no answer to 'vanish'"):
         fake.translate(["a", "vanish"], "en", "gl")
@@ -85,7 +107,9 @@ def test_unknown_pair(fake):
     with pytest.raises(ValueError, match="no pair en-cs here.*apt-cache search"):
         fake.translate(["a"], "en", "cs")
     assert debian_package("gl", "en") == "apertium-en-gl"
-    with pytest.raises(ValueError, match="en-cs; known: en-ca, en-eo"):
+    assert debian_package("gl", "es") == "apertium-es-gl" and debian_package("ca", "es") == "apertium-spa-cat"
+    assert debian_package("nb", "nn") == "apertium-nno-nob" and debian_package("id", "ms") == "apertium-ind-zlm"
+    with pytest.raises(ValueError, match="en-cs; known: ca-en, en-eo, en-es"):
         debian_package("en", "cs")
 
 
@@ -121,6 +145,9 @@ def test_where_apertium_is_looked_for(fake, tmp_path):
     (tmp_path / "mine/usr/bin").mkdir(parents=True)
     (tmp_path / "mine/usr/bin/apertium").touch()
     assert apertium_root([("en", "gl")], data_dir=tmp_path / "mine") == tmp_path / "mine"
+    assert prepare_translator("apertium", "en", "gl") == ("apertium", {})
+    spec = "apertium+es+apertium"
+    assert prepare_translator(spec, "en", "gl", tmp_path / "mine") == (spec, {"root": tmp_path / "mine"})
     with pytest.raises(ValueError, match="en-cs"):
         apertium_root([("en", "cs")])
 
@@ -131,8 +158,6 @@ def test_no_apertium(tmp_path, monkeypatch):
         load_translator("apertium")
     with pytest.raises(TranslationError, match="lacks usr/bin/apertium"):
         load_translator("apertium", root=tmp_path)
-    with pytest.raises(ValueError, match="unknown translator 'deepl'; known: apertium"):
-        load_translator("deepl")
 
 
 @pytest.mark.parametrize("folder", ["root", "it's a $root"])
@@ -158,6 +183,24 @@ def test_unpacked_root(tmp_path, folder):
     assert ApertiumTranslator(root).translate(["word"], "en", "gl") == ["palabra"]
 
 
+def test_version_is_of_the_data_wherever_it_lies(tmp_path):
+    versions = []
+    for folder, word in (("a", "palabra"), ("b", "palabra"), ("c", "verba")):
+        data = tmp_path / folder / "usr/share/apertium"
+        (data / "modes").mkdir(parents=True)
+        (data / "word").write_text(word)
+        (data / "modes/en-gl.mode").write_text("cat '/usr/share/apertium/word'")
+        script = tmp_path / folder / "usr/bin/apertium"
+        script.parent.mkdir(parents=True)
+        script.write_text("#!/bin/sh\necho en-gl\n")
+        script.chmod(0o755)
+        versions.append(load_translator("apertium", root=tmp_path / folder).version)
+    assert versions[0] == versions[1] != versions[2]
+
+
+# ------------------------------------------------------------------------------------------------- any engine
+
+
 class Reverser(Translator):
     name = "reverser"
 
@@ -166,6 +209,133 @@ class Reverser(Translator):
 
     def _translate(self, texts, source, target):
         return [f"{text[::-1]} {target}" for text in texts]
+
+
+@pytest.fixture
+def batches_of_two(monkeypatch):
+    monkeypatch.setattr(Reverser, "batch_size", 2)
+
+
+def test_finished_batches_are_handed_out_before_a_later_one_fails(batches_of_two):
+    class Dying(Reverser):
+        def _translate(self, texts, source, target):
+            if "e" in texts:
+                raise TranslationError("no power")
+            return super()._translate(texts, source, target)
+
+    done = []
+    with pytest.raises(TranslationError, match="no power"):
+        for batch, answers in Dying().translate_batches(["ab", "cd", "ef", "gh", "e", "ij"], "en", "gl"):
+            done += zip(batch, answers)
+    assert done == [("ab", "ba gl"), ("cd", "dc gl"), ("ef", "fe gl"), ("gh", "hg gl")]
+    with pytest.raises(ValueError, match="no pair en-cs here"):
+        Dying().translate_batches([], "en", "cs")  # not only when the first batch is asked for
+
+
+@pytest.mark.parametrize(
+    "answers, problem",
+    [
+        (["a"], "2 captions went in, 1 came out"),
+        (["a", "b", "c"], "2 captions went in, 3 came out"),
+        (["a", None], "the answer to 'd' is no text but None"),
+        (["a", "b\ufffd"], "the answer to 'd' is not in UTF-8"),
+    ],
+)
+def test_each_batch_is_counted(batches_of_two, answers, problem):
+    class Wrong(Reverser):
+        def _translate(self, texts, source, target):
+            return answers if "c" in texts else super()._translate(texts, source, target)
+
+    translator, done = Wrong(), []
+    with pytest.raises(TranslationError, match=f"reverser en-gl: {problem}"):
+        for batch, _ in translator.translate_batches(["a", "b", "c", "d"], "en", "gl"):
+            done += batch
+    assert done == ["a", "b"]
+    with pytest.raises(TranslationError, match=problem):
+        translator.translate(["d", "c", "b", "a"], "en", "gl")
+
+
+@pytest.mark.parametrize(
+    "batches, answered", [(["abc"], "3 answers came to 3"), (["abcd", "a"], "5 .* to 4"), (["abce"], "4 .* to 3")]
+)
+def test_lost_doubled_and_foreign_captions_are_noticed(batches, answered):
+    class Wrong(Reverser):
+        def _batches(self, texts, source, target):
+            return map(list, batches)
+
+    with pytest.raises(TranslationError, match=f"4 captions went in, {answered} of them"):
+        Wrong().translate(["a", "b", "c", "d"], "en", "gl")
+
+
+def test_batches_in_any_order_and_odd_white_space(batches_of_two):
+    class Longest(Reverser):
+        def _batches(self, texts, source, target):
+            return super()._batches(sorted(texts, key=len, reverse=True), source, target)
+
+        def _translate(self, texts, source, target):
+            return [f" {text.upper()}\x00\n{target}" for text in texts]
+
+    texts = ["a", "bbb", "cc", "a", "dddd", " bbb\n"]
+    assert Longest().translate(texts, "en", "gl") == ["A gl", "BBB gl", "CC gl", "A gl", "DDDD gl", "BBB gl"]
+
+
+def test_two_engines_in_a_row(monkeypatch):
+    class Tagger(Translator):
+        def __init__(self, *pairs):
+            self.pairs, self.name, self.version = pairs, "-".join(pairs[0]), "1"
+
+        def supported_pairs(self):
+            return list(self.pairs)
+
+        def _translate(self, texts, source, target):
+            return [f"{text} {source}>{target}" for text in texts]
+
+    one, two = Tagger(("en", "es"), ("es", "en"), ("ca", "es")), Tagger(("es", "gl"), ("gl", "es"))
+    monkeypatch.setitem(translation._TRANSLATORS, "one", lambda: lambda: one)
+    monkeypatch.setitem(translation._TRANSLATORS, "two", lambda: lambda name="two": two)
+    chain = load_translator("one+es+two")
+    assert chain.name == "en-es+es+es-gl" and chain.version == "1 | 1"
+    assert chain.supported_pairs() == [("ca", "gl"), ("en", "gl"), ("gl", "en")]
+    assert chain.translate(["b", "a"], "en", "gl") == ["b en>es es>gl", "a en>es es>gl"]
+    assert chain.translate(["a"], "gl", "en") == ["a gl>es es>en"]  # the same way back
+    assert load_translator("one+es+two", name="x").translate(["a"], "cat", "glg") == ["a ca>es es>gl"]
+    with pytest.raises(ValueError, match=r"en-es\+es\+es-gl cannot translate en-cs: es-gl has no pair es-cs here"):
+        chain.translate(["a"], "en", "cs")
+    with pytest.raises(TypeError, match="no engine of 'one[+]es[+]two' takes root"):
+        load_translator("one+es+two", root="x")
+    with pytest.raises(ValueError, match="n engines have n - 1"):
+        ChainTranslator([one, two], [])
+    assert split_spec("a:x/y+zh-Hant+b:z+fr+c") == (["a:x/y", "b:z", "c"], ["zh-Hant", "fr"])
+
+
+def test_unknown_specs_list_the_known():
+    for spec in ("deepl", "deepl+es+apertium"):
+        with pytest.raises(ValueError, match="unknown translator 'deepl'; known: apertium, seq2seq:ID_OR_FOLDER, "):
+            load_translator(spec)
+    for spec in ("seq2seq", "file", "dictionary:"):
+        with pytest.raises(ValueError, match=f"'{spec}' does not say which; known: .*dictionary:PAIR_OR_FILE"):
+            load_translator(spec)
+
+
+def test_language_codes():
+    for code, standard in {
+        "glg": "gl", "glg_Latn": "gl", "gl_ES": "gl", "zho_Hans": "zh", "zho_Hant": "zh-Hant", "en_XX": "en",
+        "iw": "he", "ns": "nso", "zlm": "ms", "no words": "no words",
+    }.items():  # fmt: skip
+        assert standard_code(code) == standard
+    codes = standard_codes(["zho_Hant", "zho_Hans", "glg_Latn", "ace_Arab", "ace_Latn", "aka_Latn", "twi_Latn"])
+    assert codes == {
+        "zh": "zho_Hans", "zh-Hant": "zho_Hant", "gl": "glg_Latn", "ace": "ace_Latn", "ace-Arab": "ace_Arab",
+        "ak": "aka_Latn", "tw": "twi_Latn",
+    }  # fmt: skip
+    known = ["ca", "cs", "es", "gl", "nb", "pt", "sr", "zh", "zh-Hant"]
+    for code, same in {
+        "pt-BR": "pt", "glg": "gl", "zh-TW": "zh-Hant", "zh-CN": "zh", "no": "nb", "es-MX": "es", "cz": None,
+        "sr-Latn": None, "da": None, "??": None, "Spanish": None,
+    }.items():  # fmt: skip
+        assert closest_code(code, known) == same
+    assert nearest_codes("cz", known).startswith("cs, ") and nearest_codes("Spanish", known).startswith("sr")
+    assert closest_code("zh-Hant", ["zh"]) is None  # another script is no detail
 
 
 def captions(split, targets=(None, None), **changes):
@@ -232,6 +402,15 @@ def test_bad_rows_are_named():
         TranslationError, match="train, source_caption: reverser en-gl: 2 captions went in, 1 came out"
     ):
         add_translations({"train": captions("train")}, Lossy())
+
+
+@pytest.mark.network
+def test_real_pivots():
+    for target, expected in (("gl", "Xeado"), ("ca", "Gelat")):
+        spec, options = prepare_translator("apertium+es+apertium", "en", target)
+        translator = load_translator(spec, **options)
+        assert translator.translate(["ice cream"], "en", target) == [expected]
+        assert translator.translate([expected], target, "en") == ["Ice cream"]
 
 
 @pytest.mark.network
