@@ -1,0 +1,322 @@
+"""Runs a study: rows x languages x split seeds x training seeds, one JSON a run, then statistics, tables and figures.
+
+    python benchmarks/study.py benchmarks/studies/real.yaml --workers 2
+
+Goes on where it was stopped. Runs are in benchmarks/results/study/<study>/; the ranks of every query and the heads of
+teachers are in outputs/study/<study>/. `benchmarks/study_report.py` writes docs/study.md from the JSON alone.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
+QUERIES = ("target", "translated", "fused", "english")
+
+
+@dataclass
+class Row:
+    """A line of the table: what is trained, over the study's settings.
+
+    Args:
+        label: Its name in tables.
+        teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
+        new_text_side: From `start_from` the visual side alone is taken.
+        english_text_only: English captions stand where the target captions would, in training.
+        tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
+        seeds: Its training seeds, where they are fewer than the study's.
+    """
+
+    label: str
+    settings: dict = field(default_factory=dict)
+    teacher: str | None = None
+    start_from: str | None = None
+    new_text_side: bool = False
+    english_text_only: bool = False
+    tuned_as: str | None = None
+    seeds: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    condition: str
+    language: str
+    split_seed: int
+    seed: int
+    row: str
+    point: int | None = None  # of the grid; None: the chosen one
+
+    @property
+    def name(self) -> str:
+        parts = [self.condition, self.language, f"split{self.split_seed}", f"seed{self.seed}", self.row]
+        return "-".join(part for part in parts if part) + ("" if self.point is None else f"-grid{self.point}")
+
+
+class Study:
+    """A YAML file of `benchmarks/studies/`. Raises ValueError for a key or a row that nobody knows."""
+
+    KEYS = {"config", "conditions", "languages", "split_seeds", "seeds", "settings", "grid", "rows", "comparisons"}
+
+    def __init__(self, path: Path):
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if set(loaded) != self.KEYS:
+            raise ValueError(f"{path}: keys missing or unknown: {', '.join(sorted(set(loaded) ^ self.KEYS))}")
+        self.name = path.stem
+        self.config, self.conditions, self.settings = loaded["config"], loaded["conditions"], loaded["settings"]
+        self.languages, self.split_seeds, self.seeds = loaded["languages"], loaded["split_seeds"], loaded["seeds"]
+        self.grid, self.comparisons = loaded["grid"], [tuple(pair) for pair in loaded["comparisons"]]
+        known = {f.name for f in fields(Row)}
+        for name, row in loaded["rows"].items():
+            if unknown := set(row) - known:
+                raise ValueError(f"{path}, row {name}: unknown keys {', '.join(sorted(unknown))}")
+        self.rows = {name: Row(**row) for name, row in loaded["rows"].items()}
+        named = {name for row in self.rows.values() for name in (row.teacher, row.start_from, row.tuned_as)} - {None}
+        named |= {side.split(":")[0] for pair in self.comparisons for side in pair}
+        if unknown := named - self.rows.keys():
+            raise ValueError(f"{path}: rows that there are not: {', '.join(sorted(unknown))}")
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.name
+
+    @property
+    def work(self) -> Path:
+        return WORK / self.name
+
+    def grid_runs(self) -> Iterator[Run]:
+        """Hyper-parameters are chosen once, for each row, at the first condition, language, split seed and seed."""
+        first = (next(iter(self.conditions)), self.languages[0], self.split_seeds[0], self.seeds[0])
+        for name, row in self.rows.items():
+            if row.tuned_as is None:
+                yield from (Run(*first, name, point) for point in range(len(self.grid)))
+
+    def runs(self) -> Iterator[Run]:
+        for name, row in self.rows.items():
+            seeds = self.seeds if row.seeds is None else row.seeds
+            for place in itertools.product(self.conditions, self.languages, self.split_seeds, seeds):
+                yield Run(*place, name)
+
+    def path(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
+
+    def load(self, run: Run) -> dict:
+        return json.loads(self.path(run).read_text(encoding="utf-8"))
+
+    def chosen(self, row: str) -> int:
+        """The point of the grid with the best SumR on validation; its grid runs must be there."""
+        row = self.rows[row].tuned_as or row
+        runs = [run for run in self.grid_runs() if run.row == row]
+        return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"])
+
+    def run_settings(self, run: Run) -> dict:
+        """What the run changes in the study's `config`."""
+        row = self.rows[run.row]
+        point = self.grid[self.chosen(run.row) if run.point is None else run.point]
+        own = {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
+        return self.settings | point | row.settings | self.conditions[run.condition] | own
+
+
+class Runner:
+    """Runs on one process: data sets, encoders and the cache of their outputs are loaded once."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.experiments, self.encoders = {}, None
+
+    def ensure(self, run: Run, blocking: bool = True) -> bool:
+        """The run's JSON is there afterwards; False where another process is at it and `blocking` is False."""
+        from filelock import FileLock, Timeout
+
+        path = self.study.path(run)
+        lock = self.study.work / "locks" / f"{run.name}.lock"
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(lock, timeout=-1 if blocking else 0):
+                settings = self.study.run_settings(run)
+                if path.exists():
+                    stored = self.study.load(run)
+                    if stored["settings"] != json.loads(json.dumps(settings)):
+                        raise ValueError(f"{path} has other settings than the study: delete it to run it again")
+                    if not self.is_teacher(run) or self.heads(run).exists():
+                        return True
+                report = self.run(run, settings)
+                write(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+                print(f"{run.name}: SumR {report['test']['target']['all']['sum_recall']:.1f}, {report['seconds']} s")
+        except Timeout:
+            return False
+        return True
+
+    def is_teacher(self, run: Run) -> bool:
+        rows = self.study.rows.values()
+        return run.point is None and any(run.row in (row.teacher, row.start_from) for row in rows)
+
+    def heads(self, run: Run) -> Path:
+        return self.study.work / "heads" / f"{run.name}.safetensors"
+
+    def experiment(self, arguments: tuple):
+        """One a data set, reused by rows; its model and arguments are the row's."""
+        from train import Experiment
+
+        script, model, args = arguments
+        key = tuple(sorted(asdict(script).items(), key=str))
+        if key not in self.experiments:
+            self.experiments[key] = Experiment(script, model, args)
+        experiment = self.experiments[key]
+        experiment.model, experiment.args, experiment.encoders = model, args, self.encoders
+        return experiment
+
+    def run(self, run: Run, settings: dict) -> dict:
+        import torch
+        import transformers
+        from safetensors.torch import load_file, save_file
+        from train import parse_arguments
+
+        start, row = time.perf_counter(), self.study.rows[run.row]
+        fixed = {
+            "feature_cache_dir": str(WORK / "features"), "output_dir": str(self.study.work / "trainer"),
+            "search_page": "none",
+            "save_strategy": "no", "load_best_model_at_end": False, "keep_best_in_memory": True, "report_to": "none",
+            "disable_tqdm": True, "logging_strategy": "no", "use_cpu": not torch.accelerator.is_available(),
+        }  # fmt: skip
+        experiment = self.experiment(parse_arguments(["--config", str(ROOT / self.study.config)], **settings | fixed))
+        args = experiment.args
+        teacher = None
+        if row.teacher:
+            teacher = self.trained(experiment, run, row.teacher)
+        trainer = experiment.trainer(args, teacher=teacher)
+        self.encoders = experiment.encoders
+        if row.start_from:
+            weights = load_file(self.needed(run, row.start_from))
+            weights = {k: v for k, v in weights.items() if not (row.new_text_side and k.startswith("text_"))}
+            trainer.model.load_state_dict(weights, strict=False)
+        rows = {split: part.to_list() for split, part in experiment.rows.items()}  # read often: no Arrow in between
+        if row.english_text_only:
+            rows["train"] = [row | {"target_caption": row["source_caption"]} for row in rows["train"]]
+        trainer.train_dataset, trainer.eval_dataset = rows["train"], rows["validation"]
+        loaded = time.perf_counter()
+        trainer.train()
+        trained = time.perf_counter()
+        if self.is_teacher(run):
+            frozen = ("text_tower.", "visual_tower.")
+            weights = {k: v for k, v in trainer.model.state_dict().items() if not k.startswith(frozen)}
+            self.heads(run).parent.mkdir(parents=True, exist_ok=True)
+            save_file(weights, self.heads(run).with_suffix(".tmp"))
+            os.replace(self.heads(run).with_suffix(".tmp"), self.heads(run))
+        from study_evaluation import evaluate
+
+        results, ranks, weight = evaluate(trainer, teacher, rows)
+        if run.point is None:
+            path = self.study.work / "ranks" / f"{run.name}.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ranks.to_parquet(path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+        watched = "english" if args.eval_query_column == "reference_source_caption" else "target"
+        return {
+            **asdict(run),
+            "label": row.label,
+            "settings": settings,
+            "grid_point": self.study.chosen(run.row) if run.point is None else run.point,
+            "selection": results["validation"][watched]["all"]["sum_recall"],
+            "source_query_weight": weight,
+            **results,
+            "steps": trainer.state.global_step,
+            "seconds": {
+                "data and encoders": round(loaded - start, 1),
+                "training": round(trained - loaded, 1),
+                "evaluation": round(time.perf_counter() - trained, 1),
+            },
+            "threads": torch.get_num_threads(),
+            "translator": experiment.translator.name,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "commit": commit(),
+        }
+
+    def needed(self, run: Run, row: str) -> Path:
+        """The weights of another row's run of the same split and seed."""
+        needed = Run(run.condition, run.language, run.split_seed, run.seed, row)
+        for point in range(len(self.study.grid)):
+            first = next(other for other in self.study.grid_runs() if other.row == row)
+            self.ensure(Run(**asdict(first) | {"point": point}))
+        self.ensure(needed)
+        return self.heads(needed)
+
+    def trained(self, experiment, run: Run, row: str):
+        """The model of another row's run, for use as a teacher."""
+        from safetensors.torch import load_file
+        from train import parse_arguments
+
+        path = self.needed(run, row)
+        settings = self.study.run_settings(Run(run.condition, run.language, run.split_seed, run.seed, row))
+        model = parse_arguments(["--config", str(ROOT / self.study.config)], **settings)[1]
+        own, experiment.model = experiment.model, model
+        teacher, _ = experiment.build(experiment.args)
+        experiment.model, self.encoders = own, experiment.encoders
+        teacher.load_state_dict(load_file(path), strict=False)
+        return teacher.eval()
+
+
+def commit() -> str:
+    """The commit that ran; "+" where tracked files had changed since."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return head[:12] + ("+" if dirty else "")
+
+
+def write(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def work(study: Study):
+    """Every run that is wanting, in the order of the file; what another process is at comes later."""
+    runner = Runner(study)
+    for phase in (study.grid_runs, study.runs):
+        pending = list(phase())
+        while pending:
+            waiting = [run for run in pending if not runner.ensure(run, blocking=False)]
+            if len(waiting) == len(pending):
+                time.sleep(1)
+            pending = waiting
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("study", type=Path, help="a YAML file of benchmarks/studies")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the runs, and the cores")
+    args = parser.parse_args()
+    study = Study(args.study)
+    if args.workers > 1:
+        environ = os.environ | {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // args.workers))}
+        command = [sys.executable, __file__, str(args.study)]
+        workers = [subprocess.Popen(command, env=environ | {"NRCCR_STUDY_WORKER": "1"}) for _ in range(args.workers)]
+        try:
+            if any([worker.wait() for worker in workers]):
+                sys.exit("a worker failed: see above; what was run stays")
+        finally:
+            for worker in workers:
+                worker.terminate()
+    else:
+        work(study)
+    if "NRCCR_STUDY_WORKER" not in os.environ:
+        from study_statistics import compare
+
+        compare(study)
+
+
+if __name__ == "__main__":
+    main()

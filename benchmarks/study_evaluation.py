@@ -1,0 +1,69 @@
+"""What a run of a study is asked: human target queries, their translation, both fused, and human English."""
+
+import pandas as pd
+import torch
+from evaluate_retrieval import metrics_by_source
+from train import best_fusion_weight
+
+from datasets_scripts.splits import group_key
+from modeling_nrccr.encoding import encode_texts
+from modeling_nrccr.metrics import fuse_query_embeds, retrieval_ranks
+
+
+def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.DataFrame, float]:
+    """
+    Args:
+        trainer: With the trained model.
+        teacher: Answers the English queries in its place, where the model was made for the target language alone.
+        rows: Of each split.
+
+    Returns:
+        `{"validation": {query: {gallery: metrics}}, "test": ...}`; the ranks of the test queries, a row each, with
+        `query`, `gallery`, `direction`, `group` and `rank`; and the weight of the fusion, chosen on validation.
+    """
+    embeds = {split: embed(trainer, teacher, rows[split]) for split in ("validation", "test")}
+    queries, images, owner = embeds["validation"]
+    weight = best_fusion_weight(queries["target"], queries["translated"], images, owner)
+    results, ranks = {}, []
+    for split, (queries, images, owner) in embeds.items():
+        queries["fused"] = fuse_query_embeds(queries["target"], queries["translated"], weight)
+        image_ids = list(dict.fromkeys(row["image_id"] for row in rows[split]))
+        results[split] = {
+            name: {
+                gallery: {key: round(value, 4) for key, value in part["metrics"].items()}
+                for gallery, part in metrics_by_source(image_ids, texts, images, owner).items()
+            }
+            for name, texts in queries.items()
+        }
+    queries, images, owner = embeds["test"]
+    groups = [group_key(row["reference_source_caption"]) for row in rows["test"]]
+    first = {image: row for row, image in reversed(list(enumerate(owner.tolist())))}
+    sources = [image_id.rpartition("/")[0].partition("/")[0] for image_id in image_ids]
+    for gallery in results["test"]["target"]:
+        members = torch.tensor([gallery == "all" or source == gallery for source in sources])
+        captions = members[owner]
+        numbers = (members.cumsum(0) - 1)[owner[captions]]
+        of_captions = [groups[row] for row in captions.nonzero()[:, 0].tolist()]
+        of_images = [groups[first[image]] for image in members.nonzero()[:, 0].tolist()]
+        for name, texts in queries.items():
+            t2v, v2t = retrieval_ranks(texts[captions], images[members], numbers)
+            for direction, values, of in (("t2v", t2v, of_captions), ("v2t", v2t, of_images)):
+                frame = {"query": name, "gallery": gallery, "direction": direction, "group": of, "rank": values}
+                ranks.append(pd.DataFrame(frame))
+    return results, pd.concat(ranks, ignore_index=True), weight
+
+
+def embed(trainer, teacher, rows: list[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Queries by kind `(num_captions, projection_dim)`, pictures, and the picture of each query."""
+    target, images, owner = trainer.encode_dataset(rows, "target_caption")
+
+    def english(column: str) -> torch.Tensor:
+        if teacher is None:
+            return trainer.encode_captions(rows, column)
+        captions = [row[column] for row in rows]
+        return encode_texts(
+            teacher, captions, trainer.data_collator.processor, trainer.args.per_device_eval_batch_size
+        )
+
+    queries = {"target": target, "translated": english("source_caption")}
+    return queries | {"english": english("reference_source_caption")}, images, owner

@@ -1,0 +1,257 @@
+"""Writes docs/study.md (its generated blocks), its figures, and README's results, from the JSON of the studies alone.
+
+    python benchmarks/study_report.py
+
+Text outside the blocks is written by hand and stays.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from study import QUERIES, Study, write  # noqa: E402
+
+
+STUDIES = ROOT / "benchmarks/studies"
+PAGE, README = ROOT / "docs/study.md", ROOT / "README.md"
+GALLERIES = {"all": "all pictures", "emoji": "emoji alone", "stamps": "stamps alone"}
+ASKED = {
+    "target": "human {language} query",
+    "translated": "its translation into English",
+    "fused": "both fused",
+    "english": "human English query",
+}
+LANGUAGES = {"gl": "Galician", "cs": "Czech", "ca": "Catalan", "es": "Spanish"}
+
+
+def block(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
+
+
+def summary(study: Study) -> dict:
+    return json.loads((study.results / "summary.json").read_text(encoding="utf-8"))
+
+
+def interval(value: dict) -> str:
+    return f"{value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
+
+
+def find(entries: list[dict], **place) -> list[dict]:
+    return [entry for entry in entries if all(entry[key] == value for key, value in place.items())]
+
+
+def side_name(study: Study, side: str, language: str) -> str:
+    row, query = side.split(":")
+    if row == "english_only":
+        return {
+            "target": "English only",
+            "translated": "translated query",
+            "english": "English only, human English query",
+            "fused": "English only, fused",
+        }[query]
+    name = study.rows[row].label
+    return name if query == "target" else f"{name}, {ASKED[query].format(language=language)}"
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in ruled) + "\n"
+
+
+def rows_table(study: Study, report: dict, gallery: str, condition: str, language: str) -> str:
+    """SumR of each row and query, with its interval; the two baselines stand apart though they are one model."""
+    name, lines = LANGUAGES.get(language, language), []
+    for row, spec in study.rows.items():
+        cells = {}
+        for query in QUERIES:
+            (cells[query],) = find(
+                report["rows"], condition=condition, language=language, row=row, gallery=gallery, query=query
+            )
+        runs = cells["target"]["runs"]
+        lines.append([spec.label, str(runs), *(interval(cells[query]) for query in QUERIES)])
+    return markdown(
+        ["SumR, " + GALLERIES.get(gallery, gallery), "runs", *(q.format(language=name) for q in ASKED.values())], lines
+    )
+
+
+def comparison_lines(study: Study, report: dict, condition: str, language: str) -> list[list[str]]:
+    lines, name = [], LANGUAGES.get(language, language)
+    for first, second in study.comparisons:
+        by_gallery = {
+            pair["gallery"]: pair
+            for pair in find(report["comparisons"], condition=condition, language=language, first=first, second=second)
+        }
+        lines.append([
+            f"{side_name(study, first, name)} − {side_name(study, second, name)}",
+            *(interval(by_gallery[gallery]) for gallery in by_gallery),
+            verdict(by_gallery["all"]),
+        ])  # fmt: skip
+    return lines
+
+
+def verdict(pair: dict) -> str:
+    if pair["low"] > 0:
+        return "better"
+    return "worse" if pair["high"] < 0 else "no difference shown"
+
+
+def comparisons_table(study: Study, report: dict, condition: str, language: str) -> str:
+    galleries = list(dict.fromkeys(pair["gallery"] for pair in report["comparisons"]))
+    head = ["difference of SumR", *(GALLERIES.get(gallery, gallery) for gallery in galleries), "over all pictures"]
+    return markdown(head, comparison_lines(study, report, condition, language))
+
+
+def settings_table(study: Study) -> str:
+    """Which point of the grid each row's validation chose, and what a run took."""
+    lines = []
+    for name, spec in study.rows.items():
+        runs = [study.load(run) for run in study.runs() if run.row == name]
+        point = study.grid[runs[0]["grid_point"]]
+        chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
+        seconds = sorted(sum(run["seconds"].values()) for run in runs)
+        weights = sorted({run["source_query_weight"] for run in runs})
+        lines.append([
+            spec.label, chosen, f"{weights[0]:g} to {weights[-1]:g}", f"{seconds[len(seconds) // 2]:.0f}",
+        ])  # fmt: skip
+    return markdown(["row", "chosen on validation", "fusion weight", "seconds a run (median)"], lines)
+
+
+def tables(study: Study) -> str:
+    report, parts = summary(study), []
+    galleries = list(dict.fromkeys(row["gallery"] for row in report["rows"]))
+    for condition in study.conditions:
+        for language in study.languages:
+            title = " ".join(filter(None, [LANGUAGES.get(language, language), condition]))
+            parts.append(f"### {title}\n")
+            parts += [rows_table(study, report, gallery, condition, language) for gallery in galleries]
+            parts.append(comparisons_table(study, report, condition, language))
+    parts.append(settings_table(study))
+    return "\n".join(parts)
+
+
+def curves_table(study: Study) -> str:
+    """SumR of human target queries by condition, for a study whose conditions are rates of noise."""
+    report, (language,) = summary(study), study.languages
+    lines = []
+    for row, spec in study.rows.items():
+        cells = [
+            interval(find(report["rows"], condition=c, language=language, row=row, gallery="all", query="target")[0])
+            for c in study.conditions
+        ]
+        lines.append([spec.label, *cells])
+    return markdown(["SumR at noise", *study.conditions], lines)
+
+
+def results(study: Study) -> str:
+    """README's table: the rows that answer what a user would ask first."""
+    report, language = summary(study), study.languages[0]
+    condition, name = next(iter(study.conditions)), LANGUAGES.get(language, language)
+    lines = []
+    for label, row, query in (
+        ("English only", "english_only", "target"),
+        ("translated query: English only, asked in machine-translated English", "english_only", "translated"),
+        ("MT, plain", "mt_plain", "target"),
+        ("MT + similarity view (the demo)", "demo", "target"),
+        ("the same, fused with the translated query", "demo", "fused"),
+        ("plain distillation from the English-only model", "distillation", "target"),
+        ("the same, fused with the translated query", "distillation", "fused"),
+        ("published recipe, frozen encoder", "published_frozen", "target"),
+        ("human captions in training (upper bound)", "human", "target"),
+        ("(for comparison) English only, human English query", "english_only", "english"),
+    ):
+        place = {"condition": condition, "language": language, "row": row, "query": query}
+        lines.append([label, *(interval(find(report["rows"], gallery=g, **place)[0]) for g in GALLERIES)])
+    runs = [study.load(run) for run in study.runs()]
+    translator = runs[0]["translator"]
+    head = ["SumR [95 % interval]", *GALLERIES.values()]
+    return (
+        f"Human {name} queries, {len(study.split_seeds)} splits x {len(study.seeds)} training seeds, captions "
+        f"translated by {translator}; SumR is the sum of R@1, R@5 and R@10 in both directions.\n\n"
+        + markdown(head, lines)
+    )
+
+
+def figures():
+    """docs/study_rows and docs/study_scenes, as PNG and SVG."""
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # the same bytes for the same JSON
+    import matplotlib
+
+    matplotlib.use("agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "nrccr", "svg.fonttype": "none", "font.size": 10})
+    from matplotlib import pyplot as plt
+
+    def save(figure, name: str):
+        for suffix, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            path = ROOT / f"docs/{name}.{suffix}"
+            figure.savefig(path.with_suffix(f".tmp.{suffix}"), bbox_inches="tight", **options)
+            os.replace(path.with_suffix(f".tmp.{suffix}"), path)
+        plt.close(figure)
+
+    study = Study(STUDIES / "real.yaml")
+    report, language = summary(study), study.languages[0]
+    name, place = LANGUAGES[language], {"condition": next(iter(study.conditions)), "language": language}
+    figure, axes = plt.subplots(figsize=(8, 0.55 * len(study.rows) + 1.2))
+    styles = {"target": ("o", "#0b6e99"), "fused": ("D", "#b3541e"), "translated": ("s", "#8a8a8a")}
+    for query, (marker, colour) in styles.items():
+        for at, row in enumerate(reversed(study.rows)):
+            (value,) = find(report["rows"], row=row, query=query, gallery="all", **place)
+            shift = {"target": 0.18, "translated": 0, "fused": -0.18}[query]
+            reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+            label = ASKED[query].format(language=name) if at == 0 else None
+            axes.errorbar(value["mean"], at + shift, xerr=reach, fmt=marker, color=colour, capsize=2, label=label)
+    (baseline,) = find(report["rows"], row="english_only", query="translated", gallery="all", **place)
+    axes.axvline(baseline["mean"], color="#8a8a8a", linestyle=":", label="translated query (English only)")
+    axes.set_yticks(range(len(study.rows)), [study.rows[row].label for row in reversed(study.rows)])
+    axes.set_xlabel("SumR over all pictures, with 95 % interval")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.08), ncols=2, frameon=False)
+    axes.grid(axis="x", alpha=0.3)
+    save(figure, "study_rows")
+
+    study = Study(STUDIES / "scenes.yaml")
+    report, (language,) = summary(study), study.languages
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for (row, spec), marker in zip(study.rows.items(), "osD^v"):
+        values = [
+            find(report["rows"], condition=c, language=language, row=row, gallery="all", query="target")[0]
+            for c in study.conditions
+        ]
+        reach = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
+        rates = [float(condition) for condition in study.conditions]
+        axes.errorbar(rates, [v["mean"] for v in values], yerr=reach, marker=marker, capsize=3, label=spec.label)
+    axes.set_xlabel("rate of mixed translation noise (synthetic scenes, Czech)")
+    axes.set_ylabel("SumR of clean Czech queries, 95 % interval")
+    axes.set_xticks(rates)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, "study_scenes")
+
+
+def fill(path: Path, blocks: dict[str, str]):
+    text = path.read_text(encoding="utf-8")
+    for name, content in blocks.items():
+        text, count = block(name).subn(lambda match, content=content: match[1] + content + match[2], text)
+        if count != 1:
+            raise ValueError(f"{path} has {count} blocks {name!r}, not one")
+    write(path, text)
+
+
+def blocks() -> dict[Path, dict[str, str]]:
+    real, scenes = Study(STUDIES / "real.yaml"), Study(STUDIES / "scenes.yaml")
+    page = {"study real": tables(real), "study scenes": curves_table(scenes) + "\n" + settings_table(scenes)}
+    return {PAGE: page, README: {"study": results(real)}}
+
+
+def main():
+    for path, content in blocks().items():
+        fill(path, content)
+    figures()
+
+
+if __name__ == "__main__":
+    main()
