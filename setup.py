@@ -36,6 +36,15 @@ setup(
         "seq2seq": SEQ2SEQ,
         "ctranslate2": CTRANSLATE2,
         "noise": NOISE,
-        "dev": ["pytest>=8", "ruff>=0.9", "psutil>=6", "pytrec-eval-terrier>=0.5.7", *VIDEO, *CTRANSLATE2, *NOISE],
+        "dev": [
+            "pytest>=8",
+            "ruff>=0.9",
+            "psutil>=6",
+            "pytrec-eval-terrier>=0.5.7",
+            "matplotlib>=3.10",
+            *VIDEO,
+            *CTRANSLATE2,
+            *NOISE,
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""Writes the results of `docs/demo.json` (a run's metrics.json) into README.md:
+"""Writes the results of `docs/demo.json` (a run's metrics.json) into examples/README.md:
 
 cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
 """
@@ -32,7 +32,7 @@ def results(report: dict) -> str:
 
 
 def main():
-    readme = ROOT / "README.md"
+    readme = ROOT / "examples/README.md"
     report = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
     text = BLOCK.sub(lambda match: match[1] + results(report) + match[2], readme.read_text(encoding="utf-8"))
     readme.write_text(text, encoding="utf-8")

@@ -16,6 +16,7 @@ from .translation import TranslationError, Translator, file_fingerprint
 logger = logging.get_logger(__name__)
 
 _CHUNK = 20_000  # texts tokenized and sorted by length at a time
+_FEW = 8  # texts that are a batch for any length
 # Files of a folder that decide an answer; not metrics.json, README.md and the like.
 _DECISIVE = re.compile(
     r"(?!training_args).*\.(safetensors|bin|spm|model|txt)"
@@ -147,8 +148,9 @@ class Seq2SeqTranslator(Translator):
                 f'need `pip install "modeling_nrccr[seq2seq]"`. Transformers says: {says}'
             ) from error
         self.scheme = language_scheme(self.tokenizer, self.name, pairs)
+        # Language tokens are special in NLLB's tokenizer, but not in M2M100's of Transformers 5.
         forced = self.scheme.targets if self.scheme.forces_target else ()
-        self._language_ids = {self._forced_token(code) for code in forced}
+        self._special_ids = {self._forced_token(code) for code in forced} | set(self.tokenizer.all_special_ids)
         commit = self._load(model, revision)
         limits = [max_length, self.tokenizer.model_max_length, self._positions]
         self.max_length = min([limit for limit in limits if limit and limit < _NO_LIMIT] or [512])
@@ -200,7 +202,8 @@ class Seq2SeqTranslator(Translator):
             longest = 0
             for i in sorted(range(len(chunk)), key=lambda i: -lengths[i]):  # the largest first: no memory, no start
                 longest = longest or lengths[i]
-                if batch and (len(batch) + 1) * longest > self.max_batch_tokens:
+                is_short = len(batch) >= _FEW and lengths[i] < longest / 2  # it would wait for the long ones
+                if batch and (is_short or (len(batch) + 1) * longest > self.max_batch_tokens):
                     yield batch
                     batch, longest = [], lengths[i]
                 batch.append(chunk[i])
@@ -218,25 +221,37 @@ class Seq2SeqTranslator(Translator):
 
     def _translate(self, texts: list[str], source: str, target: str) -> list[str]:
         ids = self._encode(texts, source, target)
-        limit = self.max_new_tokens or 3 * max(map(len, ids)) + 20
-        limit = min(limit, (self._positions or limit + 2) - 2)  # a start and a language token come first
-        try:
-            answers = self._generate(ids, self._forced_token(target), limit, target)
-        except RuntimeError as error:  # no memory, most of all
-            raise TranslationError(
-                f"{self.name} {source}-{target} failed on a batch of {len(ids)} x {max(map(len, ids))} tokens; fewer "
-                f"max_batch_tokens need less memory. It says: {' '.join(str(error).split())[:300]}"
-            ) from error
-        # Language tokens are special in NLLB's tokenizer, but not in M2M100's of Transformers 5.
-        answers = [[token for token in row if token not in self._language_ids] for row in answers]
+        longest = max(map(len, ids))
+        room = (self._positions or _NO_LIMIT) - 2  # a start and a language token come first
+        last = min(self.max_new_tokens or 3 * longest + 20, room)
+        answers: list[list[int]] = [[]] * len(texts)
+        rows = range(len(texts))
+        # A batch goes on until its last row has ended, and a model may repeat a word for ever: rows that have not
+        # ended when most should have are begun again among themselves.
+        for limit in sorted({min(longest + longest // 2 + 10, last), last}):
+            try:
+                made = self._generate([ids[row] for row in rows], self._forced_token(target), limit, target)
+            except RuntimeError as error:  # no memory, most of all
+                raise TranslationError(
+                    f"{self.name} {source}-{target} failed on a batch of {len(rows)} x {longest} tokens; fewer "
+                    f"max_batch_tokens need less memory. It says: {' '.join(str(error).split())[:300]}"
+                ) from error
+            for row, answer in zip(rows, made):
+                answers[row] = [token for token in answer if token not in self._special_ids]
+            rows = [row for row, answer in zip(rows, made) if len(answer) >= limit - 2]
+            if not rows:
+                break
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
     @torch.inference_mode()
     def _generate(
         self, ids: list[list[int]], forced_token: int | None, max_new_tokens: int, target: str
     ) -> list[list[int]]:
+        """The answers' token ids, up to the end token."""
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
-        return self.model.generate(
+        made = self.model.generate(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], forced_bos_token_id=forced_token,
             num_beams=self.num_beams, do_sample=False, max_new_tokens=max_new_tokens,
-        ).tolist()  # fmt: skip
+        )  # fmt: skip
+        end = self.tokenizer.eos_token_id  # some begin with it
+        return [row[: row.index(end)] if end in row else row for row in made[:, 1:].tolist()]

@@ -15,7 +15,7 @@ def test_results_agree_with_the_committed_run():
     from readme_table import BLOCK, results
 
     report = json.loads((ROOT / "docs/demo.json").read_text())
-    block = BLOCK.search((ROOT / "README.md").read_text())[0]
+    block = BLOCK.search((ROOT / "examples/README.md").read_text())[0]
     assert results(report) in block
     assert f"{report['baselines']['translated_query']['sum_recall']:.1f}" in block
 
@@ -24,7 +24,7 @@ def test_every_file_and_flag_that_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"(?:examples|docs|modeling_nrccr|benchmarks|\.ci)/[\w./-]+", text):
         assert (ROOT / path.rstrip(".")).exists(), path
-    for script in {"train", "search", "evaluate_retrieval"}:
+    for script in {"train", "search", "evaluate_retrieval", "translate", "noise_report"}:
         flags = {flag for line in re.findall(rf"{script}\.py[^\n#]*", text) for flag in re.findall(r"--[a-z_]+", line)}
         source = "".join((ROOT / f"examples/{name}.py").read_text() for name in {script, "train"})
         source += (ROOT / "modeling_nrccr/training_args.py").read_text() + "--help"
@@ -33,7 +33,7 @@ def test_every_file_and_flag_that_the_readme_names_exists():
 
 @pytest.mark.slow
 def test_the_package_imports_without_any_extra():
-    extras = {"faiss", "pymilvus", "gradio", "peft", "av"}
+    extras = {"faiss", "pymilvus", "gradio", "peft", "av", "sacrebleu", "py3langid", "ctranslate2", "sentencepiece"}
     code = f"import sys, modeling_nrccr; print(sorted({extras} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "[]", result.stderr

@@ -42,8 +42,10 @@ def test_a_model_of_texts_alone_trains_and_finds_translations(tmp_path):
         trainer_of(tmp_path, model)
     with pytest.raises(ValueError, match="texts alone"):
         model.get_image_features(visual_feats=torch.ones(1, 1, 4))
-    settings = dict(num_train_epochs=6, learning_rate=3e-3, trained_text_layers=-1, keep_best_in_memory=True,
-                    save_strategy="no", load_best_model_at_end=False, eval_gallery_column="source_caption")  # fmt: skip
+    settings = dict(
+        num_train_epochs=6, learning_rate=3e-3, trained_text_layers=-1, keep_best_in_memory=True, save_strategy="no",
+        load_best_model_at_end=False, eval_gallery_column="source_caption",
+    )  # fmt: skip
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     trainer = NrccrTrainer(model, arguments(tmp_path, **settings, **TEXT_ONLY), rows, held_out, data_collator=collator)
     before = trainer.evaluate()["eval_sum_recall"]

@@ -8,11 +8,13 @@ import io
 import json
 import logging
 import random
+import re
 import string
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -222,6 +224,29 @@ def test_batches_change_nothing(folders, family, source, target):
     assert flat == sorted(flat, reverse=True)
 
 
+def test_answers_without_an_end_do_not_hold_up_the_others(folders, monkeypatch):
+    translator = load_translator(f"seq2seq:{folders['marian']}")
+    word, calls = translator.tokenizer.convert_tokens_to_ids("▁dog"), []
+
+    def generate(ids, forced_token, limit, target):
+        calls.append((len(ids), limit))
+        return [[word] * (limit - 1 if len(row) == 5 else len(row)) for row in ids]
+
+    monkeypatch.setattr(translator, "_generate", generate)
+    monkeypatch.setattr(translator, "_encode", lambda texts, *pair: [[word] * len(text) for text in texts])
+    texts = ["abcd", "abcde", "abc", "fghij", "abcdef"]
+    answers = translator.translate(texts, "en", "cs")
+    assert calls == [(5, 19), (2, 38)]  # 1.5 times the longest and 10; then 3 times and 20: those two alone
+    assert [len(answer.split()) for answer in answers] == [4, 37, 3, 37, 6]
+
+
+def test_short_texts_do_not_wait_for_long_ones(folders):
+    translator = load_translator(f"seq2seq:{folders['marian']}")
+    texts = [" ".join(["dog"] * count) for count in range(1, 31)]
+    lengths = [[text.count("dog") for text in batch] for batch in translator._batches(texts, "en", "cs")]
+    assert lengths[0] == list(range(30, 14, -1)) and sum(lengths, []) == list(range(30, 0, -1))
+
+
 def test_beams_and_versions(folders, tmp_path):
     greedy, beams = (load_translator(f"seq2seq:{folders['m2m100']}", num_beams=n) for n in (1, 3))
     assert generated(beams, "a dog", ("en", "gl"))[2]["num_beams"] == 3
@@ -281,7 +306,7 @@ def test_no_such_model(tmp_path):
 
 
 def test_failures_of_the_model_name_the_batch(folders, monkeypatch):
-    translator = load_translator(f"seq2seq:{folders['nllb']}", max_batch_tokens=40)
+    translator = load_translator(f"seq2seq:{folders['nllb']}", max_batch_tokens=40, max_new_tokens=9)
     generate, calls = translator._generate, []
 
     def fail(ids, *arguments):
@@ -606,6 +631,16 @@ def test_bad_files_are_named(tmp_path, name, content, problem):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=problem):
         load_translator(f"file:{path}")
+
+
+def test_the_measured_speed_is_what_was_promised():
+    """Of the committed run; `benchmarks/translation_speed.py` writes it anew."""
+    path = Path(__file__).parent.parent / "docs/translation_speed.json"
+    engines = json.loads(path.read_text(encoding="utf-8"))["engines"]
+    assert engines["apertium"]["ratio"] >= 20 and engines["apertium"]["captions"] >= 200
+    slow = engines["seq2seq, 1 beam"]["ratio"]
+    assert slow >= 3 and engines["ctranslate2 int8, 1 beam"]["ratio_to_transformers_loop"] > slow
+    assert not re.search(r"(^|[\s\"'])/\w|https?:", path.read_text(encoding="utf-8"))  # no path, no host
 
 
 @pytest.mark.network
