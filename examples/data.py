@@ -72,10 +72,12 @@ def load_caption_dataset(
     visual_feature: str | None = None,
     media_dir: str | None = None,
     missing: str = "error",
+    dataset_options: dict | None = None,
 ) -> datasets.DatasetDict:
     """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
     columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`.
-    `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `parquet`: what `translate.py` wrote into
+    `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
+    `parquet`: what `translate.py` wrote into
     `data_dir`.
 
     Raises ValueError for an unknown name or language, and where [`check_ids`] does.
@@ -92,7 +94,7 @@ def load_caption_dataset(
         options = {"seed": seed, "target": target, "source_language": source_language}
         options["target_language"] = target_language
         options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
-        options["missing"] = missing
+        options |= {"missing": missing} | (dataset_options or {})
         known = BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
         options = {key: value for key, value in options.items() if key in known}
         # a builder of any two languages takes them as options, the others as the name of a configuration

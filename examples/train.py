@@ -58,6 +58,7 @@ class ScriptArguments:
 
     config: str = option(str(DEMO_CONFIG), "YAML file with any of these fields.")
     dataset: str = option("tuxpaint+cldr_emoji", "Builders of datasets_scripts, joined by '+'.")
+    dataset_options: str | None = option(None, "More of a builder's options, as JSON: '{\"num_train\": 500}'.")
     data_dir: str | None = option(None, "Folder of the data; Debian packages are fetched where it is not given.")
     visual_feature: str | None = option(None, "Features: a folder, a name in data_dir/FeatureData, or none.")
     media_dir: str | None = option(None, "Folder of pictures or videos; default: images or videos in data_dir.")
@@ -158,6 +159,7 @@ class Experiment:
                 script.dataset, script.source_language, script.target_language, script.split_seed, script.target,
                 script.translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
                 missing="error" if script.strict else "skip",
+                dataset_options=json.loads(script.dataset_options or "{}"),
             )  # fmt: skip
         columns = self.dataset["train"].column_names
         self.media = next(column for column in MEDIA_COLUMNS if column in columns)
