@@ -177,8 +177,10 @@ class Scenes(CaptionBuilder):
         scenes = tqdm(
             self._scenes(sizes), total=sum(sizes.values()), desc=f"{self.name} {self.config.name}", disable=None
         )
-        for index, (split, scene, captions) in enumerate(scenes):
-            rows[split] += self._scene_rows(f"scenes/{index:06d}", scene, captions, split)
+        for split, scene, captions in scenes:
+            # what an id stands for never changes: caches of features know pictures by it
+            digest = hashlib.blake2b(f"{self.config.seed}\n{scene}".encode(), digest_size=8).hexdigest()
+            rows[split] += self._scene_rows(f"scenes/{digest}", scene, captions, split)
         noise = [row["translation_noise"] for of_split in rows.values() for row in of_split]
         counts = ", ".join(f"{split} {sizes[split]} ({len(of_split)} captions)" for split, of_split in rows.items())
         print(

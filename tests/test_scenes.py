@@ -307,7 +307,9 @@ def test_rows(tmp_path, capsys):
     dataset = build(tmp_path, noise=0.5)
     assert "(synthetic), seed 0, scenes-noise-0.50: train 24 (" in capsys.readouterr().out
     human = build(tmp_path, noise=0.5, target="human")
-    clean = build(tmp_path)
+    clean, other = build(tmp_path), build(tmp_path, seed=1)
+    # an id never stands for another picture: caches of features are kept by it
+    assert not set(clean["train"]["image_id"]) & set(other["train"]["image_id"])
     for split, count in zip(("train", "validation", "test"), SMALL.values()):
         rows, bound, right = dataset[split], human[split], clean[split]
         assert len(set(rows["image_id"])) == count < len(rows) == len(set(rows["caption_id"]))
