@@ -106,7 +106,7 @@ class Seq2SeqTranslator(Translator):
         max_batch_tokens (`int`, defaults to 4096): of a batch, padding included.
         max_length (`int`, *optional*): source tokens of a text; what is longer is cut, with a warning. The model's own
             limit by default (512 where it has none).
-        max_new_tokens (`int`, *optional*): of an answer; by default three times the batch's longest text and 20 more.
+        max_new_tokens (`int`, *optional*): of an answer; by default three times the text's and 20 more.
         device (`str`, *optional*): a GPU where there is one.
         dtype (`str`, defaults to "float32"): of the weights.
         pairs (`list` of `(source, target)`, *optional*): see [`language_scheme`].
@@ -237,6 +237,8 @@ class Seq2SeqTranslator(Translator):
                     f"max_batch_tokens need less memory. It says: {' '.join(str(error).split())[:300]}"
                 ) from error
             for row, answer in zip(rows, made):
+                # without an end, an answer is as long as it would be alone
+                answer = answer[: min(self.max_new_tokens or 3 * len(ids[row]) + 20, room) - 2]
                 answers[row] = [token for token in answer if token not in self._special_ids]
             rows = [row for row, answer in zip(rows, made) if len(answer) >= limit - 2]
             if not rows:
