@@ -73,7 +73,7 @@ def rows_table(study: Study, report: dict, gallery: str, condition: str, languag
             (cells[query],) = find(
                 report["rows"], condition=condition, language=language, row=row, gallery=gallery, query=query
             )
-        runs = cells["target"]["runs"]
+        runs = int(cells["target"]["runs"])
         lines.append([spec.label, str(runs), *(interval(cells[query]) for query in QUERIES)])
     return markdown(
         ["SumR, " + GALLERIES.get(gallery, gallery), "runs", *(q.format(language=name) for q in ASKED.values())], lines
@@ -113,7 +113,7 @@ def settings_table(study: Study) -> str:
     for name, spec in study.rows.items():
         runs = [study.load(run) for run in study.runs() if run.row == name]
         point = study.grid[runs[0]["grid_point"]]
-        chosen = ", ".join(f"{key} {value:g}" for key, value in point.items())
+        chosen = ", ".join(f"{key} {spec.settings.get(key, value):g}" for key, value in point.items())
         seconds = sorted(sum(run["seconds"].values()) for run in runs)
         weights = sorted({run["source_query_weight"] for run in runs})
         lines.append([
@@ -228,7 +228,7 @@ def figures():
     axes.set_ylabel("SumR of clean Czech queries, 95 % interval")
     axes.set_xticks(rates)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, "study_scenes")
 
 
