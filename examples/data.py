@@ -11,7 +11,7 @@ from datasets_scripts.animated_emoji import AnimatedEmoji
 from datasets_scripts.caption_files import CaptionFiles
 from datasets_scripts.cldr_emoji import CldrEmoji
 from datasets_scripts.columns import CAPTION_FEATURES
-from datasets_scripts.debian import FetchError, apertium_root, cache_folder, find_data
+from datasets_scripts.debian import FetchError, cache_folder, find_data, prepare_translator
 from datasets_scripts.mscoco import Mscoco
 from datasets_scripts.msrvtt_cn import MsrvttCn
 from datasets_scripts.multi30k import Multi30k
@@ -23,7 +23,6 @@ from datasets_scripts.xm3600 import Xm3600
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.translation import Translator, add_translations, load_translator
 from modeling_nrccr.translation_cache import CachedTranslator
-from modeling_nrccr.translation_dictionary import dictionary_package
 
 
 LANGUAGES = {
@@ -188,28 +187,12 @@ def load_engine(
     Raises:
         ValueError: the engine lacks one of the pairs; before the first is translated.
     """
-    steps = spec.split("+")
     target_language, source_language = pairs[-1]
-    codes = [source_language, *steps[1::2], target_language]
-    wanted = []
-    for i, (engine, *pair) in enumerate(zip(steps[::2], codes, codes[1:])):
-        if engine == "apertium":
-            wanted += [tuple(pair), tuple(pair[::-1])]
-        elif engine == "dictionary":
-            steps[2 * i] = f"dictionary:{find_dictionary(*pair, data_dir)}"
-    root = {"root": apertium_root(wanted, data_dir=data_dir)} if wanted else {}
-    translator = load_translator("+".join(steps), **root, **options)
+    spec, root = prepare_translator(spec, source_language, target_language, data_dir)
+    translator = load_translator(spec, **root, **options)
     for pair in pairs:
         translator.check_pair(*pair)
     return CachedTranslator(translator, cache or translation_cache_path(), state)
-
-
-def find_dictionary(source_language: str, target_language: str, data_dir: str | None = None) -> Path:
-    """FreeDict's dictionary of a pair: in `data_dir`, installed, or fetched."""
-    package = dictionary_package(source_language, target_language)
-    path = f"usr/share/dictd/{package.removeprefix('dict-')}.index"
-    (index,) = find_data({package: path}, data_dir if data_dir and Path(data_dir, path).exists() else None)
-    return index
 
 
 def query_origin(rows: datasets.Dataset) -> str:

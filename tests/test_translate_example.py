@@ -25,6 +25,7 @@ import pytest
 import translate
 from PIL import Image
 
+from datasets_scripts import debian
 from modeling_nrccr.translation import TranslationError, Translator
 from modeling_nrccr.translation_cache import CachedTranslator
 
@@ -256,7 +257,7 @@ def test_training_translates_by_the_same_cache(pictures, monkeypatch, no_bars, t
 
 def test_what_engines_need_is_fetched_and_pairs_are_checked_first(monkeypatch, tmp_path):
     specs, wanted = [], []
-    monkeypatch.setattr(data, "apertium_root", lambda pairs, data_dir: wanted.append(pairs) or "root")
+    monkeypatch.setattr(debian, "apertium_root", lambda pairs, *folders: wanted.append(pairs) or "root")
     monkeypatch.setattr(data, "load_translator", lambda spec, **options: specs.append((spec, options)) or Slow())
     pairs = [("en", "cs"), ("cs", "en")]
     index = tmp_path / "usr/share/dictd/freedict-eng-ces.index"
