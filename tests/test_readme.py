@@ -33,7 +33,16 @@ def test_every_file_and_flag_that_the_readme_names_exists():
 
 @pytest.mark.slow
 def test_the_package_imports_without_any_extra():
-    extras = {"faiss", "pymilvus", "gradio", "peft", "av", "sacrebleu", "py3langid", "ctranslate2", "sentencepiece"}
+    extras = {
+        "faiss",
+        "pymilvus",
+        "gradio",
+        "peft",
+        "av",
+        "sacrebleu",
+        "py3langid",
+        "ctranslate2",
+    }  # transformers imports sentencepiece
     code = f"import sys, modeling_nrccr; print(sorted({extras} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.strip() == "[]", result.stderr
