@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 import time
@@ -24,8 +23,13 @@ from transformers import AutoModel, AutoTokenizer
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-BLOCK = re.compile(r"(<!-- multi30k_text: [^\n]*-->\n).*?(<!-- end of multi30k_text -->)", re.S)
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from atomic import write_file  # noqa: E402
+from pages import block, fill  # noqa: E402
+
+
+BLOCK = block("multi30k_text")
 LANGUAGES = ("de", "fr", "cs")
 
 
@@ -212,15 +216,9 @@ def main():
     parser.add_argument("--trained", type=int, default=6000, help="training captions, from the first")
     args = parser.parse_args()
     report = run(args.data_dir, args.trained)
-    write(ROOT / "docs/multi30k_text.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    docs = ROOT / "docs/datasets.md"
-    write(docs, BLOCK.sub(lambda match: match[1] + tables(report) + match[2], docs.read_text(encoding="utf-8")))
+    write_file(ROOT / "docs/multi30k_text.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    fill(ROOT / "docs/datasets.md", {"multi30k_text": tables(report)})
     print(tables(report))
-
-
-def write(path: Path, text: str):
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 if __name__ == "__main__":

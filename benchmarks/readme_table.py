@@ -4,14 +4,17 @@ cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-BLOCK = re.compile(r"(<!-- results: [^\n]*-->\n).*?(<!-- end of results -->)", re.S)
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from pages import block, fill  # noqa: E402
+
+
+BLOCK = block("results")
 
 
 def results(report: dict) -> str:
@@ -32,10 +35,8 @@ def results(report: dict) -> str:
 
 
 def main():
-    readme = ROOT / "examples/README.md"
     report = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
-    text = BLOCK.sub(lambda match: match[1] + results(report) + match[2], readme.read_text(encoding="utf-8"))
-    readme.write_text(text, encoding="utf-8")
+    fill(ROOT / "examples/README.md", {"results": results(report)})
 
 
 if __name__ == "__main__":

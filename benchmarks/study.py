@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -22,6 +22,10 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from atomic import write_file  # noqa: E402
+
+
 RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
 QUERIES = ("target", "translated", "fused", "english")
 
@@ -97,10 +101,13 @@ class Study:
 
     def grid_runs(self) -> Iterator[Run]:
         """Hyper-parameters are chosen once, for each row, at the first condition, language, split seed and seed."""
-        first = (next(iter(self.conditions)), self.languages[0], self.split_seeds[0], self.seeds[0])
         for name, row in self.rows.items():
             if row.tuned_as is None:
-                yield from (Run(*first, name, point) for point in range(len(self.grid)))
+                yield from self.grid_runs_of(name)
+
+    def grid_runs_of(self, row: str) -> list[Run]:
+        first = (next(iter(self.conditions)), self.languages[0], self.split_seeds[0], self.seeds[0])
+        return [Run(*first, self.rows[row].tuned_as or row, point) for point in range(len(self.grid))]
 
     def runs(self) -> Iterator[Run]:
         for name, row in self.rows.items():
@@ -116,8 +123,7 @@ class Study:
 
     def chosen(self, row: str) -> int:
         """The point of the grid with the best SumR on validation; its grid runs must be there."""
-        row = self.rows[row].tuned_as or row
-        runs = [run for run in self.grid_runs() if run.row == row]
+        runs = self.grid_runs_of(row)
         return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"])
 
     def run_settings(self, run: Run) -> dict:
@@ -152,7 +158,8 @@ class Runner:
                     if not self.is_teacher(run) or self.heads(run).exists():
                         return True
                 report = self.run(run, settings)
-                write(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
                 print(f"{run.name}: SumR {report['test']['target']['all']['sum_recall']:.1f}, {report['seconds']} s")
         except Timeout:
             return False
@@ -245,11 +252,9 @@ class Runner:
 
     def needed(self, run: Run, row: str) -> Path:
         """The weights of another row's run of the same split and seed."""
-        needed = Run(run.condition, run.language, run.split_seed, run.seed, row)
-        for point in range(len(self.study.grid)):
-            first = next(other for other in self.study.grid_runs() if other.row == row)
-            self.ensure(Run(**asdict(first) | {"point": point}))
-        self.ensure(needed)
+        needed = replace(run, row=row, point=None)
+        for other in (*self.study.grid_runs_of(row), needed):
+            self.ensure(other)
         return self.heads(needed)
 
     def trained(self, experiment, run: Run, row: str):
@@ -258,7 +263,7 @@ class Runner:
         from train import parse_arguments
 
         path = self.needed(run, row)
-        settings = self.study.run_settings(Run(run.condition, run.language, run.split_seed, run.seed, row))
+        settings = self.study.run_settings(replace(run, row=row, point=None))
         model = parse_arguments(["--config", str(ROOT / self.study.config)], **settings)[1]
         own, experiment.model = experiment.model, model
         teacher, _ = experiment.build(experiment.args)
@@ -273,13 +278,6 @@ def commit() -> str:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
     return head[:12] + ("+" if dirty else "")
-
-
-def write(path: Path, text: str):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def work(study: Study):

@@ -7,7 +7,6 @@ Text outside the blocks is written by hand and stays.
 
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from study import QUERIES, Study, write  # noqa: E402
+from pages import fill  # noqa: E402
+from study import QUERIES, Study  # noqa: E402
 
 
 STUDIES = ROOT / "benchmarks/studies"
@@ -28,10 +28,6 @@ ASKED = {
     "english": "human English query",
 }
 LANGUAGES = {"gl": "Galician", "cs": "Czech", "ca": "Catalan", "es": "Spanish"}
-
-
-def block(name: str) -> re.Pattern:
-    return re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
 
 
 def summary(study: Study) -> dict:
@@ -230,15 +226,6 @@ def figures():
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, "study_scenes")
-
-
-def fill(path: Path, blocks: dict[str, str]):
-    text = path.read_text(encoding="utf-8")
-    for name, content in blocks.items():
-        text, count = block(name).subn(lambda match, content=content: match[1] + content + match[2], text)
-        if count != 1:
-            raise ValueError(f"{path} has {count} blocks {name!r}, not one")
-    write(path, text)
 
 
 def blocks() -> dict[Path, dict[str, str]]:

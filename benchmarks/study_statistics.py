@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import numpy as np
 import pandas as pd
+from atomic import write_file
 
 
 DRAWS = 1000
@@ -75,7 +76,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 def compare(study):
     """Writes the study's `summary.json`: SumR by row, query, gallery, condition and language, and comparisons."""
-    from study import QUERIES, write
+    from study import QUERIES
 
     bootstrap, runs = Bootstrap(study), defaultdict(list)
     for run in study.runs():
@@ -107,4 +108,4 @@ def compare(study):
                     place = {"condition": condition, "language": language, "first": first, "second": second}
                     pairs.append(place | {"gallery": gallery} | summary(means[0] - means[1]))
     report = {"draws": DRAWS, "rows": rows, "comparisons": pairs}
-    write(study.results / "summary.json", json.dumps(report, indent=1) + "\n")
+    write_file(study.results / "summary.json", json.dumps(report, indent=1) + "\n")

@@ -8,9 +8,7 @@ others; `--tables` writes the tables alone. What is not to be had here (an engin
 
 import argparse
 import json
-import os
 import random
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +21,13 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from atomic import write_file  # noqa: E402
+from pages import block, fill  # noqa: E402
+
+
 PAGE, REPORT = ROOT / "docs/translation.md", ROOT / "docs/translation.json"
-BLOCK = re.compile(r"(<!-- translation: [^\n]*-->\n).*?(<!-- end of translation -->)", re.S)
+BLOCK = block("translation")
 
 ENGINES = {  # engine and pair -> spec, target language; {cache}: the folder of what is fetched
     **{f"apertium en-{code}": ("apertium", code) for code in ("gl", "ca", "es", "eo")},
@@ -304,15 +307,9 @@ def main():
     report["settings"] = {package: version(package) for package in packages} | {
         "seed": SEED, "encoder": ENCODER, "left_out": sorted(left_out),
     }  # fmt: skip
-    write(REPORT, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    page = PAGE.read_text(encoding="utf-8")
-    write(PAGE, BLOCK.sub(lambda match: match[1] + tables(report) + match[2], page))
+    write_file(REPORT, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    fill(PAGE, {"translation": tables(report)})
     print(tables(report))
-
-
-def write(path: Path, text: str):
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from atomic import write_file  # noqa: E402
+
+
 RESULT = ROOT / "docs/translation_speed.json"
 
 
@@ -132,9 +136,7 @@ def main():
     parser.add_argument("--output", type=Path, default=RESULT)
     args = parser.parse_args()
     result = run(args.model, args.captions, args.rounds, args.beams)
-    part = args.output.with_name(args.output.name + ".part")
-    part.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, args.output)
+    write_file(args.output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"wrote {args.output}")
 
 

@@ -1,8 +1,8 @@
 """Fills `model_card.md` with the numbers of a run."""
 
-import os
 from pathlib import Path
 
+from atomic import write_file
 from table import format_markdown
 
 
@@ -42,6 +42,4 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
         "example_query": example_query.replace('"', "'"),
         "table": format_markdown(rows),
     }
-    partial = output_dir / "README.md.tmp"
-    partial.write_text(TEMPLATE.read_text(encoding="utf-8").format_map(fields), encoding="utf-8")
-    os.replace(partial, output_dir / "README.md")
+    write_file(output_dir / "README.md", TEMPLATE.read_text(encoding="utf-8").format_map(fields))

@@ -10,13 +10,13 @@ In several languages, with their mean and the worst one:
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from atomic import write_file
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
 from search import load_model
@@ -206,9 +206,7 @@ def evaluate(args: argparse.Namespace):
     if args.output:
         settings = {key: getattr(args, key) for key in ("model", "dataset", "target", "split")} | {"split_seed": seed}
         report["settings"] = settings
-        temporary = Path(f"{args.output}.{os.getpid()}")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, args.output)
+        write_file(args.output, json.dumps(report, indent=1) + "\n")
         print(f"\nwrote {args.output}")
 
 

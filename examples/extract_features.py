@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
+from atomic import write_file
 from encoders import encoder_label, find_encoder
 from PIL import Image
 from safetensors.numpy import save
@@ -88,9 +89,7 @@ def start(output: Path, settings: dict) -> ShardFeatures:
     with state.main_process_first():
         output.mkdir(parents=True, exist_ok=True)
         if not record.exists():
-            partial = output / f"settings.json.{os.getpid()}.tmp"
-            partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-            os.replace(partial, record)
+            write_file(record, json.dumps(settings, indent=1) + "\n")
     found = json.loads(record.read_text(encoding="utf-8"))
     if other := [
         f"{key} {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]

@@ -10,7 +10,6 @@ has them.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -18,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
+from atomic import write_file
 from data import language_name, load_caption_dataset, load_engine, translated_by
 from search_page import STYLE
 
@@ -246,9 +246,7 @@ def main(argv: list[str] | None = None):
     title = f"Translation noise: {args.dataset}, {language_name(args.source)} and {language_name(args.target)}"
     report = json.dumps({"settings": settings, "entries": entries}, indent=1, ensure_ascii=False, allow_nan=False)
     for name, text in {"noise.json": report + "\n", "noise.html": render_page(title, entries)}.items():
-        partial = output_dir / f".{name}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, output_dir / name)
+        write_file(output_dir / name, text)
     print(f"{format_entries(entries)}\n\n{output_dir / 'noise.json'}\n{output_dir / 'noise.html'}", flush=True)
 
 

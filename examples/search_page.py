@@ -2,13 +2,13 @@
 
 import base64
 import io
-import os
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from html import escape
 from pathlib import Path
 
+from atomic import write_file
 from PIL import Image, ImageDraw, ImageFont
 
 from modeling_nrccr.processing_nrccr import to_rgb
@@ -59,7 +59,7 @@ def write_search_page(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     page, picture = output_dir / "search.html", output_dir / "search.png"
-    _replace(page, render_html(title, rows).encode("utf-8"))
+    write_file(page, render_html(title, rows))
     save_png(draw_sheet(title, rows, font), picture)
     return page, picture
 
@@ -68,13 +68,7 @@ def save_png(image: Image.Image, path: str | Path):
     """Writes a PNG file at once or not at all."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
-    _replace(Path(path), buffer.getvalue())
-
-
-def _replace(path: Path, content: bytes):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_file(path, buffer.getvalue())
 
 
 def summary(rows: list[QueryRow]) -> str:

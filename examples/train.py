@@ -11,7 +11,6 @@ Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` g
 """
 
 import json
-import os
 import random
 import resource
 import shutil
@@ -26,6 +25,7 @@ import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from atomic import write_file
 from card import write_model_card
 from data import find_font, language_name, load_translated_dataset, query_origin
 from encoders import encoder_label, find_encoder
@@ -415,9 +415,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     output_dir.mkdir(parents=True, exist_ok=True)
     trainer.model.save_pretrained(output_dir)
     trainer.processing_class.save_pretrained(output_dir)
-    partial = output_dir / "metrics.json.tmp"
-    partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, output_dir / "metrics.json")
+    write_file(output_dir / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])
     if experiment.script.search_page != "none" and experiment.media != "visual_feats":

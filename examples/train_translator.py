@@ -11,7 +11,6 @@ Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` g
 
 import io
 import json
-import os
 import random
 import shutil
 import sys
@@ -24,6 +23,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from atomic import write_file
 from data import load_caption_dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -105,9 +105,7 @@ def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, Seq2SeqTrain
 
 
 def write_json(path: Path, content: dict):
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_file(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def language_tag(language: str) -> str:

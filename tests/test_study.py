@@ -172,7 +172,8 @@ def test_a_wrong_study_is_an_error_that_names_it(tmp_path, change, message):
 
 
 def test_pages_agree_with_the_committed_runs():
-    from study_report import block, blocks
+    from pages import block
+    from study_report import blocks
 
     for path, content in blocks().items():
         text = path.read_text(encoding="utf-8")
