@@ -2,11 +2,11 @@
 
 import pandas as pd
 import torch
-from evaluate_retrieval import metrics_by_source
+from evaluate_retrieval import galleries, metrics_by_source
 from train import best_fusion_weight
 
 from datasets_scripts.splits import group_key
-from modeling_nrccr.encoding import encode_texts
+from modeling_nrccr.encoding import encode_texts, picture_rows
 from modeling_nrccr.metrics import fuse_query_embeds, retrieval_ranks
 
 
@@ -27,7 +27,7 @@ def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.Da
     results, ranks = {}, []
     for split, (queries, images, owner) in embeds.items():
         queries["fused"] = fuse_query_embeds(queries["target"], queries["translated"], weight)
-        image_ids = list(dict.fromkeys(row["image_id"] for row in rows[split]))
+        image_ids = list(picture_rows([row["image_id"] for row in rows[split]])[0])
         results[split] = {
             name: {
                 gallery: {key: round(value, 4) for key, value in part["metrics"].items()}
@@ -37,14 +37,11 @@ def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.Da
         }
     queries, images, owner = embeds["test"]
     groups = [group_key(row["reference_source_caption"]) for row in rows["test"]]
-    first = {image: row for row, image in reversed(list(enumerate(owner.tolist())))}
-    sources = [image_id.rpartition("/")[0].partition("/")[0] for image_id in image_ids]
-    for gallery in results["test"]["target"]:
-        members = torch.tensor([gallery == "all" or source == gallery for source in sources])
-        captions = members[owner]
-        numbers = (members.cumsum(0) - 1)[owner[captions]]
+    first_rows, _ = picture_rows([row["image_id"] for row in rows["test"]])
+    of_picture = [groups[row] for row in first_rows.values()]
+    for gallery, (members, captions, numbers) in galleries(list(first_rows), owner).items():
         of_captions = [groups[row] for row in captions.nonzero()[:, 0].tolist()]
-        of_images = [groups[first[image]] for image in members.nonzero()[:, 0].tolist()]
+        of_images = [of_picture[image] for image in members.nonzero()[:, 0].tolist()]
         for name, texts in queries.items():
             t2v, v2t = retrieval_ranks(texts[captions], images[members], numbers)
             for direction, values, of in (("t2v", t2v, of_captions), ("v2t", v2t, of_images)):

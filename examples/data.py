@@ -76,8 +76,7 @@ def load_caption_dataset(
     """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
     columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`.
     `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
-    `parquet`: what `translate.py` wrote into
-    `data_dir`.
+    `parquet`: what `translate.py` wrote into `data_dir`.
 
     Raises ValueError for an unknown name or language, and where [`check_ids`] does.
     """

@@ -99,15 +99,8 @@ def metrics_by_source(
         `{"all": {"metrics": ..., "chance": ..., "counts": {"captions": ..., "images": ...}}}`, and the same under the
         name of each source if there are several; names of [`compute_retrieval_metrics`].
     """
-    sources = [image_id.rpartition("/")[0].partition("/")[0] for image_id in image_ids]
-    groups = {"all": [True] * len(sources)}
-    if len(set(sources)) > 1:
-        groups |= {name: [source == name for source in sources] for name in sorted(set(sources)) if name}
     results = {}
-    for name, members in groups.items():
-        images = torch.tensor(members)
-        captions = images[caption_to_image]
-        owner = (images.cumsum(0) - 1)[caption_to_image[captions]]  # row numbers among the members
+    for name, (images, captions, owner) in galleries(image_ids, caption_to_image).items():
         counts = {"captions": int(captions.sum()), "images": int(images.sum())}
         results[name] = {
             "metrics": compute_retrieval_metrics(text_embeds[captions], image_embeds[images], owner),
@@ -115,6 +108,23 @@ def metrics_by_source(
             "counts": counts,
         }
     return results
+
+
+def galleries(
+    image_ids: list[str], caption_to_image: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """All pictures, and those of each source if there are several, as in [`metrics_by_source`]: by name, which
+    pictures and which captions belong to it (boolean), and the row of each such caption's picture among its own."""
+    sources = [image_id.rpartition("/")[0].partition("/")[0] for image_id in image_ids]
+    groups = {"all": [True] * len(sources)}
+    if len(set(sources)) > 1:
+        groups |= {name: [source == name for source in sources] for name in sorted(set(sources)) if name}
+    result = {}
+    for name, members in groups.items():
+        images = torch.tensor(members)
+        captions = images[caption_to_image]
+        result[name] = images, captions, (images.cumsum(0) - 1)[caption_to_image[captions]]
+    return result
 
 
 def mean_and_worst(languages: dict[str, dict[str, float]]) -> tuple[dict[str, float], str]:

@@ -294,6 +294,10 @@ class Experiment:
         rows = self.rows[split] if isinstance(trainer.data_collator.processor, FeatureCache) else self.dataset[split]
         return trainer.encode_dataset(rows, query_column)
 
+    def queries(self, trainer: NrccrTrainer, query_column: str, split: str = "test") -> torch.Tensor:
+        """Embeddings of other queries for pictures that `test` has encoded."""
+        return trainer.encode_captions(self.rows[split], query_column)
+
 
 def best_fusion_weight(target: torch.Tensor, source: torch.Tensor, images: torch.Tensor, owner: torch.Tensor) -> float:
     """The share of the translated query that gives the best sum of recalls."""
@@ -313,7 +317,7 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
     if not kept:
         raise ValueError(f"search_page={source!r}: all, none, or what stands before the '/' of an image_id")
     left_out = torch.ones(len(images), dtype=torch.bool).index_fill(0, owner[kept], False)
-    first = {image: row for row, image in reversed(list(enumerate(owner.tolist())))}  # a picture's first caption
+    first = list(picture_rows(rows["image_id"])[0].values())  # each picture's first caption
 
     def shown_picture(image: int):
         media = experiment.picture("test", first[image])
@@ -353,13 +357,12 @@ def main(arguments: list[str] | None = None):
             feature_distillation_loss_weight=0.0, back_translation_loss_weight=0.0, adversarial_loss_weight=0.0,
             eval_query_column="reference_source_caption",
         )  # fmt: skip
-        for name, column in (
-            ("english_only", "target_caption"),
-            ("translated_query", "source_caption"),
-            ("english_query", "reference_source_caption"),
-        ):
+        queries, images, owner = experiment.test(english, "target_caption")
+        asked = {"english_only": queries}
+        for name, column in (("translated_query", "source_caption"), ("english_query", "reference_source_caption")):
             if experiment.has(column):
-                baselines[name] = compute_retrieval_metrics(*experiment.test(english, column))
+                asked[name] = experiment.queries(english, column)
+        baselines = {name: compute_retrieval_metrics(queries, images, owner) for name, queries in asked.items()}
     trainer = experiment.train("nrccr")
 
     queries, images, owner = experiment.test(trainer, "target_caption")
@@ -368,9 +371,9 @@ def main(arguments: list[str] | None = None):
     validation = experiment.test(trainer, "target_caption", "validation")
     weight, fused = 0.0, {}
     if experiment.has("source_caption"):
-        translated, _, _ = experiment.test(trainer, "source_caption")
+        translated = experiment.queries(trainer, "source_caption")
         weight = best_fusion_weight(
-            validation[0], experiment.test(trainer, "source_caption", "validation")[0], *validation[1:]
+            validation[0], experiment.queries(trainer, "source_caption", "validation"), *validation[1:]
         )
         embeds = fuse_query_embeds(queries, translated, weight)
         fused = {"test_fused": compute_retrieval_metrics(embeds, images, owner)}

@@ -674,20 +674,20 @@ class NrccrModel(NrccrPreTrainedModel):
         """Embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of the
         released code: it decides the running statistics of a BatchNorm."""
         cross = return_teacher and self.config.teacher_view == "cross"
-        lengths = {view: row_lengths(mask) for view, mask in masks.items()}
-        groups = [torch.arange(len(next(iter(masks.values()))), device=self.logit_scale.device)]
-        if not self.config.pool_padding and self.config.text_head == "attention":
+        groups = []
+        if self.config.text_head == "attention" and not self.config.pool_padding:
+            lengths = {view: row_lengths(mask) for view, mask in masks.items()}
             groups = length_groups(sum(lengths.values()))
-        parts = []
-        for rows in groups:
-            cut = {view: max(1, int(lengths[view][rows].max())) for view in states} if len(groups) > 1 else {}
-            of_rows = [
-                {view: tensor[rows, : cut[view]] if cut else tensor for view, tensor in tensors.items()}
-                for tensors in (states, masks)
-            ]
-            parts.append(self.read_views(*of_rows, cross))
-        order = torch.cat(groups).argsort()
-        read = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        if len(groups) < 2:
+            read = self.read_views(states, masks, cross)
+        else:
+            parts = []
+            for rows in groups:
+                cut = {view: max(1, int(length[rows].max())) for view, length in lengths.items()}
+                of_rows = [{view: part[view][rows, : cut[view]] for view in cut} for part in (states, masks)]
+                parts.append(self.read_views(*of_rows, cross))
+            order = torch.cat(groups).argsort()
+            read = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
         embeds = {name: self.text_projection(features) for name, features in read.items()}
         teacher = embeds.pop("teacher", None)
         if return_teacher and not cross:
