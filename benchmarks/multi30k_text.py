@@ -17,9 +17,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoTokenizer, set_seed
 
 
 ROOT = Path(__file__).parent.parent
@@ -33,42 +31,30 @@ BLOCK = block("multi30k_text")
 LANGUAGES = ("de", "fr", "cs")
 
 
-def encode(folder: str, texts: list[str], batch_size: int = 64) -> torch.Tensor:
-    """Masked mean of a frozen encoder's last states, L2-normalised, of shape `(len(texts), hidden_size)`."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    result = torch.empty(len(texts), model.config.hidden_size)
-    with torch.no_grad():
-        for start in tqdm(range(0, len(texts), batch_size), desc="captions", disable=None):
-            rows = order[start : start + batch_size]
-            batch = tokenizer([f"query: {texts[i]}" for i in rows], padding=True, return_tensors="pt")
-            states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
-            result[rows] = F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-    return result
-
-
-def train_on_text(folder: str, rows: dict[str, list[dict]], output_dir: str):
-    """A model of texts alone over a frozen encoder, trained on captions and their machine translations both ways; the
-    best on validation (machine-translated too: no human translation is seen). Returns its trainer."""
-    from transformers import set_seed
-
-    from modeling_nrccr import (
-        DataCollatorForCrossLingualRetrieval,
-        FeatureCache,
-        NrccrModel,
-        NrccrTextProcessor,
-        NrccrTrainer,
-        NrccrTrainingArguments,
-    )
+def text_model(folder: str):
+    """A model of texts alone over a frozen encoder, and its processor. Its projection is the identity: it gives the
+    normalised mean of the encoder's states, which training starts from."""
+    from modeling_nrccr import NrccrModel, NrccrTextProcessor
 
     set_seed(0)
     model = NrccrModel.from_encoders(
         folder, text_head="pooling", teacher_view="source", projection_dim=384, text_dropout=0.05
     ).set_trained_layers(0)
-    # the projection starts as the identity: training starts from what the encoder gives
     torch.nn.init.eye_(model.text_projection.dense.weight)
     torch.nn.init.zeros_(model.text_projection.dense.bias)
-    processor = NrccrTextProcessor(AutoTokenizer.from_pretrained(folder), text_prefix="query: ")
+    return model, NrccrTextProcessor(AutoTokenizer.from_pretrained(folder), text_prefix="query: ")
+
+
+def train_on_text(model, processor, rows: dict[str, list[dict]], output_dir: str):
+    """Trains it on captions and their machine translations both ways, to the best on validation (machine-translated
+    too: no human translation is seen)."""
+    from modeling_nrccr import (
+        DataCollatorForCrossLingualRetrieval,
+        FeatureCache,
+        NrccrTrainer,
+        NrccrTrainingArguments,
+    )
+
     cache = FeatureCache(model, processor)
     names = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
     cache.add_texts(row.get(name) for split in rows.values() for row in split for name in names)
@@ -80,16 +66,15 @@ def train_on_text(folder: str, rows: dict[str, list[dict]], output_dir: str):
         use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     collator = DataCollatorForCrossLingualRetrieval(cache)
-    trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator)
-    trainer.train()
-    return trainer
+    NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator).train()
 
 
-def text_retrieval(embeds: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+def text_retrieval(model, processor, captions: dict[str, list[str]]) -> dict[str, dict[str, float]]:
     """Recalls of each language's captions among those of each other, one caption each way."""
+    from modeling_nrccr.encoding import encode_texts
     from modeling_nrccr.metrics import compute_retrieval_metrics
 
-    retrieval = {}
+    retrieval, embeds = {}, {name: encode_texts(model, texts, processor) for name, texts in captions.items()}
     for first, second in combinations(embeds, 2):
         metrics = compute_retrieval_metrics(embeds[first], embeds[second], torch.arange(len(embeds[first])))
         for way, pair in (("t2v", f"{first}-{second}"), ("v2t", f"{second}-{first}")):
@@ -102,7 +87,6 @@ def run(data_dir: str, trained: int) -> dict:
 
     from datasets_scripts.debian import apertium_root
     from datasets_scripts.multi30k import Multi30k
-    from modeling_nrccr.encoding import encode_texts
     from modeling_nrccr.translation import load_translator
 
     seconds, start = {}, time.perf_counter()
@@ -126,9 +110,8 @@ def run(data_dir: str, trained: int) -> dict:
     start = time.perf_counter()
     captions = {"en": splits["de"]["test"]["reference_source_caption"][:]}
     captions |= {language: splits[language]["test"]["target_caption"][:] for language in LANGUAGES}
-    encoder = find_encoder("multilingual-e5-small")
-    embeds = encode(encoder, [text for texts in captions.values() for text in texts])
-    retrieval = text_retrieval(dict(zip(captions, embeds.split([len(texts) for texts in captions.values()]))))
+    model, processor = text_model(find_encoder("multilingual-e5-small"))
+    retrieval = text_retrieval(model, processor, captions)
     seconds["retrieval"] = time.perf_counter() - start
 
     start = time.perf_counter()
@@ -142,9 +125,8 @@ def run(data_dir: str, trained: int) -> dict:
         for i, (source, target) in enumerate(zip(held_out, translator.translate(held_out, *pairs[0])))
     ]
     with tempfile.TemporaryDirectory() as output_dir:
-        trainer = train_on_text(encoder, rows, output_dir)
-    model, processor = trainer.model, trainer.processing_class
-    after = text_retrieval({name: encode_texts(model, texts, processor) for name, texts in captions.items()})
+        train_on_text(model, processor, rows, output_dir)
+    after = text_retrieval(model, processor, captions)
     seconds["text-only training"] = time.perf_counter() - start
     examples = [dict(zip(("en", "gl", "back"), row)) for row in list(zip(sources, targets, backs))[:3]]
     return {
