@@ -4,6 +4,7 @@ from setuptools import setup
 VIDEO = ["av>=14"]
 SEQ2SEQ = ["sentencepiece>=0.2", "sacremoses>=0.1"]
 CTRANSLATE2 = [*SEQ2SEQ, "ctranslate2>=4.6,<5"]
+LORA = ["peft>=0.17,<1"]
 NOISE = ["sacrebleu>=2.5,<3", "py3langid>=0.4,<0.5"]  # measures of translations
 
 setup(
@@ -36,6 +37,7 @@ setup(
         "seq2seq": SEQ2SEQ,
         "ctranslate2": CTRANSLATE2,
         "noise": NOISE,
+        "lora": LORA,
         "dev": [
             "pytest>=8",
             "ruff>=0.9",
@@ -45,6 +47,8 @@ setup(
             *VIDEO,
             *CTRANSLATE2,
             *NOISE,
+            *LORA,
+            "sentence-transformers>=6.2,<7",
         ],
     },
 )

@@ -38,6 +38,7 @@ class Row:
         label: Its name in tables.
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
+        adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
         english_text_only: English captions stand where the target captions would, in training.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
         seeds: Its training seeds, where they are fewer than the study's.
@@ -48,6 +49,7 @@ class Row:
     teacher: str | None = None
     start_from: str | None = None
     new_text_side: bool = False
+    adapter: bool = False
     english_text_only: bool = False
     tuned_as: str | None = None
     seeds: list[int] | None = None
@@ -130,7 +132,8 @@ class Study:
         """What the run changes in the study's `config`."""
         row = self.rows[run.row]
         point = self.grid[self.chosen(run.row) if run.point is None else run.point]
-        own = {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
+        own = {"train_language": run.language} if row.adapter else {}
+        own |= {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
         return self.settings | point | row.settings | self.conditions[run.condition] | own
 
 

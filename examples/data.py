@@ -213,7 +213,8 @@ def load_translated_dataset(
     data_dir: str | None,
     **media,
 ) -> tuple[datasets.DatasetDict, Translator]:
-    """The same, translated both ways, and the translator; the time of each part is printed."""
+    """The same, translated both ways, and the translator; the time of each part is printed. Of several engines, joined
+    by ',', each gives the training captions once, in rows of its own; the first one gives all else."""
     start = time.perf_counter()
     dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
     for split, rows in dataset.items():
@@ -232,7 +233,12 @@ def load_translated_dataset(
         return dataset, engine
     start = time.perf_counter()
     pairs = [(source_language, target_language), (target_language, source_language)]
-    engine = load_engine(translator, pairs, data_dir)
-    dataset = add_translations(dataset, engine, source_language, target_language)
-    print(f"translated by {engine.name} ({time.perf_counter() - start:.0f} s)")
-    return dataset, engine
+    engines = [load_engine(spec, pairs, data_dir) for spec in translator.split(",")]
+    train = datasets.DatasetDict(train=dataset["train"])
+    dataset = add_translations(dataset, engines[0], source_language, target_language)
+    for other in engines[1:]:
+        more = add_translations(train, other, source_language, target_language)
+        dataset["train"] = datasets.concatenate_datasets([dataset["train"], more["train"]])
+    engines[0].name = ", ".join(engine.name for engine in engines)
+    print(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")
+    return dataset, engines[0]

@@ -65,7 +65,9 @@ class ScriptArguments:
     num_frames: int = option(8, "Frames of each video, sampled uniformly.")
     source_language: str = option("en", "Language of the captions that exist.")
     target_language: str = option("gl", "Language of the searches.")
-    translator: str = option("apertium", "Machine translation engine; none: as the data came.")
+    translator: str = option(
+        "apertium", "Machine translation engine, or several for training captions, joined by ','; none: as they came."
+    )
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
@@ -109,6 +111,15 @@ class ModelArguments:
     visual_dropout: float = option(0.0, "The same of the visual head.")
     head_dropout: float = option(0.1, "Dropout inside attention heads.")
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
+    adapter_kind: str = option("linear", "Of train_language: linear, bottleneck, dynamic, lora or none.")
+    adapter_center: bool = option(True, "Moves the language's mean state to the source language's.")
+    adapter_noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
+    adapter_rank: int = option(64, "Of bottleneck, dynamic and lora.")
+    adapter_layers: int = option(2, "Layers that lora is in.")
+
+    def adapter_settings(self) -> dict:
+        names = ("kind", "center", "noise", "rank", "layers")
+        return {name: getattr(self, f"adapter_{name}") for name in names}
 
     def build(self, encoders: NrccrModel | None = None) -> tuple[NrccrModel, NrccrProcessor]:
         """The model and its processor; over the towers of `encoders` where they are given."""
@@ -248,9 +259,13 @@ class Experiment:
         if self.encoders is None:
             self.encoders, _ = self.model.build()
         frozen = args.trained_text_layers == 0 and not args.train_vision_tower
+        frozen = frozen and (args.train_language is None or self.model.adapter_kind != "lora")
         encoders = self.encoders if frozen else deepcopy(self.encoders)
         set_seed(args.seed)
         model, processor = self.model.build(encoders)
+        if args.train_language is not None:
+            model.add_language(args.train_language, **self.model.adapter_settings())
+            return model.train_language(args.train_language).to(args.device), processor
         return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device), processor
 
     def trainer(self, args: NrccrTrainingArguments, **kwargs) -> NrccrTrainer:

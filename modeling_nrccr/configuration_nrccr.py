@@ -39,6 +39,10 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
 
+# text encoders that project the states of all tokens to another width
+TEXT_FEAT_DIM = {"altclip_text_model": "project_dim", "embedding_gemma2_text": "embedding_dim"}
+
+
 @strict
 class NrccrConfig(PreTrainedConfig):
     r"""
@@ -54,6 +58,12 @@ class NrccrConfig(PreTrainedConfig):
         visual_feat_dim (`int`, *optional*): Width of `visual_feats`; defaults to the vision tower's output width.
             None with no vision tower: the model has no visual side, and embeds texts alone.
         projection_dim (`int`): Width of the common space (published: 1536).
+        text_feat_dim (`int`, *optional*): Width of the text encoder's output, where it is not its `hidden_size`.
+        text_projection, visual_projection (`str`):
+            "linear", or "none": what the head gives is in the common space already (the picture side of SigLIP).
+        text_length (`int`, *optional*):
+            Every text is padded to so many tokens, which are all attended to: for text encoders that pool the last
+            position, padding or not (SigLIP). An embedding then never depends on its batch mates.
         text_head, visual_head (`str`):
             "attention": LayerNorm, Linear, ReLU, positions, one attention block, pooling (published for text, video);
             "linear": pooling, then a Linear; for pictures ReLU(Linear) (published), for text without ReLU, so that
@@ -78,6 +88,10 @@ class NrccrConfig(PreTrainedConfig):
         head_dropout, projection_dropout (`float`): Dropout inside attention heads (published 0.1) and after the
             projection (published 0.2).
         text_dropout, visual_dropout (`float`): Dropout on what a linear or pooling head has pooled.
+        languages (`dict[str, dict]`, *optional*):
+            Settings of the adapter of each language that was added (`NrccrModel.add_language`).
+        language (`str`, *optional*): The one that reads texts at first (`NrccrModel.set_language`); None: no adapter.
+        dual_encoder (`dict`, *optional*): `name` and `revision` of what `NrccrModel.from_dual_encoder` started from.
         logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
     """
 
@@ -91,6 +105,10 @@ class NrccrConfig(PreTrainedConfig):
     vision_config: PreTrainedConfig | dict | None = None
     visual_feat_dim: int | None = None
     projection_dim: int = 512
+    text_feat_dim: int | None = None
+    text_projection: Literal["linear", "none"] = "linear"
+    visual_projection: Literal["linear", "none"] = "linear"
+    text_length: int | None = None
     text_head: Literal["attention", "linear", "pooling"] = "attention"
     visual_head: Literal["attention", "linear", "pooling"] = "linear"
     text_pooling: Literal["mean", "max", "first", "last"] = "mean"
@@ -111,6 +129,9 @@ class NrccrConfig(PreTrainedConfig):
     projection_dropout: float = 0.0
     text_dropout: float = 0.0
     visual_dropout: float = 0.0
+    languages: dict[str, dict[str, Any]] | None = None
+    language: str | None = None
+    dual_encoder: dict[str, Any] | None = None
     logit_scale_init_value: float = 2.6592
     initializer_range: float = 0.02
 
@@ -123,6 +144,9 @@ class NrccrConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # of a dual encoder (CLIP, SigLIP 2, ...) the vision tower alone
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        if self.text_feat_dim is None:
+            width = TEXT_FEAT_DIM.get(self.text_config.model_type, "hidden_size")
+            self.text_feat_dim = getattr(self.text_config, width)
         if self.visual_feat_dim is None and self.vision_config is not None:
             projected = self.visual_encoder_output == "projected"
             self.visual_feat_dim = getattr(self.vision_config, "projection_dim" if projected else "hidden_size", None)

@@ -20,6 +20,8 @@ class DataCollatorForCrossLingualRetrieval:
     r"""
     Collates rows with the columns `image_id`, `source_caption`, `target_caption`, `back_translation` and `image`,
     `video` or `visual_feats` (none where `processor` is a [`FeatureCache`], which knows pictures by their `image_id`).
+    Rows may bring what another model has embedded: `image_embeds` in the place of a picture, `teacher_text_embeds` of
+    the source caption, each `(projection_dim,)`.
 
     Args:
         processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
@@ -49,6 +51,8 @@ class DataCollatorForCrossLingualRetrieval:
                 batch[KEY_PREFIX[view] + key] = value
         if self.with_media:
             batch |= self.media(rows)
+        if rows[0].get("teacher_text_embeds") is not None:
+            batch["teacher_text_embeds"] = stack(rows, "teacher_text_embeds")
         batch["image_ids"] = torch.tensor([stable_id(row["image_id"]) for row in rows])
         return batch
 
@@ -63,13 +67,20 @@ class DataCollatorForCrossLingualRetrieval:
         return caption
 
     def media(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`pixel_values` of the rows' pictures or videos, or `visual_feats`, with the mask of their frames."""
+        """`pixel_values` of the rows' pictures or videos, or `visual_feats`, with the mask of their frames; where the
+        rows bring them, `image_embeds`."""
+        if rows[0].get("image_embeds") is not None:
+            return {"image_embeds": stack(rows, "image_embeds")}
         if rows[0].get("visual_feats") is not None:
             return dict(self.processor(visual_feats=[row["visual_feats"] for row in rows], return_tensors="pt"))
         if rows[0].get("video") is not None:
             return dict(self.processor(videos=[self.load_video(row["video"]) for row in rows], return_tensors="pt"))
         images = [row["image"] if row.get("image") is not None else row["image_id"] for row in rows]
         return dict(self.processor(images=images, return_tensors="pt"))
+
+
+def stack(rows: list[dict], column: str) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(row[column], dtype=torch.float32) for row in rows])
 
 
 def stable_id(image_id: str | int) -> int:

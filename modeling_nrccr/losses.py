@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .modeling_nrccr import NrccrOutput, clip_loss
+from .modeling_nrccr import NrccrOutput
 
 
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
@@ -68,9 +68,33 @@ def triplet_loss(
     return total
 
 
-def contrastive_loss(a: torch.Tensor, b: torch.Tensor, ignored: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def mean_of_pairs(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Of one value a pair, `(n,)`; with `weights` `(n,)` their weighted mean."""
+    return values.mean() if weights is None else (weights * values).sum() / weights.sum().clamp(min=1e-6)
+
+
+def agreement_weights(source: torch.Tensor, back_translation: torch.Tensor) -> torch.Tensor:
+    """`(n,)` in 0..1: how far a caption and its back-translation, both `(n, dim)`, agree beyond what unrelated
+    captions of the batch do. By a frozen encoder, as OSA weighs pairs (arXiv 2410.01944): the excess is squared; its
+    factor `1 - excess^2`, made for the small cosines of text and picture, would give perfect agreement no weight, and
+    is left out."""
+    cosines = source @ back_translation.t()
+    unrelated = (cosines.sum() - cosines.trace()) / max(1, cosines.numel() - len(cosines))
+    return ((cosines.diagonal() - unrelated) / (1 - unrelated).clamp(min=1e-6)).clamp(0, 1).square().detach()
+
+
+def contrastive_loss(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ignored: torch.Tensor,
+    scale: torch.Tensor,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Symmetric softmax contrast (InfoNCE, arXiv 1807.03748; CLIP, arXiv 2103.00020) of `(n, dim)` and `(n, dim)`."""
-    return clip_loss((scale * b @ a.t()).masked_fill(ignored, float("-inf")))
+    logits = (scale * b @ a.t()).masked_fill(ignored, float("-inf"))
+    labels = torch.arange(len(logits), device=logits.device)
+    both = (F.cross_entropy(matrix, labels, reduction="none") for matrix in (logits, logits.t()))
+    return sum(mean_of_pairs(values, weights) for values in both) / 2
 
 
 def distillation_loss(
@@ -80,6 +104,7 @@ def distillation_loss(
     ignored: torch.Tensor,
     temperature: float,
     detach_targets: bool,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (eq. 10-11).
 
@@ -94,12 +119,18 @@ def distillation_loss(
         )
         target = (target.detach() if detach_targets else target).softmax(1)
         # a masked pair has target 0 and log-probability -inf, whose product must count as 0
-        terms.append(-(target * logits.log_softmax(1).masked_fill(ignored, 0)).sum(1).mean())
+        values = -(target * logits.log_softmax(1).masked_fill(ignored, 0)).sum(1)
+        terms.append(mean_of_pairs(values, weights))
     return sum(terms) / 2
 
 
 def feature_distillation_loss(
-    student: torch.Tensor, teacher: torch.Tensor, kind: str, beta: float, detach_targets: bool
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    kind: str,
+    beta: float,
+    detach_targets: bool,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Feature view: the target embedding is pulled to the teacher's (paper, eq. 12).
 
@@ -108,8 +139,8 @@ def feature_distillation_loss(
     """
     teacher = teacher.detach() if detach_targets else teacher
     if kind == "cosine":
-        return (1 - (student * teacher).sum(-1)).mean()
-    return F.smooth_l1_loss(student, teacher, beta=beta)
+        return mean_of_pairs(1 - (student * teacher).sum(-1), weights)
+    return mean_of_pairs(F.smooth_l1_loss(student, teacher, beta=beta, reduction="none").mean(-1), weights)
 
 
 def setting(default, help: str):
@@ -139,6 +170,9 @@ class NrccrLossArguments:
     feature_distillation_kind: Literal["cosine", "smooth_l1"] = setting("cosine", "Released code: smooth_l1, null.")
     feature_distillation_beta: float = setting(4.0, "Of smooth_l1. Released code: 4.")
     detach_targets: bool = setting(True, "No gradient through soft targets. Released code: false.")
+    pair_weighting: Literal["none", "agreement"] = setting(
+        "none", "Weight of a target caption in softmax and distillation terms. agreement: of source, back-translation."
+    )
     mask_same_image: bool = setting(True, "Captions of one picture are never negatives. Released code: false.")
 
     PUBLISHED = dict(
@@ -153,7 +187,8 @@ class NrccrLossArguments:
         """Which views of a caption any term reads; the others need not be encoded."""
         target = self.target_triplet_loss_weight or self.target_contrastive_loss_weight
         target = target or self.needs_teacher() or self.adversarial_loss_weight
-        views = {"source": True, "target": target, "back_translation": self.back_translation_loss_weight}
+        back = self.back_translation_loss_weight or self.pair_weighting == "agreement"
+        views = {"source": True, "target": target, "back_translation": back}
         return tuple(view for view, needed in views.items() if needed)
 
     def needs_teacher(self) -> bool:
@@ -216,6 +251,12 @@ class NrccrLoss:
             )
         return self.embeds(outputs, "text_embeds")
 
+    def pair_weights(self, outputs: NrccrOutput) -> torch.Tensor | None:
+        if self.settings.pair_weighting == "none":
+            return None
+        views = ("text_embeds", "back_translation_text_embeds")
+        return agreement_weights(*(self.embeds(outputs, view) for view in views))
+
     def hinge(self, a: torch.Tensor, b: torch.Tensor, ignored: torch.Tensor) -> torch.Tensor:
         s = self.settings
         return triplet_loss(
@@ -233,19 +274,19 @@ class NrccrLoss:
         return self.hinge(self.items(outputs), self.embeds(outputs, "target_text_embeds"), ignored)
 
     def target_contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        text = self.embeds(outputs, "target_text_embeds")
-        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale)
+        text, weights = self.embeds(outputs, "target_text_embeds"), self.pair_weights(outputs)
+        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale, weights)
 
     def distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s = self.settings
-        return distillation_loss(self.items(outputs), student, teacher, ignored, s.temperature, s.detach_targets)
+        s, items, weights = self.settings, self.items(outputs), self.pair_weights(outputs)
+        return distillation_loss(items, student, teacher, ignored, s.temperature, s.detach_targets, weights)
 
     def feature_distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s = self.settings
+        s, weights = self.settings, self.pair_weights(outputs)
         return feature_distillation_loss(
-            student, teacher, s.feature_distillation_kind, s.feature_distillation_beta, s.detach_targets
+            student, teacher, s.feature_distillation_kind, s.feature_distillation_beta, s.detach_targets, weights
         )
 
     def back_translation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,30 @@
 The model turns inputs into embeddings and nothing else: losses are in `losses.py`, training is in `trainer.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_nrccr import NrccrConfig
+from .dual_encoders import dual_encoder_settings, load_dual_encoder
+from .language_adapters import NrccrLanguageAdapter
+from .languages import NrccrLanguagesMixin
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 
 
@@ -113,14 +125,14 @@ class GatheredBatchNorm1d(nn.BatchNorm1d):
 class NrccrProjection(nn.Module):
     """Linear, optional BatchNorm, dropout, L2 norm: into the common space (paper, section 3.1)."""
 
-    def __init__(self, input_size: int, config: NrccrConfig):
+    def __init__(self, input_size: int, config: NrccrConfig, kind: str = "linear"):
         super().__init__()
-        self.dense = nn.Linear(input_size, config.projection_dim)
+        self.dense = nn.Linear(input_size, config.projection_dim) if kind == "linear" else None
         self.norm = GatheredBatchNorm1d(config.projection_dim) if config.projection_norm == "batch_norm" else None
         self.dropout = nn.Dropout(config.projection_dropout)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        projected = self.dense(features)
+        projected = features if self.dense is None else self.dense(features)
         if self.norm is not None:
             if self.training and len(projected) < 2:
                 raise ValueError("a training batch of one has no BatchNorm statistics: use at least 2 rows a batch")
@@ -238,6 +250,13 @@ class NrccrPoolingHead(nn.Module):
 # -------------------------------------------------------------------------------------------------------- towers
 
 
+def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """What `AutoModel` builds; also the towers of dual encoders that it does not know, such as `SiglipTextModel`."""
+    if type(config) in MODEL_MAPPING:
+        return AutoModel.from_config(config)
+    return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config)
+
+
 class NrccrTextTower(nn.Module):
     """Any `AutoModel` text encoder. Its lower layers may be frozen, and their output computed once and reused.
 
@@ -247,9 +266,11 @@ class NrccrTextTower(nn.Module):
 
     def __init__(self, config: NrccrConfig):
         super().__init__()
-        self.encoder = AutoModel.from_config(config.text_config)
+        self.encoder = build_encoder(config.text_config)
         if isinstance(getattr(self.encoder, "pooler", None), nn.Module):
             self.encoder.pooler = None  # never read: heads start from the states of all tokens
+        if isinstance(getattr(self.encoder, "head", None), nn.Linear):
+            self.encoder.head = nn.Identity()  # of SigLIP, after pooling: it is the model's projection
         self.num_trained_layers: int | None = None
 
     def layer_list(self) -> tuple[nn.Module, str]:
@@ -345,7 +366,7 @@ class NrccrVisualTower(nn.Module):
             # built directly: the Hub loads config and model code as two modules, so AutoModel's class check fails
             self.encoder = EfficientNetLiteModel(vision_config)
         else:
-            self.encoder = AutoModel.from_config(vision_config)
+            self.encoder = build_encoder(vision_config)
         self.patch_size = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
     def cut(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -416,9 +437,11 @@ class NrccrPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, NrccrModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+        elif isinstance(module, NrccrLanguageAdapter):
+            module.reset()
 
 
-class NrccrModel(NrccrPreTrainedModel):
+class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     """A text tower and a visual tower, each with a head and a projection into one space.
 
     Views of a caption travel under their own names: `input_ids` (source), `target_input_ids`,
@@ -431,7 +454,7 @@ class NrccrModel(NrccrPreTrainedModel):
         self.visual_tower = None
         if config.vision_config is not None:
             self.visual_tower = towers.visual_tower if towers else NrccrVisualTower(config)
-        width = config.text_config.hidden_size
+        width = config.text_feat_dim
         if config.text_head == "attention":
             self.text_head = NrccrAttentionHead(
                 width, config.text_hidden_size or width, config.text_num_attention_heads,
@@ -451,8 +474,16 @@ class NrccrModel(NrccrPreTrainedModel):
         else:
             dense = config.visual_head == "linear"
             self.visual_head = NrccrPoolingHead(width, config.visual_pooling, config.visual_dropout, config, dense)
-        self.text_projection = NrccrProjection(self.text_head.output_size, config)
-        self.visual_projection = NrccrProjection(self.visual_head.output_size, config) if self.visual_head else None
+        width = self.text_head.output_size
+        self.text_projection = NrccrProjection(width, config, config.text_projection)
+        self.visual_projection = None
+        if self.visual_head is not None:
+            self.visual_projection = NrccrProjection(self.visual_head.output_size, config, config.visual_projection)
+        adapters = {name: NrccrLanguageAdapter(width, **part) for name, part in (config.languages or {}).items()}
+        self.language_adapters = nn.ModuleDict(adapters)
+        for language in filter(self.has_lora, adapters):
+            self.insert_lora(language, adapters[language])
+        self.language = config.language
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.kept_in_eval: list[nn.Module] = []
         self.post_init()
@@ -468,6 +499,45 @@ class NrccrModel(NrccrPreTrainedModel):
             load_encoder(model.visual_tower, vision_encoder)
         return model
 
+    @classmethod
+    def from_dual_encoder(
+        cls, name: str, text_encoder: str | None = None, revision: str | None = None, **config_kwargs
+    ) -> "NrccrModel":
+        """A dual encoder that is aligned already (CLIP, SigLIP 2, ..., or a model of this class; a hub id or a folder
+        of config and weights), to add languages to.
+
+        Args:
+            text_encoder: Hub id or folder of another text encoder, in the place of its own. The projection after it
+                is new: the dual encoder's English text embeddings teach it.
+            config_kwargs: As in [`NrccrConfig`].
+
+        Raises:
+            ValueError: for a model that is no dual encoder, or whose text side is of an unknown kind.
+        """
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if config.model_type == cls.config_class.model_type:
+            model = cls.from_pretrained(name, revision=revision, **config_kwargs)
+        else:
+            dual = AutoModel.from_pretrained(name, revision=revision)
+            model = cls(NrccrConfig(**(dual_encoder_settings(config) | config_kwargs)))
+            load_dual_encoder(model, dual)
+        model.config.dual_encoder = {"name": str(name), "revision": getattr(config, "_commit_hash", None)}
+        return model.eval() if text_encoder is None else model.with_new_text_side(text_encoder)
+
+    def with_new_text_side(self, text_encoder: str) -> "NrccrModel":
+        """The same picture side, which it shares, beside another text encoder and a new projection after it."""
+        settings = self.config.to_dict() | {
+            "text_config": AutoConfig.from_pretrained(text_encoder), "vision_config": self.config.vision_config,
+            "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
+            "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,
+        }  # fmt: skip
+        settings = {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
+        model = type(self)(NrccrConfig(**settings))
+        load_encoder(model.text_tower, text_encoder)
+        model.visual_tower, model.visual_head = self.visual_tower, self.visual_head
+        model.visual_projection, model.logit_scale = self.visual_projection, self.logit_scale
+        return model.eval()
+
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":
         """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
         encoders = {"text_config": self.config.text_config, "vision_config": self.config.vision_config}
@@ -479,10 +549,14 @@ class NrccrModel(NrccrPreTrainedModel):
         vision: bool = True,
         frozen_dropout: bool = False,
         visual_head: bool = True,
+        language: str | None = None,
     ):
         """Freezes the text encoder below its top `text_layers` layers (None: trains all of it), the vision tower
         unless `vision`, and what follows it unless `visual_head`: then no `image_embeds` changes. Dropout inside
-        frozen towers is off unless `frozen_dropout` (published: on)."""
+        frozen towers is off unless `frozen_dropout` (published: on). With `language`, that language's adapter alone
+        is trained, whatever the others say."""
+        if language is not None:
+            return self.train_language_alone(language)
         self.text_tower.freeze_below(text_layers)
         towers = [tower for tower in (self.text_tower, self.visual_tower) if tower]
         if self.visual_tower is not None:
@@ -515,10 +589,13 @@ class NrccrModel(NrccrPreTrainedModel):
         return self.text_tower.encoder.get_input_embeddings()
 
     def encode_text(
-        self, views: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+        self,
+        views: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
+        languages: list[str | None],
     ) -> list[torch.Tensor]:
         """One pass of the text encoder for several views, each `(input_ids, attention_mask, boundary_states)` and each
-        padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`."""
+        padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`.
+        `languages`: of all rows of all views."""
         ids, masks, states = zip(*views)
         cached = states[0] is not None
         sizes = [mask.shape for mask in masks]
@@ -528,11 +605,24 @@ class NrccrModel(NrccrPreTrainedModel):
             padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
             return torch.cat([F.pad(part, pad, value=value) for part, pad in zip(parts, padding)])
 
-        pad_token_id = getattr(self.config.text_config, "pad_token_id", None) or 0
-        stacked = stack(states) if cached else stack(ids, pad_token_id)
-        encoded = self.encode_by_length("boundary_states" if cached else "input_ids", stacked, stack(masks))
+        stacked = stack(states) if cached else stack(ids, self.pad_token_id)
+        name = "boundary_states" if cached else "input_ids"
+        encoded = self.encode_by_language(name, stacked, stack(masks), languages)
         parts = encoded.split([batch for batch, _ in sizes])
         return [part[:, :length] for part, (_, length) in zip(parts, sizes)]
+
+    def encode_by_language(
+        self, name: str, inputs: torch.Tensor, mask: torch.Tensor, languages: list[str | None]
+    ) -> torch.Tensor:
+        """[`encode_by_length`] once, or for the rows of each language that has LoRA inside the text tower."""
+        inside = [language if self.has_lora(language) else None for language in languages]
+        groups = {language: [i for i, of in enumerate(inside) if of == language] for language in dict.fromkeys(inside)}
+        parts = []
+        for language, rows in groups.items():
+            at = slice(None) if len(groups) == 1 else torch.tensor(rows, device=mask.device)
+            with self.lora(language):
+                parts.append(self.encode_by_length(name, inputs[at], mask[at]))
+        return parts[0] if len(groups) == 1 else torch.cat(parts)[torch.tensor(sum(groups.values(), [])).argsort()]
 
     def encode_by_length(self, name: str, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
@@ -550,19 +640,41 @@ class NrccrModel(NrccrPreTrainedModel):
             parts.append(F.pad(part, (0, 0, 0, mask.shape[1] - length)))
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
+    def text_inputs(
+        self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Ids and mask as the text encoder reads them, each `(batch_size, sequence_length)`."""
+        if mask is None:
+            mask = torch.ones_like(ids) if ids is not None else states.new_ones(states.shape[:2], dtype=torch.long)
+        length = self.config.text_length
+        if length is None or ids is None:
+            return ids, mask, states
+        if ids.shape[1] > length:
+            raise ValueError(f"{ids.shape[1]} tokens, but this model reads {length} (NrccrConfig.text_length)")
+        ids = ids.masked_fill(mask == 0, self.pad_token_id)
+        ids = F.pad(ids, (0, length - ids.shape[1]), value=self.pad_token_id)
+        return ids, torch.ones_like(ids), states
+
+    @property
+    def pad_token_id(self) -> int:
+        return getattr(self.config.text_config, "pad_token_id", None) or 0
+
     def get_text_features(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         boundary_states: torch.Tensor | None = None,
+        languages: str | Sequence[str | None] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        states = self.encode_text([(input_ids, attention_mask, boundary_states)])[0]
-        embeds = self.text_projection(self.text_head(states, attention_mask))
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds)
+        """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `languages`: whose
+        adapter reads each text (None in a list: no adapter's); by default that of `set_language`."""
+        view = self.text_inputs(input_ids, attention_mask, boundary_states)
+        languages = self.languages_of(len(view[1]), languages)
+        states = self.encode_text([view], languages)[0]
+        features = self.text_head(states, view[1])
+        embeds = self.text_projection(self.adapt(features, languages))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds, hidden_states=(features,))
 
     def get_image_features(
         self,
@@ -571,10 +683,14 @@ class NrccrModel(NrccrPreTrainedModel):
         visual_attention_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
-        `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`."""
+        `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `image_embeds`: such
+        embeddings, as an index has them; they are L2-normalised."""
+        if image_embeds is not None:
+            return BaseModelOutputWithPooling(pooler_output=F.normalize(image_embeds, dim=-1))
         if self.visual_head is None:
             raise ValueError("this model embeds texts alone: its NrccrConfig.visual_feat_dim is None")
         if visual_feats is None:
@@ -602,6 +718,7 @@ class NrccrModel(NrccrPreTrainedModel):
         visual_attention_mask: torch.Tensor | None = None,
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
         target_input_ids: torch.Tensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
         back_translation_input_ids: torch.Tensor | None = None,
@@ -609,6 +726,7 @@ class NrccrModel(NrccrPreTrainedModel):
         boundary_states: torch.Tensor | None = None,
         target_boundary_states: torch.Tensor | None = None,
         back_translation_boundary_states: torch.Tensor | None = None,
+        languages: str | Sequence[str | None] | None = None,
         return_teacher: bool = True,
         return_loss: bool = False,
         **kwargs,
@@ -623,6 +741,9 @@ class NrccrModel(NrccrPreTrainedModel):
                 axis after the first): Pictures or videos.
             pixel_attention_mask, spatial_shapes: With `pixel_values` of patches, for a NaFlex tower (SigLIP 2).
             visual_feats (`torch.FloatTensor` of shape `(batch_size, num_frames, visual_feat_dim)`): Instead of pixels.
+            image_embeds (`torch.FloatTensor` of shape `(batch_size, projection_dim)`): Instead of both, from an index.
+            languages (`str` or list, *optional*): As in `get_text_features`; of the target captions, where there are
+                such: source captions and back-translations are then in the language that needs no adapter.
             return_teacher (`bool`): False saves the compute of `teacher_text_embeds`.
             return_loss (`bool`): Adds CLIP's contrastive loss between source captions and pictures.
         """
@@ -634,19 +755,21 @@ class NrccrModel(NrccrPreTrainedModel):
             ),
         }  # fmt: skip
         views = {
-            name: (ids, torch.ones_like(ids) if mask is None else mask, states)
-            for name, (ids, mask, states) in views.items()
-            if ids is not None or states is not None
+            name: self.text_inputs(*view) for name, view in views.items() if view[0] is not None or view[2] is not None
         }
-        image_embeds, embeds, teacher_embeds, states = None, {}, None, {}
-        if pixel_values is not None or visual_feats is not None:
+        embeds, teacher_embeds, states = {}, None, {}
+        if not (pixel_values is None and visual_feats is None and image_embeds is None):
             image_embeds = self.get_image_features(
-                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes
+                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes, image_embeds
             ).pooler_output
         if views:
-            states = dict(zip(views, self.encode_text(list(views.values()))))
+            masks = {name: mask for name, (_, mask, _) in views.items()}
+            spoken = {name: [None] * len(mask) for name, mask in masks.items()}
+            adapted = "target" if "target" in views else next(iter(views))
+            spoken[adapted] = self.languages_of(len(masks[adapted]), languages)
+            states = dict(zip(views, self.encode_text(list(views.values()), sum(spoken.values(), []))))
             return_teacher = return_teacher and "source" in views and "target" in views
-            embeds, teacher_embeds = self.embed_views(states, {v: views[v][1] for v in views}, return_teacher)
+            embeds, teacher_embeds = self.embed_views(states, masks, spoken, return_teacher)
 
         logit_scale = self.logit_scale.exp()
         logits_per_text = loss = None
@@ -669,7 +792,11 @@ class NrccrModel(NrccrPreTrainedModel):
         )
 
     def embed_views(
-        self, states: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], return_teacher: bool
+        self,
+        states: dict[str, torch.Tensor],
+        masks: dict[str, torch.Tensor],
+        languages: dict[str, list[str | None]],
+        return_teacher: bool,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         """Embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of the
         released code: it decides the running statistics of a BatchNorm."""
@@ -688,6 +815,7 @@ class NrccrModel(NrccrPreTrainedModel):
                 parts.append(self.read_views(*of_rows, cross))
             order = torch.cat(groups).argsort()
             read = {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        read |= {name: self.adapt(read[name], languages[name]) for name in languages}
         embeds = {name: self.text_projection(features) for name, features in read.items()}
         teacher = embeds.pop("teacher", None)
         if return_teacher and not cross:

@@ -1,5 +1,6 @@
 """`NrccrTrainer` holds the losses and the discriminator, logs each term by name, and ranks over the full split."""
 
+import itertools
 from collections import defaultdict
 from copy import copy
 from pathlib import Path
@@ -8,8 +9,9 @@ import torch
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
 from .callbacks import BestWeightsCallback, EpochDecayCallback
 from .checkpoints import (
@@ -32,6 +34,7 @@ from .training_args import NrccrTrainingArguments
 logger = logging.get_logger(__name__)
 
 MASKS = (*(f"{prefix}attention_mask" for prefix in KEY_PREFIX.values()), "visual_attention_mask")
+CALIBRATION_ROWS = 4096
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 DISCRIMINATOR_OPTIMIZER_FILE = "discriminator_optimizer.pt"
 
@@ -80,7 +83,15 @@ class NrccrTrainer(Trainer):
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         self.resumed_state: TrainerState | None = None
         text_layers = None if args.trained_text_layers < 0 else args.trained_text_layers
-        model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout, args.train_visual_head)
+        if args.train_language is None:
+            model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout, args.train_visual_head)
+        else:
+            model.train_language(args.train_language)
+            if args.adversarial_loss_weight > 0 and not model.has_lora(args.train_language):
+                raise ValueError(
+                    f"adversarial_loss_weight={args.adversarial_loss_weight} trains nothing, because no state of the "
+                    'text encoder changes: add the language with kind="lora", or set the weight to 0'
+                )
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
         self.nrccr_loss.terms |= {
@@ -138,11 +149,14 @@ class NrccrTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         inputs = self.pad_to_whole_batch(dict(inputs))
-        image_ids = inputs.pop("image_ids", None)
-        outputs = model(**inputs, return_teacher=self.args.needs_teacher() and self.teacher is None)
+        image_ids, teacher_embeds = inputs.pop("image_ids", None), inputs.pop("teacher_text_embeds", None)
+        own_teacher = self.args.needs_teacher() and self.teacher is None and teacher_embeds is None
+        outputs = model(**inputs, return_teacher=own_teacher)
         if self.teacher is not None:
             with torch.no_grad():
                 outputs.teacher_text_embeds = self.teacher.get_text_features(**inputs).pooler_output
+        if teacher_embeds is not None:
+            outputs.teacher_text_embeds = F.normalize(teacher_embeds.to(outputs.logit_scale), dim=-1)
         terms = self.nrccr_loss(*self.gather_batch(outputs, image_ids))
         loss = terms.pop("loss")
         if self.discriminator is not None:
@@ -261,7 +275,11 @@ class NrccrTrainer(Trainer):
         # sorted as `encode_texts` does, so that its batches are the same for any number of processes
         unique = sorted(set(captions), key=lambda caption: (len(caption), caption))
         row = {caption: i for i, caption in enumerate(unique)}
-        queries = self.shared_out(unique, lambda part: encode_texts(model, part, processor, size))
+        language = model.language if self.args.train_language is None else None
+        if column == "target_caption":
+            language = self.args.train_language or language
+        with model.using_language(language):
+            queries = self.shared_out(unique, lambda part: encode_texts(model, part, processor, size))
         return queries[[row[caption] for caption in captions]]
 
     def encode_rows(self, dataset, indices: list[int], batch_size: int) -> torch.Tensor:
@@ -297,11 +315,31 @@ class NrccrTrainer(Trainer):
                 "a file is missing): resume from an earlier one, or with True from the newest complete one"
             )
         self.resumed_state = None
+        if self.args.train_language is not None and not resume_from_checkpoint:
+            self.calibrate_language()
         if resume_from_checkpoint:
             self.resumed_state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
             if self.discriminator is not None:
                 self.load_discriminator(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
+    @torch.no_grad()
+    def calibrate_language(self):
+        """The adapter's shift and the size of its noise, from the first training captions."""
+        model, processor = self.accelerator.unwrap_model(self.model), self.data_collator.processor
+        rows = list(itertools.islice(without_images(self.train_dataset), CALIBRATION_ROWS))
+        states = {}
+        for column, language in (("source_caption", None), ("target_caption", self.args.train_language)):
+            captions, size = [row[column] for row in rows], self.args.per_device_eval_batch_size
+            parts = [
+                model.get_text_features(
+                    **processor(text=captions[start : start + size], return_tensors="pt").to(model.device),
+                    languages=language,
+                ).hidden_states[0]
+                for start in range(0, len(captions), size)
+            ]
+            states[column] = torch.cat(parts)
+        model.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
 
     def set_initial_training_values(self, args, dataloader):
         """No epoch is left for a run that had ended: the Trainer would take another step before it notices."""
@@ -316,9 +354,23 @@ class NrccrTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         if _internal_call and self.args.should_save:  # a checkpoint begins, perhaps over an old one
             mark_incomplete(output_dir)
-        super().save_model(output_dir, _internal_call)
+        if _internal_call and self.args.train_language is not None:
+            self.save_language_checkpoint(Path(output_dir))
+        else:
+            super().save_model(output_dir, _internal_call)
         if not _internal_call:  # this folder may be published: no pickled file in it
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
+
+    def save_language_checkpoint(self, directory: Path):
+        """What is trained alone, not half a gigabyte of frozen encoders each time."""
+        if self.args.should_save:
+            directory.mkdir(parents=True, exist_ok=True)
+            model = self.accelerator.unwrap_model(self.model)
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            adapter = f"language_adapters.{self.args.train_language}."
+            weights = {k: v for k, v in model.state_dict().items() if k in trained or k.startswith(adapter)}
+            save_file(weights, directory / SAFE_WEIGHTS_NAME, {"format": "pt"})
+            model.config.save_pretrained(directory)
 
     def save_discriminator(self, directory: Path):
         save_file(self.discriminator.state_dict(), directory / DISCRIMINATOR_FILE)

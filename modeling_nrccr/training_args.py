@@ -35,6 +35,10 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     train_visual_head: bool = field(
         default=True, metadata={"help": "False keeps every picture's embedding, and so an index, as it is."}
     )
+    train_language: str | None = field(
+        default=None,
+        metadata={"help": "Trains this language's adapter (`NrccrModel.add_language`) and nothing else of the model."},
+    )
     text_only: bool = field(
         default=False,
         metadata={"help": "Trains without pictures: the (teacher's) source caption stands where the picture would."},
@@ -101,7 +105,7 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         super().__post_init__()
         if self.discriminator_kind not in KINDS:
             raise ValueError(f"discriminator_kind={self.discriminator_kind!r}: one of {', '.join(KINDS)}")
-        if self.adversarial_loss_weight > 0 and self.trained_text_layers == 0:
+        if self.adversarial_loss_weight > 0 and self.trained_text_layers == 0 and self.train_language is None:
             raise ValueError(
                 f"adversarial_loss_weight={self.adversarial_loss_weight} trains nothing, because the text encoder is "
                 "wholly frozen: set trained_text_layers, or the weight to 0"

@@ -1,0 +1,95 @@
+"""How the text and picture sides of CLIP and its like become those of `NrccrModel`: one line a family."""
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    Args:
+        text_model, vision_model: Attributes of the dual encoder's model; without `vision_model` the picture side stays
+            where it is, and its embeddings come as `visual_feats`.
+        pooling: Of the text encoder's states.
+        text_projection, visual_projection: The Linear after pooling, where there is one.
+        fixed_length: The last position is pooled, padding or not, so every text has all positions.
+    """
+
+    text_model: str = "text_model"
+    vision_model: str | None = "vision_model"
+    pooling: str = "last"
+    text_projection: str | None = "text_projection"
+    visual_projection: str | None = "visual_projection"
+    fixed_length: bool = False
+
+
+FAMILIES = {
+    # pooled: the token that ends the text, the last one that is no padding
+    "clip": Family(),
+    "metaclip_2": Family(),
+    "altclip": Family(pooling="first"),
+    "siglip": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True),
+    "siglip2": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True),
+    # one backbone reads texts and pictures; pooled and projected as its documentation says
+    "embedding_gemma2": Family(
+        text_model="language_model", vision_model=None, pooling="mean", text_projection=None, visual_projection=None
+    ),
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """Raises ValueError for a model that is none of them."""
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{config.model_type!r} is no dual encoder that is known here: nrccr, {', '.join(FAMILIES)}. Any other "
+            "takes part by its embeddings, `image_embeds` and `teacher_text_embeds` of the rows"
+        )
+    return FAMILIES[config.model_type]
+
+
+def dual_encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of `NrccrConfig` that make the same embeddings."""
+    family, text = family_of(config), config.text_config
+    size = getattr(config, "projection_dim", None) or getattr(text, "projection_size", None)
+    size = size or getattr(text, "embedding_dim", None)
+    return {
+        "text_config": text,
+        "vision_config": config.vision_config if family.vision_model else None,
+        "visual_feat_dim": None if family.vision_model else size,
+        "projection_dim": size,
+        "text_head": "pooling",
+        "text_pooling": family.pooling,
+        "text_projection": "linear" if family.text_projection else "none",
+        "visual_head": "pooling",
+        "visual_projection": "linear" if family.visual_projection else "none",
+        "text_length": text.max_position_embeddings if family.fixed_length else None,
+        "teacher_view": "source",
+    }
+
+
+@torch.no_grad()
+def load_dual_encoder(model: nn.Module, dual: PreTrainedModel):
+    """Copies the weights of `dual` into a `NrccrModel` of its settings."""
+    family = family_of(dual.config)
+    towers = [(model.text_tower, family.text_model)]
+    if family.vision_model:
+        towers.append((model.visual_tower, family.vision_model))
+    for tower, name in towers:
+        weights = getattr(dual, name).state_dict()
+        tower.encoder.load_state_dict({key: weights[key] for key in tower.encoder.state_dict()})
+    for projection, name in (
+        (model.text_projection, family.text_projection), (model.visual_projection, family.visual_projection)
+    ):  # fmt: skip
+        if name:
+            linear = attrgetter(name)(dual)
+            projection.dense.weight.copy_(linear.weight)
+            projection.dense.bias.zero_()
+            if linear.bias is not None:
+                projection.dense.bias.copy_(linear.bias)
+    if hasattr(dual, "logit_scale"):
+        model.logit_scale.copy_(dual.logit_scale.reshape(()))
