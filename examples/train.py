@@ -43,6 +43,7 @@ from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLing
 from modeling_nrccr.encoding import picture_rows
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
+from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -433,6 +434,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     output_dir.mkdir(parents=True, exist_ok=True)
     trainer.model.save_pretrained(output_dir)
     trainer.processing_class.save_pretrained(output_dir)
+    write_sentence_transformers_files(output_dir, trainer.model.visual_tower is not None)
     write_file(output_dir / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])

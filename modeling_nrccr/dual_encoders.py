@@ -18,6 +18,7 @@ class Family:
         pooling: Of the text encoder's states.
         text_projection, visual_projection: The Linear after pooling, where there is one.
         fixed_length: The last position is pooled, padding or not, so every text has all positions.
+        text_prefix, lower_case: What is done to a text first.
     """
 
     text_model: str = "text_model"
@@ -26,6 +27,8 @@ class Family:
     text_projection: str | None = "text_projection"
     visual_projection: str | None = "visual_projection"
     fixed_length: bool = False
+    text_prefix: str = ""
+    lower_case: bool = False
 
 
 FAMILIES = {
@@ -34,10 +37,15 @@ FAMILIES = {
     "metaclip_2": Family(),
     "altclip": Family(pooling="first"),
     "siglip": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True),
-    "siglip2": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True),
+    "siglip2": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True, lower_case=True),
     # one backbone reads texts and pictures; pooled and projected as its documentation says
     "embedding_gemma2": Family(
-        text_model="language_model", vision_model=None, pooling="mean", text_projection=None, visual_projection=None
+        text_model="language_model",
+        vision_model=None,
+        pooling="mean",
+        text_projection=None,
+        visual_projection=None,
+        text_prefix="task: search result | query: ",
     ),
 }
 
@@ -69,6 +77,18 @@ def dual_encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
         "visual_projection": "linear" if family.visual_projection else "none",
         "text_length": text.max_position_embeddings if family.fixed_length else None,
         "teacher_view": "source",
+    }
+
+
+def text_rules(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of `NrccrProcessor` that read texts as the dual encoder was trained to."""
+    family, text = family_of(config), config.text_config
+    positions = text.max_position_embeddings - (2 if config.model_type == "altclip" else 0)  # RoBERTa's start at 2
+    return {
+        "text_prefix": family.text_prefix,
+        "lower_case": family.lower_case,
+        "text_padding": "max_length" if family.fixed_length else "longest",
+        "max_text_length": min(positions, 512),
     }
 
 

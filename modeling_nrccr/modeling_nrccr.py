@@ -518,9 +518,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         if config.model_type == cls.config_class.model_type:
             model = cls.from_pretrained(name, revision=revision, **config_kwargs)
         else:
-            dual = AutoModel.from_pretrained(name, revision=revision)
             model = cls(NrccrConfig(**(dual_encoder_settings(config) | config_kwargs)))
-            load_dual_encoder(model, dual)
+            load_dual_encoder(model, AutoModel.from_pretrained(name, revision=revision))
         model.config.dual_encoder = {"name": str(name), "revision": getattr(config, "_commit_hash", None)}
         return model.eval() if text_encoder is None else model.with_new_text_side(text_encoder)
 
@@ -651,8 +650,10 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             return ids, mask, states
         if ids.shape[1] > length:
             raise ValueError(f"{ids.shape[1]} tokens, but this model reads {length} (NrccrConfig.text_length)")
-        ids = ids.masked_fill(mask == 0, self.pad_token_id)
-        ids = F.pad(ids, (0, length - ids.shape[1]), value=self.pad_token_id)
+        padding = ids[mask == 0]
+        pad = int(padding[0]) if len(padding) else self.pad_token_id
+        missing = length - ids.shape[1]
+        ids = F.pad(ids, (missing, 0) if (mask[:, 0] == 0).any() else (0, missing), value=pad)
         return ids, torch.ones_like(ids), states
 
     @property

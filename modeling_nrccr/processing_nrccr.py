@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from transformers import BatchFeature, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
+
+from .dual_encoders import family_of, text_rules
 
 
 logger = logging.get_logger(__name__)
@@ -72,6 +74,10 @@ class NrccrTextProcessor(ProcessorMixin):
         tokenizer (`PreTrainedTokenizerBase`): Of the text encoder.
         text_prefix (`str`): Put before each caption, such as "query: " for E5.
         max_text_length (`int`): Longer captions are truncated to this many tokens, and counted in `num_truncated`.
+        text_padding (`str`):
+            "max_length" pads every text to `max_text_length`, whatever a call asks for, and attends to all of it: for
+            text encoders that pool the last position (SigLIP). "longest" pads to the longest of the batch.
+        lower_case (`bool`): Texts are lower-cased first, as the text encoder was trained (SigLIP 2).
         visual_feat_dim (`int`, *optional*): Expected width of `visual_feats`; by default that of the first row.
     """
 
@@ -80,10 +86,15 @@ class NrccrTextProcessor(ProcessorMixin):
         tokenizer,
         text_prefix: str = "",
         max_text_length: int = 64,
+        text_padding: str = "longest",
+        lower_case: bool = False,
         visual_feat_dim: int | None = None,
         **parts,
     ):
         super().__init__(tokenizer, **parts)
+        if text_padding not in ("longest", "max_length"):
+            raise ValueError(f"text_padding={text_padding!r}: longest or max_length")
+        self.text_padding, self.lower_case = text_padding, lower_case
         self.text_prefix = text_prefix
         self.max_text_length = max_text_length
         self.visual_feat_dim = visual_feat_dim
@@ -97,6 +108,11 @@ class NrccrTextProcessor(ProcessorMixin):
         padding: bool | str = "longest",
         return_tensors: str | None = None,
         videos: Sequence[Sequence] | None = None,
+        text_kwargs: dict | None = None,
+        common_kwargs: dict | None = None,
+        images_kwargs: dict | None = None,
+        audio_kwargs: dict | None = None,
+        videos_kwargs: dict | None = None,
     ) -> BatchFeature:
         """
         Args:
@@ -107,6 +123,7 @@ class NrccrTextProcessor(ProcessorMixin):
             padding: As the tokenizer's.
             return_tensors (`str`, *optional*): "pt", "np" or None.
             videos (list of lists of pictures): The frames of each video, which may differ in number.
+            text_kwargs, common_kwargs: As sentence-transformers gives them; `padding` and `return_tensors` are read.
 
         Returns:
             Of what was given: `input_ids` and `attention_mask` of shape `(batch_size, sequence_length)`,
@@ -119,6 +136,8 @@ class NrccrTextProcessor(ProcessorMixin):
             ValueError: An empty caption, an unreadable picture, or features that are not finite or of another width;
                 the message names the row.
         """
+        padding = (text_kwargs or {}).get("padding", padding)
+        return_tensors = (common_kwargs or {}).get("return_tensors", return_tensors)
         text = [text] if isinstance(text, str) else text
         images = images if images is None or isinstance(images, (list, tuple)) else [images]
         given = [rows for rows in (text, images, visual_feats, videos) if rows is not None]
@@ -142,6 +161,11 @@ class NrccrTextProcessor(ProcessorMixin):
             if not isinstance(caption, str) or not caption.strip():
                 raise ValueError(f"text row {row} is {caption!r}: give every row a caption, or leave the row out")
 
+        if self.text_padding == "max_length":
+            padding = "max_length"
+        if self.lower_case:
+            text = [caption.lower() for caption in text]
+
         def encode(**options):
             text_with_prefix = [self.text_prefix + caption for caption in text]
             return self.tokenizer(
@@ -160,7 +184,10 @@ class NrccrTextProcessor(ProcessorMixin):
                     "their number is kept in the processor's `num_truncated`"
                 )
             self.num_truncated += num_truncated
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        masks = encoded["attention_mask"]
+        if self.text_padding == "max_length":
+            masks = [[1] * len(mask) for mask in masks]
+        return {"input_ids": encoded["input_ids"], "attention_mask": masks}
 
     def _process_pictures(self, images: list, return_tensors: str | None) -> dict:
         raise ValueError(
@@ -221,6 +248,7 @@ class NrccrProcessor(NrccrTextProcessor):
         pad_to_square (`bool`):
             Pad pictures with white to a square, so that resizing neither squashes nor crops them. False leaves the
             shape to the image processor, as a tower that was trained so (CLIP) expects.
+        text_padding (`str`), lower_case (`bool`): As in [`NrccrTextProcessor`].
         visual_feat_dim (`int`, *optional*): Expected width of `visual_feats`; by default that of the first row.
     """
 
@@ -231,10 +259,30 @@ class NrccrProcessor(NrccrTextProcessor):
         text_prefix: str = "",
         max_text_length: int = 64,
         pad_to_square: bool = True,
+        text_padding: str = "longest",
+        lower_case: bool = False,
         visual_feat_dim: int | None = None,
     ):
-        super().__init__(tokenizer, text_prefix, max_text_length, visual_feat_dim, image_processor=image_processor)
+        super().__init__(
+            tokenizer, text_prefix, max_text_length, text_padding, lower_case, visual_feat_dim,
+            image_processor=image_processor,
+        )  # fmt: skip
         self.pad_to_square = pad_to_square
+
+    @classmethod
+    def from_dual_encoder(cls, name: str, revision: str | None = None, **settings) -> "NrccrTextProcessor":
+        """What reads texts and pictures as a dual encoder of a hub id or folder was trained to; of one whose pictures
+        stay with it a [`NrccrTextProcessor`]. `settings` as of this class."""
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        if config.model_type == "nrccr":
+            processor = cls if config.vision_config is not None else NrccrTextProcessor
+            return processor.from_pretrained(name, revision=revision, **settings)
+        settings = text_rules(config) | settings
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        if family_of(config).vision_model is None:
+            return NrccrTextProcessor(tokenizer, **settings)
+        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
+        return cls(tokenizer, image_processor, pad_to_square=False, **settings)
 
     def _process_pictures(self, images: list, return_tensors: str | None) -> dict:
         prepared = [self._prepare_picture(image, row) for row, image in enumerate(images)]
