@@ -39,6 +39,7 @@ class Row:
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
+        rival: Trained in its place: a function of examples/rivals.py.
         english_text_only: English captions stand where the target captions would, in training.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
         seeds: Its training seeds, where they are fewer than the study's.
@@ -50,6 +51,7 @@ class Row:
     start_from: str | None = None
     new_text_side: bool = False
     adapter: bool = False
+    rival: str | None = None
     english_text_only: bool = False
     tuned_as: str | None = None
     seeds: list[int] | None = None
@@ -216,7 +218,10 @@ class Runner:
             rows["train"] = [row | {"target_caption": row["source_caption"]} for row in rows["train"]]
         trainer.train_dataset, trainer.eval_dataset = rows["train"], rows["validation"]
         loaded = time.perf_counter()
-        trainer.train()
+        if row.rival:
+            self.train_rival(row.rival, trainer, rows)
+        else:
+            trainer.train()
         trained = time.perf_counter()
         if self.is_teacher(run):
             frozen = ("text_tower.", "visual_tower.")
@@ -252,6 +257,25 @@ class Runner:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "commit": commit(),
         }
+
+    def train_rival(self, name: str, trainer, rows: dict[str, list[dict]]):
+        """Puts the rival's model, and the cache of its encoder, in the place of the trainer's."""
+        import rivals
+
+        from modeling_nrccr import FeatureCache
+
+        model, cache, args = trainer.model, trainer.data_collator.processor, trainer.args
+        if name == "embed_distillation":
+            rivals.embed_distillation(model, args.train_language, cache, rows["train"], args)
+            return
+        trainer.model = rivals.trunk_calibration(model, cache.processor, rows["train"], args)
+        trainer.model.set_trained_layers(0, False)
+        own = FeatureCache(trainer.model, cache.processor)
+        columns = ("source_caption", "target_caption", "reference_source_caption")
+        held_out = (*rows["validation"], *rows["test"])
+        own.add_texts(row[column] for row in held_out for column in columns)
+        own.images = cache.images
+        trainer.data_collator.processor = own
 
     def needed(self, run: Run, row: str) -> Path:
         """The weights of another row's run of the same split and seed."""

@@ -172,9 +172,12 @@ def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_e
 def embed(texts: list[str]):
     """By a frozen encoder, of shape `(len(texts), hidden_size)`, L2-normalised."""
     from encoders import find_encoder
-    from multi30k_text import encode
+    from multi30k_text import text_model
 
-    return encode(find_encoder(ENCODER), texts)
+    from modeling_nrccr.encoding import encode_texts
+
+    model, processor = text_model(find_encoder(ENCODER))
+    return encode_texts(model, texts, processor, show_progress=True)
 
 
 # --------------------------------------------------------------------------------------------------------- tables

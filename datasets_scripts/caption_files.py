@@ -9,7 +9,7 @@ Your own data: a CSV or JSONL file of `image,caption` beside a folder of picture
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,16 +113,17 @@ def find_caption_file(data_dir: Path, name: str | None = None) -> Path:
     return files[0]
 
 
-def read_records(path: Path) -> list[dict]:
+def read_records(path: Path, needed: Sequence[str] = ("image", "caption")) -> list[dict]:
     """
     The rows of a CSV or JSONL file as `{"line": number, "image": ..., "caption": ..., ...}`: the known columns that it
-    has, texts with single spaces, None where a cell is empty. Raises ValueError for what is amiss; names the line.
+    has, texts with single spaces, None where a cell is empty. Raises ValueError for what is amiss, such as a column of
+    `needed` that is wanting or empty; names the line.
     """
     records, ignored = [], set()
     for line, row in (read_csv if path.suffix == ".csv" else read_jsonl)(path):
         if "image" not in row and "file_name" in row:
             row["image"] = row.pop("file_name")
-        for name in ("image", "caption"):
+        for name in needed:
             if name not in row:
                 raise ValueError(
                     f"{path}, line {line}: no column {name!r}; it has {', '.join(map(repr, row)) or 'none'}"
@@ -133,7 +134,7 @@ def read_records(path: Path) -> list[dict]:
             if not isinstance(row[name] or "", str):
                 raise ValueError(f"{path}, line {line}: {name} must be text, not {row[name]!r}")
             record[name] = " ".join((row[name] or "").split()) or None
-        for name in ("image", "caption"):
+        for name in needed:
             if record[name] is None:
                 raise ValueError(f"{path}, line {line}: {name} is empty; fill it or leave the line out")
         records.append(record)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
+from arguments import parse_fields
 from atomic import write_file
 from card import write_model_card
 from data import find_font, language_name, load_translated_dataset, query_origin
@@ -32,7 +32,7 @@ from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source
 from search_page import QueryRow, Result, write_search_page
 from table import format_table
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from datasets_scripts.debian import FetchError
@@ -151,14 +151,7 @@ def parse_arguments(
     arguments: list[str], **settings
 ) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:
     """The YAML file's fields, then `settings`, then the flags. Raises ValueError for a field that nobody knows."""
-    parser = HfArgumentParser((ScriptArguments, ModelArguments, NrccrTrainingArguments))
-    path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else DEMO_CONFIG)
-    settings = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | settings
-    known = {action.dest for action in parser._actions}
-    if unknown := settings.keys() - known:
-        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
-    parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_fields((ScriptArguments, ModelArguments, NrccrTrainingArguments), arguments, DEMO_CONFIG, **settings)
 
 
 class Experiment:

@@ -22,13 +22,12 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-import yaml
+from arguments import parse_fields
 from atomic import write_file
 from data import load_caption_dataset
 from tqdm.auto import tqdm
 from transformers import (
     DataCollatorForSeq2Seq,
-    HfArgumentParser,
     MarianConfig,
     MarianMTModel,
     MarianTokenizer,
@@ -93,15 +92,7 @@ class ScriptArguments:
 
 def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, Seq2SeqTrainingArguments]:
     """The YAML file's fields, then the flags. Raises ValueError for a field that nobody knows."""
-    parser = HfArgumentParser((ScriptArguments, Seq2SeqTrainingArguments))
-    parser.set_defaults(do_train=True)
-    path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else CONFIG)
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    known = {action.dest for action in parser._actions}
-    if unknown := settings.keys() - known:
-        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
-    parser.set_defaults(**settings)
-    return parser.parse_args_into_dataclasses(arguments)
+    return parse_fields((ScriptArguments, Seq2SeqTrainingArguments), arguments, CONFIG, do_train=True)
 
 
 def write_json(path: Path, content: dict):

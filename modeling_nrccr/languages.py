@@ -182,6 +182,11 @@ class NrccrLanguagesMixin:
 
     # ------------------------------------------------------------------------------------------------------ files
 
+    def language_keys(self, language: str) -> set[str]:
+        """The names of its parameters in the model's `state_dict`."""
+        inside = {f"text_tower.{key}" for key in self.text_tower.state_dict() if language in key.split(".")}
+        return inside | {f"language_adapters.{language}.{key}" for key in self.adapter(language).state_dict()}
+
     def language_weights(self, language: str) -> dict[str, torch.Tensor]:
         weights = dict(self.adapter(language).state_dict())
         if self.has_lora(language):

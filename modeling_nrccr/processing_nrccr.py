@@ -100,6 +100,13 @@ class NrccrTextProcessor(ProcessorMixin):
         self.visual_feat_dim = visual_feat_dim
         self.num_truncated = 0
 
+    def with_tokenizer(self, name: str, text_prefix: str = "", max_text_length: int = 64) -> "NrccrTextProcessor":
+        """The same for pictures, beside the tokenizer of another text encoder (a hub id or folder)."""
+        parts = {"image_processor": self.image_processor} if hasattr(self, "image_processor") else {}
+        settings = {"pad_to_square": self.pad_to_square} if parts else {}
+        settings |= {"text_prefix": text_prefix, "max_text_length": max_text_length}
+        return type(self)(AutoTokenizer.from_pretrained(name), **parts, **settings)
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import logging
 
 from .callbacks import BestWeightsCallback, EpochDecayCallback
 from .checkpoints import (
@@ -321,7 +321,14 @@ class NrccrTrainer(Trainer):
             self.resumed_state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, "trainer_state.json")))
             if self.discriminator is not None:
                 self.load_discriminator(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        model = self.accelerator.unwrap_model(self.model)
+        if self.args.train_language is not None:  # a checkpoint then holds what is trained, no frozen encoders
+            trained = model.language_keys(self.args.train_language)
+            model._keys_to_ignore_on_save = [key for key in model.state_dict() if key not in trained]
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            model._keys_to_ignore_on_save = set()
 
     @torch.no_grad()
     def calibrate_language(self):
@@ -354,23 +361,9 @@ class NrccrTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
         if _internal_call and self.args.should_save:  # a checkpoint begins, perhaps over an old one
             mark_incomplete(output_dir)
-        if _internal_call and self.args.train_language is not None:
-            self.save_language_checkpoint(Path(output_dir))
-        else:
-            super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, _internal_call)
         if not _internal_call:  # this folder may be published: no pickled file in it
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-
-    def save_language_checkpoint(self, directory: Path):
-        """What is trained alone, not half a gigabyte of frozen encoders each time."""
-        if self.args.should_save:
-            directory.mkdir(parents=True, exist_ok=True)
-            model = self.accelerator.unwrap_model(self.model)
-            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-            adapter = f"language_adapters.{self.args.train_language}."
-            weights = {k: v for k, v in model.state_dict().items() if k in trained or k.startswith(adapter)}
-            save_file(weights, directory / SAFE_WEIGHTS_NAME, {"format": "pt"})
-            model.config.save_pretrained(directory)
 
     def save_discriminator(self, directory: Path):
         save_file(self.discriminator.state_dict(), directory / DISCRIMINATOR_FILE)

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_model, toy_rows
 from safetensors.torch import load_file
 
-from modeling_nrccr import NrccrModel, NrccrTrainer, NrccrTrainingArguments
+from modeling_nrccr import DataCollatorForCrossLingualRetrieval, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.encoding import encode_texts
 from modeling_nrccr.languages import LANGUAGE_FILE
 from modeling_nrccr.losses import agreement_weights
@@ -27,7 +27,8 @@ def trained(model, language, directory, processor, rows=None, steps: int = 30, *
         "per_device_train_batch_size": 16, "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
     args = NrccrTrainingArguments(output_dir=str(directory), **(defaults | arguments))
-    trainer = NrccrTrainer(model, args, rows or toy_rows(48), processing_class=processor)
+    collator = DataCollatorForCrossLingualRetrieval(processor)
+    trainer = NrccrTrainer(model, args, rows or toy_rows(48), data_collator=collator)
     trainer.train(resume_from_checkpoint=arguments.get("resume_from_checkpoint"))
     return trainer
 

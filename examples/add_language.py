@@ -1,0 +1,306 @@
+"""Adds a language to a dual encoder that you use already, from English captions and machine translation alone; no
+picture is encoded again:
+
+    python examples/add_language.py --base outputs/demo --captions captions.csv --target_language gl \
+        --output_dir outputs/gl
+
+`captions.csv` has a column `caption` (or is a .txt file, a caption a line; or name `--dataset` of datasets_scripts).
+Writes into `output_dir` the language file, a few megabytes (`model.load_language("gl", "outputs/gl")`), `report.json`
+and `README.md`. With `--eval human.csv` (columns `image` and `target_caption`, written by people; `caption`, their
+English, if you have it) the report says how well the language is searched, beside the base, the translated query and
+what else a team would try (`--rivals`), and "do not use" where it is worse than the base. Run it again, and it goes on
+where it was stopped. Every field of examples/configs/add_language.yaml is also a flag.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from arguments import parse_fields
+from atomic import write_file
+from data import load_caption_dataset, load_engine
+from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
+from table import format_markdown, format_table
+from transformers import set_seed
+
+from datasets_scripts.caption_files import read_records
+from datasets_scripts.debian import FetchError
+from datasets_scripts.splits import group_key, split_of
+from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrTrainer, NrccrTrainingArguments
+from modeling_nrccr.checkpoints import last_complete_checkpoint
+from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
+from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
+from modeling_nrccr.translation import TranslationError
+
+
+CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
+HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those captions are all of one side
+RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
+FEWEST = 200  # captions, below which a language is not worth a file
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class LanguageArguments:
+    """What is added to what."""
+
+    config: str = option(str(CONFIG), "YAML file with any of these fields.")
+    base: str = option("outputs/demo", "Folder or hub id of a dual encoder: CLIP, SigLIP 2, ..., or a model of ours.")
+    text_encoder: str | None = option(None, "Another text encoder in the place of the base's own, e.g. multilingual.")
+    text_prefix: str = option("", "Of text_encoder, e.g. 'query: ' for e5.")
+    captions: str | None = option(None, "English captions: .csv or .jsonl with a column caption, or .txt.")
+    dataset: str | None = option(None, "Instead: builders of datasets_scripts; they bring a test of human captions.")
+    data_dir: str | None = option(None, "Folder of the data set.")
+    split_seed: int = option(0, "Seed of the splits by groups of captions.")
+    eval: str | None = option(None, "Human captions: .csv or .jsonl with image, target_caption and perhaps caption.")
+    source_language: str = option("en", "Language of the captions.")
+    target_language: str = option("gl", "Language that is added.")
+    translator: str = option("apertium", "Machine translation engines, joined by ','.")
+    rivals: str = option("none", f"Trained and tested beside it: none, all, or some of {', '.join(RIVALS)}.")
+    kind: str = option("linear", "Of the adapter: linear, bottleneck, dynamic, or lora.")
+    center: bool = option(True, "Moves the language's mean state to that of the captions.")
+    noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
+    rank: int = option(64, "Of bottleneck, dynamic and lora.")
+    layers: int = option(2, "Layers that lora is in.")
+
+    def adapter_settings(self) -> dict:
+        return {name: getattr(self, name) for name in ("kind", "center", "noise", "rank", "layers")}
+
+
+def read_captions(path: Path) -> list[str]:
+    """One text a line, or the column `caption`; each once. Raises ValueError where there are too few."""
+    if path.suffix == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        captions = [" ".join(line.split()) for line in lines]
+    else:
+        captions = [record["caption"] for record in read_records(path, needed=("caption",))]
+    captions = list(dict.fromkeys(filter(None, captions)))
+    if len(captions) < FEWEST:
+        raise ValueError(f"{path} has {len(captions)} different captions: a language needs {FEWEST}, better thousands")
+    return captions
+
+
+def read_eval(path: Path) -> list[dict]:
+    """Rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None)."""
+    rows = []
+    for record in read_records(path, needed=("image", "target_caption")):
+        image = path.parent / record["image"]
+        if not image.is_file():
+            raise ValueError(f"{path}, line {record['line']}: there is no picture {image}")
+        rows.append({"image_id": record["image"], "image": str(image), "target_caption": record["target_caption"],
+                     "reference_source_caption": record.get("caption")})  # fmt: skip
+    return rows
+
+
+def training_rows(captions: list[str], script: LanguageArguments) -> tuple[dict[str, list[dict]], str]:
+    """Captions and their translations by each engine, split by group into train and validation; and who made them."""
+    pairs = [(script.source_language, script.target_language), (script.target_language, script.source_language)]
+    splits, names = {"train": [], "validation": []}, []
+    for spec in script.translator.split(","):
+        engine = load_engine(spec, pairs, script.data_dir)
+        names.append(engine.name)
+        made = engine.translate(captions, *pairs[0])
+        back = engine.translate(made, *pairs[1])
+        for number, (source, target, again) in enumerate(zip(captions, made, back)):
+            split = split_of(group_key(source), HELD_OUT_SEED, HELD_OUT)
+            row = {"image_id": str(number), "caption_id": str(number), "source_caption": source,
+                   "target_caption": target, "back_translation": again}  # fmt: skip
+            if split == "train" or len(names) == 1:
+                splits[split].append(row)
+    return splits, ", ".join(names)
+
+
+def teach(rows: list[dict], base: NrccrModel, processor) -> None:
+    """The base's embedding of each source caption, as the rows' `teacher_text_embeds`."""
+    embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
+    for row, embed in zip(rows, embeds):
+        row["teacher_text_embeds"] = embed
+
+
+def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainingArguments) -> NrccrTrainer:
+    """Goes on from the last whole checkpoint in `args.output_dir`."""
+    collator = DataCollatorForCrossLingualRetrieval(cache)
+    trainer = NrccrTrainer(model, args, rows["train"], rows["validation"], data_collator=collator)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(args.output_dir))
+    return trainer
+
+
+class Examination:
+    """Human captions of the language, the pictures that they describe, and what the base finds for them."""
+
+    def __init__(self, rows: list[dict], base: NrccrModel, processor, script: LanguageArguments):
+        self.rows, self.base, self.processor = rows, base, processor
+        first, self.owner = picture_rows([row["image_id"] for row in rows])
+        pictures = [rows[row]["image"] for row in first.values()]
+        self.images = encode_images(base, pictures, processor, show_progress=True)
+        pair = (script.target_language, script.source_language)
+        engine = load_engine(script.translator.split(",")[0], [pair], script.data_dir)
+        self.asked = [row["target_caption"] for row in rows]
+        translated = engine.translate(self.asked, *pair)
+        self.english = [row["reference_source_caption"] for row in rows]
+        self.with_english = all(self.english)
+        with base.using_language(None):
+            self.translated = encode_texts(base, translated, processor)
+
+    def find(self, queries: torch.Tensor) -> dict[str, float]:
+        return compute_retrieval_metrics(queries, self.images, self.owner)
+
+    def of_base(self) -> dict[str, dict]:
+        with self.base.using_language(None):
+            found = {"base": self.find(encode_texts(self.base, self.asked, self.processor))}
+        return found | {"translated query": self.find(self.translated)} | self.of_english("English, before", self.base)
+
+    def of_english(self, name: str, model: NrccrModel, processor=None) -> dict[str, dict]:
+        if not self.with_english:
+            return {}
+        with model.using_language(None):
+            return {name: self.find(encode_texts(model, self.english, processor or self.processor))}
+
+    def of_model(self, name: str, model: NrccrModel, language: str | None, processor=None) -> dict[str, dict]:
+        with model.using_language(language):
+            queries = encode_texts(model, self.asked, processor or self.processor)
+        fused = self.find(fuse_query_embeds(queries, self.translated, 0.5))
+        found = {name: self.find(queries), f"{name}, half its translation": fused}
+        return found | self.of_english(f"English, {name}", model, processor)
+
+
+def verdict(found: dict[str, dict], name: str) -> tuple[str, list[str]]:
+    """ "use", or "do not use", and why: of human queries, or of English, more than 1 SumR worse than the base."""
+    base, ours, translated = (found[key]["sum_recall"] for key in ("base", name, "translated query"))
+    reasons = []
+    if ours < base:
+        reasons.append(f"human queries find less than by the base: SumR {ours:.1f}, not {base:.1f}")
+    if "English, before" in found:
+        before, after = (found[key]["sum_recall"] for key in ("English, before", f"English, {name}"))
+        if after < before - 1:
+            reasons.append(f"English finds less than before: SumR {after:.1f}, not {before:.1f}")
+    word = "do not use" if reasons else "use"
+    if not reasons and ours < translated:
+        reasons.append(
+            f"the base asked the translated query finds more, SumR {translated:.1f} against {ours:.1f}: where a "
+            "translation of each query is at hand, ask that, or both"
+        )
+    return word, reasons
+
+
+def main(arguments: list[str] | None = None):
+    classes = (LanguageArguments, NrccrTrainingArguments)
+    script, args = parse_fields(classes, sys.argv[1:] if arguments is None else arguments, CONFIG)
+    if (script.captions is None) == (script.dataset is None):
+        raise ValueError("give --captions FILE or --dataset NAME, one of the two")
+    rivals = RIVALS if script.rivals == "all" else tuple(filter(None, script.rivals.replace("none", "").split(",")))
+    if unknown := set(rivals) - set(RIVALS):
+        raise ValueError(f"no rivals {', '.join(sorted(unknown))}: all, none, or some of {', '.join(RIVALS)}")
+    output, language = Path(args.output_dir), script.target_language
+    work = Path(f"{output}-checkpoints")
+    args.output_dir, args.train_language = str(work / "language"), language
+
+    examined = []
+    if script.dataset:
+        dataset = load_caption_dataset(
+            script.dataset, language, script.split_seed, data_dir=script.data_dir,
+            source_language=script.source_language,
+        )  # fmt: skip
+        captions = list(dict.fromkeys(dataset["train"]["source_caption"]))
+        examined = dataset["test"] if script.eval is None else []
+    else:
+        captions = read_captions(Path(script.captions))
+    if script.eval:
+        examined = read_eval(Path(script.eval))
+    rows, engines = training_rows(captions, script)
+    print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
+
+    base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
+    model, processor = base, base_processor
+    if script.text_encoder:
+        model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
+    set_seed(args.seed)
+    model.add_language(language, **script.adapter_settings())
+    cache = frozen_cache(model.train_language(language), processor, rows["train"] + rows["validation"], work)
+    trainer = train(model, cache, rows, args)
+    model.eval().save_language(language, output)
+
+    found, word, reasons = {}, "not tested", ["no human captions were given (--eval): nobody knows how good it is"]
+    if len(examined):
+        exam = Examination(list(examined), base, base_processor, script)
+        found = exam.of_base()
+        found |= exam.of_model("this language", model, language, processor)
+        word, reasons = verdict(found, "this language")
+        for name in rivals:
+            found |= exam.of_model(name, *rival(name, base, base_processor, language, rows, args, work))
+    report = {
+        "verdict": word, "reasons": reasons, "found": found, "queries": len(examined), "language": language,
+        "base": base.made_for(), "text_encoder": script.text_encoder, "translator": engines,
+        "adapter": script.adapter_settings(), "captions": len(captions), "seed": args.seed,
+        "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
+    }  # fmt: skip
+    write_file(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_file(output / "README.md", read_me(report, script, output))
+    if found:
+        print(format_table(found))
+    print(f"{word}{': ' if reasons else ''}{'; '.join(reasons)}")
+    print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def new_text_side(script, base, base_processor, rows, args, work: Path, output: Path):
+    """Another text encoder whose projection is taught by the base's English embeddings, then the rows' teacher."""
+    for part in rows.values():
+        teach(part, base, base_processor)
+    set_seed(args.seed)
+    model = NrccrModel.from_dual_encoder(script.base, text_encoder=script.text_encoder)
+    processor = base_processor.with_tokenizer(script.text_encoder, script.text_prefix)
+    english = {
+        split: [row | {"target_caption": row["source_caption"]} for row in part] for split, part in rows.items()
+    }
+    model.set_trained_layers(0, False, visual_head=False)
+    cache = frozen_cache(model, processor, english["train"] + english["validation"], work)
+    own = distillation_arguments(args, feature_distillation_loss_weight=1.0, train_visual_head=False)
+    own.output_dir = str(work / "text_side")
+    train(model, cache, english, own)
+    model.config.dual_encoder = {"name": str(output / "model"), "revision": None}
+    model.eval().save_pretrained(output / "model")
+    processor.save_pretrained(output / "model")
+    return model, processor
+
+
+def rival(name: str, base: NrccrModel, processor, language: str, rows: dict, args, work: Path):
+    """The rival's model and the language to ask it in."""
+    model = NrccrModel.from_dual_encoder(base.made_for()["name"])
+    if name == "trunk_calibration":
+        return trunk_calibration(model, processor, rows["train"], args), None
+    cache = frozen_cache(model.set_trained_layers(0, False), processor, rows["train"], work)
+    if name == "m2m":
+        return m2m(model, cache, rows["train"], args), None
+    return embed_distillation(model, language, cache, rows["train"], args), language
+
+
+def read_me(report: dict, script: LanguageArguments, output: Path) -> str:
+    table = format_markdown(report["found"]) if report["found"] else ""
+    return f"""# {report["language"]} for {report["base"]["name"]}
+
+Learned from {report["captions"]:,} captions ({script.source_language}) and machine translation by
+{report["translator"]}; the picture side is as it was, and so is every index.
+
+```python
+model = NrccrModel.from_dual_encoder("{report["base"]["name"]}").eval()
+model.load_language("{report["language"]}", "{output}")
+model.set_language("{report["language"]}")
+```
+
+**{report["verdict"]}**{": " + "; ".join(report["reasons"]) if report["reasons"] else ""}
+
+{table}
+"""
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError, ImportError, FetchError, TranslationError) as error:  # what a user can put right
+        sys.exit(f"error: {error}")

@@ -1,0 +1,24 @@
+"""Fields of a YAML file that are flags too."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_fields(classes: Sequence[type], arguments: list[str], default_config: Path, **settings) -> tuple:
+    """
+    An instance of each dataclass: the fields of the YAML file after `--config`, then `settings`, then the flags.
+
+    Raises:
+        ValueError: for a field that nobody knows.
+    """
+    parser = HfArgumentParser(tuple(classes))
+    path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else default_config)
+    settings = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | settings
+    known = {action.dest for action in parser._actions}
+    if unknown := settings.keys() - known:
+        raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
+    parser.set_defaults(**settings)
+    return parser.parse_args_into_dataclasses(arguments)
