@@ -42,7 +42,7 @@ class Row:
         rival: Trained in its place: a function of examples/rivals.py.
         english_text_only: English captions stand where the target captions would, in training.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
-        seeds: Its training seeds, where they are fewer than the study's.
+        seeds, languages: Its own, where they are fewer than the study's.
     """
 
     label: str
@@ -55,6 +55,7 @@ class Row:
     english_text_only: bool = False
     tuned_as: str | None = None
     seeds: list[int] | None = None
+    languages: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,16 @@ class Study:
                 yield from self.grid_runs_of(name)
 
     def grid_runs_of(self, row: str) -> list[Run]:
+        if len(self.grid) == 1:
+            return []
         first = (next(iter(self.conditions)), self.languages[0], self.split_seeds[0], self.seeds[0])
         return [Run(*first, self.rows[row].tuned_as or row, point) for point in range(len(self.grid))]
 
     def runs(self) -> Iterator[Run]:
         for name, row in self.rows.items():
             seeds = self.seeds if row.seeds is None else row.seeds
-            for place in itertools.product(self.conditions, self.languages, self.split_seeds, seeds):
+            languages = self.languages if row.languages is None else row.languages
+            for place in itertools.product(self.conditions, languages, self.split_seeds, seeds):
                 yield Run(*place, name)
 
     def path(self, run: Run) -> Path:
@@ -128,15 +132,16 @@ class Study:
     def chosen(self, row: str) -> int:
         """The point of the grid with the best SumR on validation; its grid runs must be there."""
         runs = self.grid_runs_of(row)
-        return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"])
+        return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"], default=0)
 
     def run_settings(self, run: Run) -> dict:
-        """What the run changes in the study's `config`."""
+        """What the run changes in the study's `config`; a value may be a mapping, by language."""
         row = self.rows[run.row]
         point = self.grid[self.chosen(run.row) if run.point is None else run.point]
         own = {"train_language": run.language} if row.adapter else {}
         own |= {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
-        return self.settings | point | row.settings | self.conditions[run.condition] | own
+        settings = self.settings | point | row.settings | self.conditions[run.condition] | own
+        return {key: value[run.language] if isinstance(value, dict) else value for key, value in settings.items()}
 
 
 class Runner:
