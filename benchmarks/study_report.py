@@ -64,6 +64,8 @@ def rows_table(study: Study, report: dict, gallery: str, condition: str, languag
     """SumR of each row and query, with its interval; the two baselines stand apart though they are one model."""
     name, lines = LANGUAGES.get(language, language), []
     for row, spec in study.rows.items():
+        if language not in (spec.languages or study.languages):
+            continue
         cells = {}
         for query in QUERIES:
             (cells[query],) = find(
@@ -83,6 +85,8 @@ def comparison_lines(study: Study, report: dict, condition: str, language: str) 
             pair["gallery"]: pair
             for pair in find(report["comparisons"], condition=condition, language=language, first=first, second=second)
         }
+        if not by_gallery:
+            continue
         lines.append([
             f"{side_name(study, first, name)} − {side_name(study, second, name)}",
             *(interval(by_gallery[gallery]) for gallery in by_gallery),
@@ -113,7 +117,7 @@ def settings_table(study: Study) -> str:
         seconds = sorted(sum(run["seconds"].values()) for run in runs)
         weights = sorted({run["source_query_weight"] for run in runs})
         lines.append([
-            spec.label, chosen, f"{weights[0]:g} to {weights[-1]:g}", f"{seconds[len(seconds) // 2]:.0f}",
+            spec.label, chosen or "–", f"{weights[0]:g} to {weights[-1]:g}", f"{seconds[len(seconds) // 2]:.0f}",
         ])  # fmt: skip
     return markdown(["row", "chosen on validation", "fusion weight", "seconds a run (median)"], lines)
 
@@ -170,6 +174,32 @@ def results(study: Study) -> str:
         f"Human {name} queries, {len(study.split_seeds)} splits x {len(study.seeds)} training seeds, captions "
         f"translated by {translator}; SumR is the sum of R@1, R@5 and R@10 in both directions.\n\n"
         + markdown(head, lines)
+    )
+
+
+def languages_results(study: Study) -> str:
+    """README's table of what adding a language gives: a column a language."""
+    report = summary(study)
+    lines = []
+    for label, row, query in (
+        ("the base, asked in the language", "english_only", "target"),
+        ("the base, asked the query's machine translation", "english_only", "translated"),
+        ("the language added, from text alone (what the command does)", "text_only", "target"),
+        ("the same, fused with the translation", "text_only", "fused"),
+        ("the language added, with cached image embeddings of the captions", "ours", "target"),
+        ("the same, fused with the translation", "ours", "fused"),
+        ("sentence-transformers' `EmbedDistillLoss`", "embed_distill", "target"),
+        ("M2M (English text only)", "m2m", "target"),
+        ("human captions in the place of machine translation", "human", "target"),
+        ("(for comparison) the base, human English query, before and after", "ours", "english"),
+    ):
+        place = {"condition": next(iter(study.conditions)), "row": row, "query": query, "gallery": "all"}
+        values = [interval(find(report["rows"], language=name, **place)[0]) for name in study.languages]
+        lines.append([label, *values])
+    names = [LANGUAGES.get(language, language) for language in study.languages]
+    return (
+        f"Human queries, {len(study.split_seeds)} splits x {len(study.seeds)} training seeds, SumR over all pictures "
+        "with its 95 % interval.\n\n" + markdown(["", *names], lines)
     )
 
 
@@ -230,8 +260,10 @@ def figures():
 
 def blocks() -> dict[Path, dict[str, str]]:
     real, scenes = Study(STUDIES / "real.yaml"), Study(STUDIES / "scenes.yaml")
+    languages = Study(STUDIES / "languages.yaml")
     page = {"study real": tables(real), "study scenes": curves_table(scenes) + "\n" + settings_table(scenes)}
-    return {PAGE: page, README: {"study": results(real)}}
+    page["study languages"] = tables(languages)
+    return {PAGE: page, README: {"study": results(real), "study languages": languages_results(languages)}}
 
 
 def main():

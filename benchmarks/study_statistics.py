@@ -93,6 +93,8 @@ def compare(study):
         for language in study.languages:
             for first, second in study.comparisons:
                 sides = [side.split(":") for side in (first, second)]
+                if not all(runs[condition, language, row] for row, _ in sides):
+                    continue  # a row of other languages alone
                 shared = set.intersection(
                     *({(run.split_seed, run.seed) for run in runs[condition, language, row]} for row, _ in sides)
                 )

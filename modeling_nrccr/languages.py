@@ -17,14 +17,18 @@ from transformers.utils import cached_file
 from .language_adapters import NrccrLanguageAdapter
 
 
-try:
-    import peft
-    from peft.tuners.tuners_utils import BaseTunerLayer
-except ImportError:
-    peft = None
-
 LANGUAGE_FILE = "language_adapter.safetensors"
 SAME_MODEL = 0.999  # cosine of probes: 1 up to the precision that a model runs in
+
+
+def load_peft():
+    """Imported when a language with LoRA is met, and inside `try`: the Hub's loader demands all other imports."""
+    try:
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise ImportError('a language with LoRA needs peft: pip install "modeling_nrccr[lora]"') from error
+    return peft, BaseTunerLayer
 
 
 class NrccrLanguagesMixin:
@@ -125,11 +129,13 @@ class NrccrLanguagesMixin:
         return language is not None and self.language_adapters[language].kind == "lora"
 
     def lora_layers(self) -> list[nn.Module]:
-        return [module for module in self.text_tower.modules() if peft and isinstance(module, BaseTunerLayer)]
+        if not any(map(self.has_lora, self.language_adapters)):
+            return []
+        _, wrapper = load_peft()
+        return [module for module in self.text_tower.modules() if isinstance(module, wrapper)]
 
     def insert_lora(self, language: str, adapter: NrccrLanguageAdapter):
-        if peft is None:
-            raise ImportError('a language with LoRA needs peft: pip install "modeling_nrccr[lora]"')
+        peft, _ = load_peft()
         parent, name = self.text_tower.layer_list()
         layers = getattr(parent, name)
         if not 0 < adapter.layers <= len(layers):
@@ -168,8 +174,9 @@ class NrccrLanguagesMixin:
         loads where there is no peft."""
         if not self.has_lora(language):
             raise ValueError(f"{language!r} has no LoRA to merge: save_pretrained keeps its adapter as it is")
+        wrapped = set(self.lora_layers())
         for name, module in list(self.text_tower.named_modules()):
-            if isinstance(module, BaseTunerLayer):
+            if module in wrapped:
                 if language in module.r:
                     module.merge(adapter_names=[language])
                 parent = self.text_tower.get_submodule(name.rpartition(".")[0])

@@ -38,11 +38,13 @@ def test_the_package_imports_without_any_extra():
         "pymilvus",
         "gradio",
         "peft",
+        "sentence_transformers",
         "av",
         "sacrebleu",
         "py3langid",
         "ctranslate2",
     }  # transformers imports sentencepiece
-    code = f"import sys, modeling_nrccr; print(sorted({extras} & set(sys.modules)))"
+    # as if they were not installed: the Trainer of transformers imports peft where it is
+    code = f"import sys; sys.modules |= dict.fromkeys({extras}); import modeling_nrccr"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.strip() == "[]", result.stderr
+    assert result.returncode == 0, result.stderr
