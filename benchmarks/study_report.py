@@ -184,9 +184,9 @@ def languages_results(study: Study) -> str:
     for label, row, query in (
         ("the base, asked in the language", "english_only", "target"),
         ("the base, asked the query's machine translation", "english_only", "translated"),
-        ("the language added, from text alone (what the command does)", "text_only", "target"),
+        ("the language added, from text alone", "text_only", "target"),
         ("the same, fused with the translation", "text_only", "fused"),
-        ("the language added, with cached image embeddings of the captions", "ours", "target"),
+        ("the language added, with the captions' image embeddings (the command above)", "ours", "target"),
         ("the same, fused with the translation", "ours", "fused"),
         ("sentence-transformers' `EmbedDistillLoss`", "embed_distill", "target"),
         ("M2M (English text only)", "m2m", "target"),

@@ -8,12 +8,15 @@ picture is encoded again:
 Writes into `output_dir` the language file, a few megabytes (`model.load_language("gl", "outputs/gl")`), `report.json`
 and `README.md`. With `--eval human.csv` (columns `image` and `target_caption`, written by people; `caption`, their
 English, if you have it) the report says how well the language is searched, beside the base, the translated query and
-what else a team would try (`--rivals`), and "do not use" where it is worse than the base. Run it again, and it goes on
-where it was stopped. Every field of examples/configs/add_language.yaml is also a flag.
+what else a team would try (`--rivals`), and "do not use" where it is worse than the base. Run it again: it goes on
+where it was stopped. Every field of examples/configs/add_language.yaml is also a flag. Where captions have pictures
+(column `image`), `--config examples/configs/add_language_pictures.yaml` learns more, from the base's view of them.
 """
 
+import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +36,7 @@ from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
 from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
+from modeling_nrccr.processing_nrccr import load_image
 from modeling_nrccr.translation import TranslationError
 
 
@@ -73,14 +77,17 @@ class LanguageArguments:
         return {name: getattr(self, name) for name in ("kind", "center", "noise", "rank", "layers")}
 
 
-def read_captions(path: Path) -> list[str]:
-    """One text a line, or the column `caption`; each once. Raises ValueError where there are too few."""
+def read_captions(path: Path) -> dict[str, Path | None]:
+    """One text a line, or the column `caption`; each once, with the file of its (first) picture where the column
+    `image` names one. Raises ValueError where there are too few."""
+    captions = {}
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        captions = [" ".join(line.split()) for line in lines]
+        captions = {" ".join(line.split()): None for line in path.read_text(encoding="utf-8").splitlines()}
+        captions.pop("", None)
     else:
-        captions = [record["caption"] for record in read_records(path, needed=("caption",))]
-    captions = list(dict.fromkeys(filter(None, captions)))
+        for record in read_records(path, needed=("caption",)):
+            image = record.get("image")
+            captions.setdefault(record["caption"], path.parent / image if image else None)
     if len(captions) < FEWEST:
         raise ValueError(f"{path} has {len(captions)} different captions: a language needs {FEWEST}, better thousands")
     return captions
@@ -98,7 +105,22 @@ def read_eval(path: Path) -> list[dict]:
     return rows
 
 
-def training_rows(captions: list[str], script: LanguageArguments) -> tuple[dict[str, list[dict]], str]:
+def embed_pictures(captions: dict, load: Callable, base: NrccrModel, processor, work: Path) -> dict[str, torch.Tensor]:
+    """The base's embedding of each caption's picture. Raises ValueError for a caption without one."""
+    if missing := [caption for caption, image in captions.items() if image is None]:
+        raise ValueError(f"{missing[0]!r} and {len(missing) - 1:,} others have no picture: add a column image, or "
+                         "train with --text_only true")  # fmt: skip
+    cache = FeatureCache(base.set_trained_layers(0, False), processor, work)
+    images = {str(image): image for image in captions.values()}
+    cache.add_images(images, lambda name: load(images[name]))
+    names = list(images)
+    with torch.no_grad():
+        embeds = base.get_image_features(**cache(images=names)).pooler_output
+    row = {name: i for i, name in enumerate(names)}
+    return {caption: embeds[row[str(image)]] for caption, image in captions.items()}
+
+
+def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[dict[str, list[dict]], str]:
     """Captions and their translations by each engine, split by group into train and validation; and who made them."""
     pairs = [(script.source_language, script.target_language), (script.target_language, script.source_language)]
     splits, names = {"train": [], "validation": []}, []
@@ -207,16 +229,23 @@ def main(arguments: list[str] | None = None):
             script.dataset, language, script.split_seed, data_dir=script.data_dir,
             source_language=script.source_language,
         )  # fmt: skip
-        captions = list(dict.fromkeys(dataset["train"]["source_caption"]))
+        captions = {}
+        for number, caption in enumerate(dataset["train"]["source_caption"]):
+            captions.setdefault(caption, number)
+        load = lambda number: dataset["train"][number]["image"]  # noqa: E731
         examined = dataset["test"] if script.eval is None else []
     else:
-        captions = read_captions(Path(script.captions))
+        captions, load = read_captions(Path(script.captions)), load_image
     if script.eval:
         examined = read_eval(Path(script.eval))
-    rows, engines = training_rows(captions, script)
+    rows, engines = training_rows(list(captions), script)
     print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
 
     base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
+    if not args.text_only:
+        embeds = embed_pictures(captions, load, base, base_processor, work)
+        for row in itertools.chain(*rows.values()):
+            row["image_embeds"] = embeds[row["source_caption"]]
     model, processor = base, base_processor
     if script.text_encoder:
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)

@@ -224,7 +224,8 @@ class NrccrLanguagesMixin:
         weights["probe"] = self.probe()
         path = Path(directory, LANGUAGE_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path.with_suffix(".tmp"), {"format": "pt", "about": json.dumps(about)})
+        # one entry: of several the order, and so the file's bytes, would be drawn anew
+        save_file(weights, path.with_suffix(".tmp"), {"about": json.dumps(about)})
         os.replace(path.with_suffix(".tmp"), path)
 
     def load_language(self, language: str, directory: str | Path, **hub_options) -> NrccrLanguageAdapter:

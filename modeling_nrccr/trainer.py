@@ -324,7 +324,10 @@ class NrccrTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if self.args.train_language is not None:  # a checkpoint then holds what is trained, no frozen encoders
             trained = model.language_keys(self.args.train_language)
-            model._keys_to_ignore_on_save = [key for key in model.state_dict() if key not in trained]
+            counters = "num_batches_tracked"  # of BatchNorm: torch never calls one missing, so it is saved
+            model._keys_to_ignore_on_save = {
+                key for key in model.state_dict() if key not in trained and not key.endswith(counters)
+            }
         try:
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         finally:

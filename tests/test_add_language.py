@@ -83,6 +83,18 @@ def test_from_captions_to_a_language_file_and_its_report(files, tmp_path, capsys
     assert "this language" in capsys.readouterr().out
 
 
+def test_pictures_of_the_captions_are_encoded_once(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    captions = (files / "captions.txt").read_text().splitlines()
+    lines = ["image,caption", *(f"{number % 24}.png,{caption}" for number, caption in enumerate(captions))]
+    (files / "captions.csv").write_text("\n".join(lines) + "\n")
+    options = {"captions": files / "captions.csv", "config": add_language.CONFIG.with_stem("add_language_pictures")}
+    report = run(files, tmp_path / "gl", eval=files / "human.csv", **options)
+    assert report["found"]["English, before"] == report["found"]["English, this language"]
+    with pytest.raises(ValueError, match="have no picture: add a column image"):
+        run(files, tmp_path / "none", **options | {"captions": files / "captions.txt"})
+
+
 def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     other = tiny_model(1, text_head="pooling", teacher_view="source")
