@@ -5,6 +5,9 @@ VIDEO = ["av>=14"]
 SEQ2SEQ = ["sentencepiece>=0.2", "sacremoses>=0.1"]
 CTRANSLATE2 = [*SEQ2SEQ, "ctranslate2>=4.6,<5"]
 LORA = ["peft>=0.17,<1"]
+RETRIEVAL = ["faiss-cpu>=1.9,<2"]  # galleries in memory and in folders
+SPACE = [*RETRIEVAL, "gradio>=6.20,<7"]  # gradio 6.31 wants pillow<13
+MILVUS = [*RETRIEVAL, "pymilvus>=3.0,<4", "milvus-lite>=3.2,<4"]
 NOISE = ["sacrebleu>=2.5,<3", "py3langid>=0.4,<0.5"]  # measures of translations
 
 setup(
@@ -37,6 +40,9 @@ setup(
         "seq2seq": SEQ2SEQ,
         "ctranslate2": CTRANSLATE2,
         "noise": NOISE,
+        "retrieval": RETRIEVAL,
+        "milvus": MILVUS,
+        "space": SPACE,
         "lora": LORA,
         "dev": [
             "pytest>=8",
@@ -44,9 +50,12 @@ setup(
             "psutil>=6",
             "pytrec-eval-terrier>=0.5.7",
             "matplotlib>=3.10",
+            "playwright>=1.50",
             *VIDEO,
             *CTRANSLATE2,
             *NOISE,
+            *MILVUS,
+            *SPACE,
             *LORA,
             "sentence-transformers>=6.2,<7",
         ],

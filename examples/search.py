@@ -1,16 +1,20 @@
-"""Search any folder of pictures with a sentence in any language:
+"""Search any folder of pictures, or an index of one, with a sentence in any language:
 
 python examples/search.py --model outputs/demo --gallery DIR --query "un gato durmindo" --output sheet.png
+python examples/search.py --model outputs/demo --index outputs/gallery --query "un gato" --translation "a cat"
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from PIL import Image
 from search_page import QueryRow, Result, draw_sheet, save_png
 from transformers import AutoProcessor
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever
+from datasets_scripts.videos import read_frames
+from modeling_nrccr import Hit, NrccrModel, NrccrProcessor, NrccrRetriever
+from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.processing_nrccr import load_image
 
 
@@ -19,8 +23,13 @@ def main(argv: list[str] | None = None):
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
-    parser.add_argument("--gallery", required=True, help="folder of pictures, searched with its sub-folders")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gallery", help="folder of pictures, searched with its sub-folders")
+    where.add_argument("--index", help="what index_gallery.py made: folder, NAME.db, or the URI of a Milvus server")
+    parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
     parser.add_argument("--query", required=True, action="append", help="may be given several times")
+    parser.add_argument("--translation", action="append", help="of each query, in English: both are asked")
+    parser.add_argument("--source_query_weight", type=float, default=0.5, help="of the translation, from 0 to 1")
     parser.add_argument("--k", type=int, default=5, help="pictures for each query")
     parser.add_argument("--output", help="also draw the results to this PNG file")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -43,18 +52,35 @@ def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
         raise ValueError(f"Cannot load the model {name!r}: {missing}{str(error).splitlines()[0]}") from error
 
 
+def read_hit(hit: Hit) -> Image.Image:
+    """The picture, or the frame of a video that is most like the whole."""
+    if "path" not in hit.metadata:
+        raise ValueError(f"The gallery does not say which file {hit.id!r} is: leave out --output.")
+    path, num_frames = hit.metadata["path"], hit.metadata.get("num_frames")
+    return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+
+
 def search(args: argparse.Namespace):
-    retriever = NrccrRetriever(*load_model(args.model))
-    skipped = retriever.add(args.gallery, strict=args.strict, batch_size=args.batch_size, show_progress=True)
-    print(f"{len(retriever)} pictures in {args.gallery}" + (f", {len(skipped)} skipped" if skipped else ""))
+    translations = args.translation or [None] * len(args.query)
+    if len(translations) != len(args.query):
+        raise ValueError(f"Got {len(args.query)} queries and {len(translations)} translations: give each query one.")
+    model, processor = load_model(args.model)
+    if args.index:
+        options = {"collection": args.collection} if is_milvus(args.index) else {}
+        retriever, skipped = NrccrRetriever.load(args.index, model, processor, **options), []
+    else:
+        retriever = NrccrRetriever(model, processor)
+        skipped = retriever.add(args.gallery, strict=args.strict, batch_size=args.batch_size, show_progress=True)
+    size = len(retriever)
+    print(f"{size} pictures in {args.index or args.gallery}" + (f", {len(skipped)} skipped" if skipped else ""))
     rows = []
-    for query in args.query:
-        hits = retriever.search(query, k=args.k)
+    for query, translation in zip(args.query, translations):
+        hits = retriever.search(query, args.k, None, translation, args.source_query_weight)
         print(f"\n{query}", *(f"{i:4d}  {hit.score:.3f}  {hit.id}" for i, hit in enumerate(hits, 1)), sep="\n")
         if args.output:
-            rows.append(QueryRow(query, None, [Result(load_image(h.metadata["path"]), h.id, h.score) for h in hits]))
+            rows.append(QueryRow(query, translation, [Result(read_hit(hit), hit.id, hit.score) for hit in hits]))
     if args.output:
-        save_png(draw_sheet(f"{len(retriever)} pictures", rows), args.output)
+        save_png(draw_sheet(f"{size} pictures", rows), args.output)
         print(f"\nwrote {args.output}")
 
 

@@ -1,29 +1,33 @@
-"""Search a gallery of pictures with a sentence in any language, or with a picture.
+"""Search a gallery of pictures and videos with a sentence in any language, or with a picture.
 
 ```python
 retriever = NrccrRetriever(model, processor)
 retriever.add("my_pictures")
 for hit in retriever.search("un gato durmindo", k=5):
     print(hit.score, hit.id)
+retriever.save("my_index")
 ```
 """
 
+import io
+import itertools
 import json
-import os
-import secrets
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
+import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .encoding import encode_images, encode_texts
+from .encoding import encode, encode_images, encode_texts, picture_rows
+from .gallery_index import GalleryIndex, is_milvus, open_index
+from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
 from .processing_nrccr import load_image
 
@@ -31,8 +35,9 @@ from .processing_nrccr import load_image
 logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-INDEX_FILE = "index.json"
-FORMAT_VERSION = 1
+NOUNS = {"images": "picture", "videos": "video", "visual_feats": "feature sequence"}  # by the processor's argument
+DATASET_COLUMNS = {"image": "images", "video": "videos", "visual_feats": "visual_feats"}
+BLOCK = 1024  # embeddings that are stored at a time
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,16 @@ class Skipped(NamedTuple):
 
     id: str | int
     reason: str
+
+
+class Encoded(NamedTuple):
+    """Rows that could be read, their embeddings of shape `(len(rows), projection_dim)`, what is known of each (of a
+    video `frame` and `num_frames`), and what could not be read."""
+
+    rows: list[int]
+    embeds: torch.Tensor
+    metadata: list[dict[str, Any]]
+    skipped: list[Skipped]
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -77,102 +92,195 @@ def list_images(folder: str | Path) -> list[Path]:
 
 class NrccrRetriever:
     """
-    Holds the embeddings of a gallery in memory and ranks all of them for a query (exact search, one product).
+    Encodes a gallery of pictures or videos and searches it.
 
     Args:
-        model: [`NrccrModel`] with a vision tower, on the device that shall encode.
+        model: [`NrccrModel`] with a vision tower (or of visual features), on the device that shall encode.
         processor: its [`NrccrProcessor`].
+        index: where the gallery is kept. None: in memory, by faiss. A folder: the same, read from there if it has been
+            saved, and written by [`save`]. `NAME.db` (Milvus Lite) or `http://...` (a Milvus server): stored there at
+            once.
+        options: of the engine, [`FaissIndex`] or [`MilvusIndex`], such as `collection`.
+
+    Raises:
+        ValueError: if the index is broken, or was made by another model, picture size or width.
+        ConnectionError: if the server does not answer, here and in every method.
+        ImportError: if faiss or pymilvus is missing.
     """
 
-    def __init__(self, model: NrccrModel, processor: Callable):
+    def __init__(self, model: NrccrModel, processor: Callable, index: str | Path | None = None, **options):
         self.model = model
         self.processor = processor
-        self.ids: list[str | int] = []
-        self.metadata: list[dict[str, Any]] = []
-        self.image_embeds = torch.empty(0, model.config.projection_dim)
+        self.index = open_index(index, model.config.projection_dim, **options)
+        if index is not None:
+            self._check_model(self.index)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.index)
+
+    @property
+    def ids(self) -> list[str | int]:
+        """Ids of the whole gallery, in no particular order."""
+        return [id for ids, _, _ in self.index.rows() for id in ids]
 
     def add(
         self,
-        images: str | Path | Sequence[str | Path | Image.Image],
+        images: str | Path | Sequence[str | Path | Image.Image] | datasets.Dataset | None = None,
         ids: Sequence[str | int] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         strict: bool = False,
         batch_size: int = 32,
         show_progress: bool = False,
+        videos: Sequence | None = None,
+        read_frames: Callable[[Any], Sequence[Image.Image]] | None = None,
+        skip_existing: bool = False,
     ) -> list[Skipped]:
         """
-        Encodes pictures and adds them to the gallery; decodes `batch_size` pictures at a time.
+        Encodes pictures or videos and adds them to the gallery; decodes `batch_size` at a time and stores about a
+        thousand at a time, so that little is lost if it is interrupted: call it again with `skip_existing`.
 
         Args:
-            images: a folder (searched with its sub-folders), or a sequence of files and `PIL.Image`s.
-            ids: one for each picture, unique in the gallery. Default: the path below the folder, the file as it was
-                given, or a running number.
-            metadata: one JSON-able dict for each picture. Default: `{"path": ...}` for files.
-            strict: raise for a picture that cannot be read, rather than skip it.
+            images: a folder (searched with its sub-folders), a sequence of files and `PIL.Image`s, or a
+                `datasets.Dataset` of `image_id` and one of `image`, `video` and `visual_feats` (rows of one picture
+                are taken once).
+            ids: one for each, unique in the gallery. Default: the path below the folder, the file as it was given,
+                the `image_id`, or a running number.
+            metadata: one JSON-able dict for each. Default: `{"path": ...}` for files, the texts and numbers of a data
+                set's row. A video also gets `num_frames` and `frame`, the number of the frame that is most like it.
+            strict: raise for what cannot be read, rather than skip it.
+            videos: instead of `images`: lists of frames, or whatever `read_frames` takes.
+            read_frames: the frames of a video, such as `datasets_scripts.videos.read_frames`.
+            skip_existing: leave out ids that the gallery has, rather than raise.
 
         Returns:
-            The pictures that were skipped, each with the reason.
+            What was skipped because it cannot be read, each with the reason.
 
         Raises:
-            ValueError: for a folder without pictures, a repeated id, lists of unequal length, a picture that cannot
-                be read under `strict`, or if none can be read.
+            ValueError: for a folder without pictures, a repeated id, lists of unequal length, what cannot be read
+                under `strict`, or if none can be read.
         """
+        if (images is None) == (videos is None):
+            raise ValueError("Give add() either images or videos.")
+        kind, sources = ("images", images) if videos is None else ("videos", videos)
         if isinstance(images, (str, Path)):
-            folder, images = Path(images), list_images(images)
-            ids = [path.relative_to(folder).as_posix() for path in images] if ids is None else ids
+            folder, sources = Path(images), list_images(images)
+            ids = [path.relative_to(folder).as_posix() for path in sources] if ids is None else ids
+        elif isinstance(images, datasets.Dataset):
+            kind, sources, image_ids, columns = _dataset_media(images)
+            ids, metadata = image_ids if ids is None else ids, columns if metadata is None else metadata
+        are_files = [isinstance(source, (str, Path)) for source in sources] if ids is None or metadata is None else []
         if ids is None:
-            ids = [str(len(self) + i if isinstance(image, Image.Image) else image) for i, image in enumerate(images)]
+            first = 0 if all(are_files) else len(self)
+            ids = [
+                str(source if is_file else first + i) for i, (source, is_file) in enumerate(zip(sources, are_files))
+            ]
         if metadata is None:
-            metadata = [{} if isinstance(image, Image.Image) else {"path": str(image)} for image in images]
-        if not len(images) == len(ids) == len(metadata):
+            metadata = [{"path": str(source)} if is_file else {} for source, is_file in zip(sources, are_files)]
+        if not len(sources) == len(ids) == len(metadata):
             raise ValueError(
-                f"Got {len(images)} pictures, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
+                f"Got {len(sources)} {NOUNS[kind]}s, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
             )
-        known = set(self.ids)
-        for row, id in enumerate(ids):
-            if id in known:
-                raise ValueError(f"Row {row}: the id {id!r} is in the gallery already; ids must be unique.")
-            known.add(id)
+        rows = self._new_rows(ids, metadata, skip_existing)
 
-        embeds, kept, skipped = [], [], []
-        with tqdm(total=len(images), desc="pictures", unit="picture", disable=not show_progress) as progress:
-            for start in range(0, len(images), batch_size):
-                batch = []
-                for row in range(start, min(start + batch_size, len(images))):
-                    image = images[row]
-                    try:
-                        batch.append(image if isinstance(image, Image.Image) else load_image(image))
-                        kept.append(row)
-                    except Exception as error:  # decoders of corrupt files raise nearly anything
-                        if strict:
-                            raise ValueError(f"Row {row}: cannot read the picture {ids[row]!r}: {error}") from error
-                        skipped.append(Skipped(ids[row], str(error)))
-                if batch:
-                    embeds.append(encode_images(self.model, batch, self.processor, batch_size=batch_size))
-                progress.update(min(batch_size, len(images) - start))
+        skipped, stored, block = [], 0, max(1, BLOCK // batch_size) * batch_size
+        with tqdm(total=len(rows), desc=f"{NOUNS[kind]}s", unit=NOUNS[kind], disable=not show_progress) as progress:
+            for start in range(0, len(rows), block):
+                chosen = ((row, sources[row]) for row in rows[start : start + block])
+                encoded = self.encode_media(kind, chosen, ids, read_frames, strict, batch_size, progress.update)
+                if encoded.rows:
+                    entries = [metadata[row] | extra for row, extra in zip(encoded.rows, encoded.metadata)]
+                    self._store(encoded.embeds, [ids[row] for row in encoded.rows], entries, encoded.rows)
+                skipped += encoded.skipped
+                stored += len(encoded.rows)
         if skipped:
             logger.warning(
-                f"Skipped {len(skipped)} of {len(images)} pictures that cannot be read: "
+                f"Skipped {len(skipped)} of {len(rows)} {NOUNS[kind]}s that cannot be read: "
                 + "; ".join(f"{id} ({reason})" for id, reason in skipped[:5])
                 + ("; ..." if len(skipped) > 5 else "")
             )
-        if not kept:
+        if not stored and (rows or not len(ids)):
             raise ValueError(
-                f"None of {len(images)} pictures can be read"
+                f"None of {len(rows)} {NOUNS[kind]}s can be read"
                 + (f"; the first, {skipped[0].id!r}: {skipped[0].reason}" if skipped else "")
                 + "."
             )
-        embeds = torch.cat(embeds)
-        if not embeds.isfinite().all():
-            row = kept[int((~embeds.isfinite()).any(dim=1).nonzero()[0])]
-            raise ValueError(f"Row {row}: the embedding of {ids[row]!r} is not finite; check the model's weights.")
-        self.image_embeds = torch.cat([self.image_embeds, embeds])
-        self.ids += [ids[row] for row in kept]
-        self.metadata += [metadata[row] for row in kept]
         return skipped
+
+    def encode_media(
+        self,
+        kind: str,
+        media: Iterable[tuple[int, Any]],
+        ids: Sequence[str | int],
+        read_frames: Callable[[Any], Sequence[Image.Image]] | None = None,
+        strict: bool = False,
+        batch_size: int = 32,
+        on_progress: Callable[[int], Any] = lambda count: None,
+    ) -> Encoded:
+        """
+        What [`add`] stores, without storing it; reads and decodes `batch_size` at a time.
+
+        Args:
+            kind: "images", "videos" or "visual_feats".
+            media: row and picture, video or features.
+            ids: by row.
+            on_progress: called with the number of media of each batch.
+
+        Raises:
+            ValueError: for what cannot be read, under `strict`.
+        """
+        embeds, extra, kept, skipped, media = [], [], [], [], iter(media)
+        while chunk := list(itertools.islice(media, batch_size)):
+            batch = []
+            for row, source in chunk:
+                try:
+                    batch.append(_load(kind, source, read_frames))
+                    kept.append(row)
+                except ImportError:  # of a decoder
+                    raise
+                except Exception as error:  # decoders of corrupt files raise nearly anything
+                    if strict:
+                        raise ValueError(f"Row {row}: cannot read the {NOUNS[kind]} {ids[row]!r}: {error}") from error
+                    skipped.append(Skipped(ids[row], str(error)))
+            if batch:
+                batch_embeds, batch_extra = self._encode(kind, batch)
+                embeds.append(batch_embeds)
+                extra += batch_extra
+            on_progress(len(chunk))
+        return Encoded(kept, torch.cat(embeds) if embeds else torch.empty(0, self.index.dim), extra, skipped)
+
+    def add_embeds(
+        self,
+        embeds: torch.Tensor,
+        ids: Sequence[str | int],
+        metadata: Sequence[dict[str, Any]] | None = None,
+        skip_existing: bool = False,
+    ):
+        """
+        Adds what this model has encoded before, without encoding it again.
+
+        Args:
+            embeds: L2-normalised, of shape `(len(ids), projection_dim)`.
+            ids, metadata, skip_existing: as in [`add`].
+
+        Raises:
+            ValueError: for a wrong shape, a value that is not finite, a repeated id, or lists of unequal length.
+        """
+        metadata = [{}] * len(ids) if metadata is None else metadata
+        if not len(embeds) == len(ids) == len(metadata):
+            raise ValueError(
+                f"Got {len(embeds)} embeddings, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
+            )
+        rows = self._new_rows(ids, metadata, skip_existing)
+        if len(rows) < len(ids):
+            embeds, ids, metadata = embeds[rows], [ids[row] for row in rows], [metadata[row] for row in rows]
+        if rows:
+            self._store(embeds, ids, metadata, rows)
+
+    def remove(self, ids: Sequence[str | int]) -> int:
+        """Removes what the gallery has of `ids`, and returns how many that were."""
+        if isinstance(ids, (str, int)):
+            raise ValueError(f"remove() takes a list of ids, got {ids!r}.")
+        return self.index.remove(list(ids))
 
     def encode_query(self, query: str | Image.Image) -> torch.Tensor:
         """The L2-normalised embedding of a text or a picture, of shape `(projection_dim,)`."""
@@ -182,84 +290,211 @@ class NrccrRetriever:
             raise ValueError(f"A query is a text that is not blank, or a PIL.Image; got {query!r}.")
         return encode_texts(self.model, [query], self.processor)[0]
 
-    def search(self, query: str | Image.Image | torch.Tensor, k: int = 10) -> list[Hit]:
+    def search(
+        self,
+        query: str | Image.Image | torch.Tensor,
+        k: int = 10,
+        filter: dict[str, str | int | float | bool] | None = None,
+        translation: str | None = None,
+        source_query_weight: float = 0.5,
+    ) -> list[Hit]:
         """
         The `k` pictures (fewer in a smaller gallery) that are most similar to the query, best first.
 
         Args:
-            query: a text, a picture, or an L2-normalised embedding of shape `(projection_dim,)`, such as
-                [`fuse_query_embeds`] makes of a query and its translation.
+            query: a text, a picture, or an L2-normalised embedding of shape `(projection_dim,)`.
+            filter: only what has these values in its metadata, all of them. Some engines take `True` for 1.
+            translation: the query in the source language (English): both are asked, by [`fuse_query_embeds`].
+            source_query_weight: the translation's share, from 0 to 1.
+
+        Raises:
+            ValueError: for a blank query, an embedding of another shape, a value that cannot be filtered by, or an
+                empty gallery.
         """
-        if not len(self):
-            raise ValueError("The gallery is empty: add() pictures before search().")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
+        for key, value in (filter or {}).items():
+            _check_filter(key, value)
         embed = query if isinstance(query, torch.Tensor) else self.encode_query(query)
-        if embed.shape != self.image_embeds.shape[1:]:
+        if embed.shape != (self.index.dim,):
             raise ValueError(
-                f"The query's embedding has shape {tuple(embed.shape)}, the gallery's are "
-                f"{tuple(self.image_embeds.shape[1:])}."
+                f"The query's embedding has shape {tuple(embed.shape)}, the gallery's are {(self.index.dim,)}."
             )
-        scores, rows = (self.image_embeds @ embed.to(self.image_embeds)).topk(min(k, len(self)))
-        return [Hit(self.ids[row], score, self.metadata[row]) for score, row in zip(scores.tolist(), rows.tolist())]
+        if translation is not None:
+            with self.model.using_language(None):  # it is in the language that needs no adapter
+                translated = self.encode_query(translation).to(embed)
+            embed = fuse_query_embeds(embed, translated, source_query_weight)
+        found = self.index.search(embed.float().numpy(force=True), k, filter)
+        if not found and not len(self):
+            raise ValueError("The gallery is empty: add() pictures before search().")
+        return [Hit(*row) for row in found]
 
-    def save(self, directory: str | Path):
-        """Writes `index.json` and a safetensors file; a crash on the way leaves the index that was there before."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        # The JSON is replaced last and names its tensors, so the two files of an index always belong together.
-        name = f"embeddings-{secrets.token_hex(4)}.safetensors"
-        index = {"version": FORMAT_VERSION, "embeddings": name, "ids": self.ids, "metadata": self.metadata}
-        text = json.dumps(index, ensure_ascii=False, indent=1)
-        save_file(
-            {"image_embeds": self.image_embeds.contiguous(), "fingerprint": self.fingerprint()}, directory / name
-        )
-        temporary = directory / f"{INDEX_FILE}.{secrets.token_hex(4)}"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, directory / INDEX_FILE)
-        for old in directory.glob("embeddings-*.safetensors"):
-            if old.name != name:
-                old.unlink()
+    def save(self, target: str | Path | None = None, **options):
+        """
+        Writes the gallery where it came from, or elsewhere: `save("http://localhost:19530")` copies one from a folder
+        to a server, without encoding anything again. Faiss replaces a folder, and a crash on the way leaves what was
+        there; a database keeps the rows that it has, but for those of the same ids.
+
+        Args:
+            target: a folder, `NAME.db` or a URI.
+            options: of the engine of `target`, if that is another.
+        """
+        here = self.index.location
+        target = here if target is None else target
+        if target is None:
+            raise ValueError("This gallery is in memory only: name the folder or the URI to save it to.")
+        if self.index.fingerprint is None:
+            self.index.fingerprint = self.fingerprint().numpy()
+        if not is_milvus(target) and not is_milvus(here or ""):
+            self.index.save(target)
+        elif str(target) == str(here) and not options:
+            self.index.save()
+        else:
+            other = open_index(target, self.index.dim, **options)
+            self._check_model(other)
+            for ids, metadata, embeds in self.index.rows(embeds=True):
+                other.upsert(ids, embeds, metadata)
+            other.save()
 
     @classmethod
-    def load(cls, directory: str | Path, model: NrccrModel, processor: Callable) -> "NrccrRetriever":
+    def load(cls, index: str | Path, model: NrccrModel, processor: Callable, **options) -> "NrccrRetriever":
         """
-        Reads what [`save`] wrote.
+        Opens a gallery that is there: what [`save`] wrote, or what [`add`] stored.
 
         Raises:
             ValueError: if there is no readable index, or if another model (or picture size) made it.
         """
-        path = Path(directory) / INDEX_FILE
-        try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-            if index["version"] != FORMAT_VERSION:
-                raise ValueError(f"it has format {index['version']}, this version reads {FORMAT_VERSION}")
-            tensors = load_file(path.with_name(Path(index["embeddings"]).name))
-            embeds, fingerprint = tensors["image_embeds"], tensors["fingerprint"]
-            if not len(embeds) == len(index["ids"]) == len(index["metadata"]):
-                raise ValueError(
-                    f"{len(embeds)} embeddings, {len(index['ids'])} ids, {len(index['metadata'])} metadata"
-                )
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"Cannot read the index {str(path)!r}: {error}. Build it again with save().") from error
-        retriever = cls(model, processor)
-        ours = retriever.fingerprint()
-        similarity = float(ours @ fingerprint) if ours.shape == fingerprint.shape else 0.0
-        if similarity < 0.999:
-            raise ValueError(
-                f"The index {str(path)!r} was made by another model or picture size: a test picture's embedding has "
-                f"similarity {similarity:.3f} to the stored one, not 1. Load the model that made it, or add the "
-                "pictures again."
-            )
-        retriever.image_embeds, retriever.ids, retriever.metadata = embeds, index["ids"], index["metadata"]
-        return retriever
+        return cls(model, processor, index, create=False, **options)
 
     def fingerprint(self) -> torch.Tensor:
         """
-        The embedding of a fixed test picture, of shape `(projection_dim,)`.
+        The embedding of a fixed test picture (of fixed features, where the model has no vision tower), of shape
+        `(projection_dim,)`.
 
         It tells visual towers and picture processors apart, on any device and in any precision; an index stays valid
         when only the text side is replaced, for example to gain a language.
         """
+        if getattr(self.model, "visual_tower", True) is None:
+            return self._encode("visual_feats", [np.linspace(-1, 1, self.model.config.visual_feat_dim)])[0][0]
         shades = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
         return encode_images(self.model, [Image.merge("RGB", shades)], self.processor)[0]
+
+    def _check_model(self, index: GalleryIndex):
+        """Marks a new index with the model, and refuses one of another model."""
+        if index.dim != self.model.config.projection_dim:
+            raise ValueError(
+                f"The index {str(index.location)!r} holds embeddings of width {index.dim}, this model's have "
+                f"{self.model.config.projection_dim}: load the model that made it, or name another index."
+            )
+        ours, stored = self.fingerprint().numpy(), index.fingerprint
+        if stored is None:
+            if len(index):
+                raise ValueError(
+                    f"The index {str(index.location)!r} does not say which model made it: build it again."
+                )
+            index.fingerprint = ours
+        elif (similarity := float(ours @ stored)) < 0.999:
+            raise ValueError(
+                f"The index {str(index.location)!r} was made by another model or picture size: a test picture's "
+                f"embedding has similarity {similarity:.3f} to the stored one, not 1. Load the model that made it, or "
+                "add the pictures again."
+            )
+
+    def _new_rows(self, ids: Sequence[str | int], metadata: Sequence[dict], skip_existing: bool) -> list[int]:
+        """Rows of the ids that the gallery lacks. Raises ValueError before anything is encoded."""
+        for row, (id, entry) in enumerate(zip(ids, metadata)):
+            if type(id) not in (str, int):
+                raise ValueError(f"Row {row}: an id is a text or an integer, got {id!r}.")
+            try:
+                if not isinstance(entry, dict):
+                    raise ValueError("it is not a dict")
+                json.dumps(entry, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"Row {row}: the metadata {entry!r} cannot be stored as JSON: {error}.") from error
+        existing, seen = self.index.existing(ids), set()
+        for row, id in enumerate(ids):
+            if id in seen or id in existing and not skip_existing:
+                raise ValueError(
+                    f"Row {row}: the id {id!r} is in the gallery already; ids must be unique (skip_existing=True "
+                    "leaves out those of earlier calls)."
+                )
+            seen.add(id)
+        return [row for row, id in enumerate(ids) if id not in existing]
+
+    def _encode(self, kind: str, batch: list) -> tuple[torch.Tensor, list[dict[str, int]]]:
+        """Embeddings, and what is to be stored with each."""
+        extra = []
+
+        def embed(chunk: list) -> torch.Tensor:
+            inputs = self.processor(**{kind: chunk}, return_tensors="pt").to(self.model.device)
+            outputs = self.model.get_image_features(**inputs)
+            if kind == "videos":
+                feats, mask = outputs.last_hidden_state, inputs["visual_attention_mask"]
+                frames = self.model.get_image_features(visual_feats=feats.flatten(0, 1)).pooler_output
+                alike = (frames.unflatten(0, feats.shape[:2]) @ outputs.pooler_output.unsqueeze(-1)).squeeze(-1)
+                best = alike.masked_fill(mask == 0, -torch.inf).argmax(dim=1)
+                extra.extend({"frame": int(n), "num_frames": int(count)} for n, count in zip(best, mask.sum(dim=1)))
+            return outputs.pooler_output
+
+        if kind == "images":
+            return encode_images(self.model, batch, self.processor, batch_size=len(batch)), [{}] * len(batch)
+        embeds = encode(self.model, batch, embed, len(batch), None)
+        return embeds, extra or [{}] * len(batch)
+
+    def _store(self, embeds: torch.Tensor, ids: Sequence, metadata: Sequence[dict], rows: Sequence[int]):
+        if embeds.ndim != 2 or embeds.shape[1] != self.index.dim:
+            raise ValueError(
+                f"The embeddings have shape {tuple(embeds.shape)}, the gallery takes (rows, {self.index.dim})."
+            )
+        if not (finite := embeds.isfinite().all(dim=1)).all():
+            i = int((~finite).nonzero()[0])
+            raise ValueError(f"Row {rows[i]}: the embedding of {ids[i]!r} is not finite; check the model's weights.")
+        texts = [json.dumps(entry, ensure_ascii=False) for entry in metadata]
+        self.index.upsert(list(ids), embeds.float().numpy(force=True), texts)
+
+
+def _dataset_media(dataset: datasets.Dataset) -> tuple[str, Sequence, Sequence[str], list[dict[str, Any]]]:
+    """What it holds (an argument of the processor), the media, their ids, and the texts and numbers beside them."""
+    column = next((name for name in DATASET_COLUMNS if name in dataset.column_names), None)
+    if column is None or "image_id" not in dataset.column_names:
+        raise ValueError(
+            f"The data set has the columns {', '.join(dataset.column_names)}: it needs image_id, and one of "
+            f"{', '.join(DATASET_COLUMNS)}."
+        )
+    dataset = dataset.select(list(picture_rows(dataset["image_id"])[0].values()))
+    feature = dataset.features[column]
+    if isinstance(feature, (datasets.Image, datasets.Video)):
+        dataset = dataset.cast_column(column, type(feature)(decode=False))  # decoded here, within bounds
+    metadata = [
+        {name: value for name, value in row.items() if name != "image_id" and isinstance(value, (str, int, float))}
+        for row in dataset.remove_columns(column)
+    ]
+    return DATASET_COLUMNS[column], dataset[column], list(dataset["image_id"]), metadata
+
+
+def _load(kind: str, source: Any, read_frames: Callable | None) -> Any:
+    if source is None:
+        raise ValueError("it has no media")
+    if kind == "videos":
+        if not isinstance(source, (list, tuple)):
+            if read_frames is None:
+                raise ValueError("name what reads its frames: read_frames=datasets_scripts.videos.read_frames")
+            source = read_frames(source)
+        if not len(source):
+            raise ValueError("it has no frames")
+        return list(source)
+    if kind == "images" and not isinstance(source, Image.Image):
+        if isinstance(source, dict):  # of a data set that is not decoded
+            source = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
+        return load_image(source)
+    return source
+
+
+def _check_filter(key: str, value: str | int | float | bool):
+    plain = type(value) in (str, int, float, bool) and (not isinstance(value, float) or math.isfinite(value))
+    texts = [text for text in (key, value) if isinstance(text, str)]
+    if not plain or not isinstance(key, str) or any(ord(letter) < 32 for text in texts for letter in text):
+        raise ValueError(
+            f"Cannot filter by {key!r}: {value!r}; a value is a text without control characters, a finite number or a "
+            "truth value."
+        )

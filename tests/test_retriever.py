@@ -1,13 +1,18 @@
 """The retriever over a model that sees the mean colour of a picture and knows three colour words."""
 
+import contextlib
 import json
+import sys
 import types
 
+import datasets
 import pytest
 import torch
+from conftest import WordProcessor, tiny_model, toy_rows
 from PIL import Image
 from transformers import BatchFeature
 
+from modeling_nrccr.encoding import encode_images
 from modeling_nrccr.retriever import Hit, NrccrRetriever, list_images, load_image
 
 
@@ -29,12 +34,16 @@ class ColorProcessor:
 
 
 class ColorModel(torch.nn.Module):
-    config = types.SimpleNamespace(projection_dim=3)
     device = torch.device("cpu")
 
     def __init__(self, weight=None, scale=1.0):
         super().__init__()
         self.weight, self.scale = torch.eye(3) if weight is None else weight, scale
+        self.config = types.SimpleNamespace(projection_dim=self.weight.shape[1])
+
+    def using_language(self, language):
+        assert language is None  # a translation is in the language that needs no adapter
+        return contextlib.nullcontext()
 
     def embed(self, values):
         return types.SimpleNamespace(pooler_output=torch.nn.functional.normalize(values @ self.weight, dim=-1))
@@ -97,7 +106,7 @@ def test_refused_pictures_leave_the_gallery_as_it_was(retriever, gallery, images
     retriever.add(gallery)
     with pytest.raises(ValueError, match=message):
         retriever.add(images, **settings)
-    assert len(retriever) == len(retriever.image_embeds) == 3
+    assert len(retriever) == 3 and retriever.search("azul", k=1)[0].id == "more/blue.webp"
 
 
 def test_corrupt_pictures_are_skipped_and_listed(retriever, gallery):
@@ -152,9 +161,40 @@ def test_saves_and_loads(retriever, gallery, tmp_path):
     retriever.save(tmp_path / "index")
     retriever.add([Image.new("RGB", (2, 2), "white")], ids=["branco"])
     retriever.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 2  # nothing is left of the first save
+    assert len(list((tmp_path / "index").iterdir())) == 3  # nothing is left of the first save
     loaded = NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)
     assert loaded.search("azul", k=4) == retriever.search("azul", k=4) and loaded.ids[-1] == "branco"
+
+
+def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery, tmp_path, monkeypatch):
+    retriever.add(gallery)
+    retriever.save(tmp_path / "index")
+    retriever.remove(["red.png"])
+
+    def crash(*_):
+        raise OSError("no space left")
+
+    for where, name in (
+        ("modeling_nrccr.index_faiss.os", "replace"),
+        ("modeling_nrccr.index_faiss.pq", "write_table"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"{where}.{name}", crash)
+            with pytest.raises(OSError, match="no space left"):
+                retriever.save(tmp_path / "index")
+        assert len(NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)) == 3
+    retriever.save(tmp_path / "index")
+    assert len(list((tmp_path / "index").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    "module, index, hint", [("faiss", None, "retrieval"), ("pymilvus", "http://localhost:1", "milvus")]
+)
+def test_a_missing_extra_is_named(monkeypatch, module, index, hint):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"modeling_nrccr.index_{'milvus' if index else 'faiss'}", raising=False)
+    with pytest.raises(ImportError, match=f"pip install 'modeling_nrccr.{hint}.'"):
+        NrccrRetriever(ColorModel(), ColorProcessor(), index)
 
 
 def test_an_index_of_another_model_is_refused_and_another_text_side_is_not(retriever, gallery, tmp_path):
@@ -166,17 +206,98 @@ def test_an_index_of_another_model_is_refused_and_another_text_side_is_not(retri
         NrccrRetriever.load(tmp_path, other, retriever.processor)
 
 
+def test_a_query_is_fused_with_its_translation(retriever, gallery):
+    retriever.add(gallery)
+    for weight, best in ((0.0, "more/blue.webp"), (0.4, "more/blue.webp"), (0.6, "red.png"), (1.0, "red.png")):
+        assert retriever.search("azul", 1, translation="vermello", source_query_weight=weight)[0].id == best
+    both = {hit.id: hit.score for hit in retriever.search("azul", 3, translation="vermello")}
+    assert both["red.png"] == pytest.approx(both["more/blue.webp"], abs=1e-5) and both["more/GREEN.JPG"] < 0.2
+    with pytest.raises(ValueError, match="not blank.*' '"):
+        retriever.search("azul", translation=" ")
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}, float("nan"), "a\nb", 1j])
+def test_what_cannot_be_filtered_by_is_named(retriever, gallery, value):
+    retriever.add(gallery)
+    with pytest.raises(ValueError, match="Cannot filter by 'path': "):
+        retriever.search("azul", filter={"path": value})
+
+
+def test_an_interrupted_call_is_repeated(retriever, gallery):
+    retriever.add(gallery / "more")
+    calls = retriever.processor.calls
+    files = list_images(gallery)
+    ids = [path.name if path.parent.name == "more" else f"new/{path.name}" for path in files]
+    assert retriever.add(files, ids, skip_existing=True) == retriever.add(files, ids, skip_existing=True) == []
+    assert sorted(retriever.ids) == ["GREEN.JPG", "blue.webp", "new/red.png"]
+    assert retriever.processor.calls == calls + 1 and retriever.search("vermello", 1)[0].id == "new/red.png"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"ids": ["a", 2.5]}, "Row 1: an id is a text or an integer, got 2.5"),
+        ({"metadata": [{}, {"a": {1}}]}, "Row 1: the metadata .* cannot be stored as JSON"),
+        ({"metadata": [{}, {"a": float("nan")}]}, "Row 1: the metadata .* cannot be stored as JSON"),
+        ({"metadata": [{}, None]}, "Row 1: the metadata None cannot be stored as JSON: it is not a dict"),
+        ({"ids": ["a"]}, "2 embeddings, 1 ids and 2 metadata"),
+    ],
+)
+def test_bad_rows_are_named(retriever, change, message):
+    arguments = {"embeds": torch.eye(3)[:2], "ids": ["a", "b"], "metadata": [{}, {}]} | change
+    with pytest.raises(ValueError, match=message):
+        retriever.add_embeds(**arguments)
+    assert len(retriever) == 0
+
+
+def test_data_sets_are_added_by_picture(retriever, gallery):
+    paths = [str(path) for path in list_images(gallery)]
+    columns = {
+        "image_id": ["green", "green", "blue", "red", "gone"],
+        "image": [paths[0], paths[0], paths[1], paths[2], None],
+        "target_caption": ["verde", "verde!", "azul", "vermello", None],
+    }
+    dataset = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    assert [skipped.id for skipped in retriever.add(dataset)] == ["gone"]
+    assert retriever.search("azul", 1) == [Hit("blue", pytest.approx(1.0, abs=0.01), {"target_caption": "azul"})]
+    assert len(retriever) == 3
+    with pytest.raises(
+        ValueError, match="has the columns a: it needs image_id, and one of image, video, visual_feats"
+    ):
+        retriever.add(datasets.Dataset.from_dict({"a": [1]}))
+
+
+def test_features_are_added_and_told_apart_by_model(tmp_path):
+    rows = toy_rows(5)
+    dataset = datasets.Dataset.from_dict(
+        {"image_id": [row["image_id"] for row in rows], "visual_feats": [[row["image"]] for row in rows]}
+    )
+    retriever = NrccrRetriever(tiny_model(), WordProcessor())
+    retriever.add(dataset, batch_size=2)
+    retriever.save(tmp_path)
+    query = encode_images(retriever.model, [rows[3]["image"]], WordProcessor())[0]
+    loaded = NrccrRetriever.load(tmp_path, tiny_model(), WordProcessor())
+    assert loaded.search(query, 1) == [Hit("toy/3", pytest.approx(1.0), {})]
+    with pytest.raises(ValueError, match="made by another model"):
+        NrccrRetriever.load(tmp_path, tiny_model(seed=1), WordProcessor())
+
+
 def test_a_broken_index_is_named(retriever, gallery, tmp_path):
     with pytest.raises(ValueError, match="Cannot read the index .*index.json"):
         NrccrRetriever.load(tmp_path / "none", retriever.model, retriever.processor)
     retriever.add(gallery)
     retriever.save(tmp_path)
     index = json.loads((tmp_path / "index.json").read_text())
-    for change, message in (({"version": 2}, "format 2"), ({"ids": [1]}, "3 embeddings, 1 ids"), ({"ids": 3}, "")):
+    for change, message in (({"version": 1}, "format 1, this version reads 2"), ({"dim": 4}, ""), ({"files": 3}, "")):
         (tmp_path / "index.json").write_text(json.dumps(index | change))
         with pytest.raises(ValueError, match=f"Cannot read the index .*{message}"):
             NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)
     (tmp_path / "index.json").write_text(json.dumps(index))
-    (tmp_path / index["embeddings"]).write_bytes(b"cut")
-    with pytest.raises(ValueError, match="Cannot read the index"):
-        NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)
+    for name in index["files"]:
+        whole = (tmp_path / name).read_bytes()
+        for broken in (whole[:-9], whole[:40] + b"x" + whole[41:], b""):
+            (tmp_path / name).write_bytes(broken)
+            with pytest.raises(ValueError, match=f"Cannot read the index .*{name} is not the file that was written"):
+                NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)
+        (tmp_path / name).write_bytes(whole)
+    assert len(NrccrRetriever.load(tmp_path, retriever.model, retriever.processor)) == 3

@@ -1,0 +1,216 @@
+"""Indexes a folder of pictures and videos, in as many processes as are launched; run again, it adds what is new:
+
+    accelerate launch examples/index_gallery.py --model outputs/demo --gallery PICTURES --index outputs/gallery
+
+`--index` is a folder (faiss), `gallery.db` (Milvus Lite) or `http://localhost:19530` (a Milvus server). What is
+encoded goes into shards before it goes into the index, so a run that was killed, or whose server went away, encodes
+nothing twice; a file is known by its content. `--copy_from outputs/gallery` moves what another index has.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from search import load_model
+from tqdm.auto import tqdm
+from wheels import cache_folder
+
+from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
+from modeling_nrccr import NrccrRetriever
+from modeling_nrccr.gallery_index import is_milvus
+from modeling_nrccr.retriever import IMAGE_SUFFIXES, Skipped
+
+
+SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
+
+
+def list_media(gallery: Path) -> list[str]:
+    """Pictures and videos under `gallery`, as paths below it, sorted; hidden files and folders are left out."""
+    if not gallery.is_dir():
+        raise ValueError(f"The gallery {str(gallery)!r} is not a folder.")
+    paths = (path.relative_to(gallery) for path in gallery.rglob("*") if path.suffix.lower() in SUFFIXES)
+    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
+    files = sorted(path.as_posix() for path in shown if (gallery / path).is_file())
+    if not files:
+        raise ValueError(f"No pictures or videos under {str(gallery)!r}: they end in {', '.join(SUFFIXES)}.")
+    return files
+
+
+def content_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def shard_folder(index: str, collection: str) -> Path:
+    address = index if "://" in index else str(Path(index).resolve())
+    return cache_folder() / "gallery" / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
+
+
+def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
+    """Content hash and metadata of each row, and the embeddings; what another model made is removed."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                rows, made_by = json.loads(file.metadata()["rows"]), file.get_tensor("fingerprint")
+                embeds = file.get_tensor("image_embeds")
+        except SafetensorError:  # cut by a power failure
+            made_by = torch.empty(0)
+        if made_by.shape == fingerprint.shape and float(made_by @ fingerprint) > 0.999:
+            yield rows, embeds
+        else:
+            path.unlink()
+
+
+class Indexer:
+    """Brings an index up to date with a folder; every process calls `run`."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.state, self.gallery = args, PartialState(), Path(args.gallery).resolve()
+        self.is_main = self.state.is_main_process
+        # one process opens the index: Milvus Lite takes no more
+        index = args.index if self.is_main else None
+        model, processor = load_model(args.model)
+        model = model.to(self.state.device)
+        if index and args.copy_from:
+            other = NrccrRetriever.load(args.copy_from, model, processor, **self.options(args.copy_from))
+            other.save(index, **self.options(index))
+        self.retriever = NrccrRetriever(model, processor, index, **self.options(index))
+        self.fingerprint = self.retriever.fingerprint()
+        self.shards = shard_folder(args.index, args.collection)
+
+    def options(self, index: str | None) -> dict[str, str]:
+        return {"collection": self.args.collection} if index and is_milvus(index) else {}
+
+    def run(self) -> tuple[int, list[Skipped]]:
+        """How many files were encoded, and what cannot be read."""
+        self.shards.mkdir(parents=True, exist_ok=True)
+        files = broadcast_object_list([list_media(self.gallery) if self.is_main else None])[0]
+        own = tqdm(self.share(files), desc="reading", unit="file", disable=not self.is_main)
+        hashes = dict(gather_object([(file, content_hash(self.gallery / file)) for file in own]))
+        changed = self.compare(hashes) if self.is_main else {}
+        todo = broadcast_object_list([self.missing(changed) if self.is_main else None])[0]
+        skipped = gather_object(self.encode(todo))  # waits for all
+        if self.is_main:
+            self.store(changed)
+        return len(todo) - len(skipped), skipped
+
+    def share(self, items: list) -> list:
+        return items[self.state.process_index :: self.state.num_processes]
+
+    def compare(self, hashes: dict[str, str]) -> dict[str, list[str]]:
+        """By content hash the files that are new, changed or moved. What the index has of them goes into a shard."""
+        held = {}
+        for ids, texts, _ in self.retriever.index.rows():
+            held.update(zip(ids, map(json.loads, texts)))
+        changed = {}
+        for file, content in sorted(hashes.items()):
+            if not self.metadata(file, content).items() <= held.get(file, {}).items():
+                changed.setdefault(content, []).append(file)
+        if changed.keys() & {metadata.get("content_hash") for metadata in held.values()}:
+            for _, texts, embeds in self.retriever.index.rows(embeds=True):
+                found = [(row, json.loads(text)) for row, text in enumerate(texts)]
+                found = [(row, metadata) for row, metadata in found if metadata.get("content_hash") in changed]
+                self.shelve(
+                    [(metadata.pop("content_hash"), metadata) for _, metadata in found],
+                    torch.from_numpy(embeds[[row for row, _ in found]]),
+                )
+        if self.args.remove_missing:
+            self.retriever.remove([id for id in held if id not in hashes])
+        return changed
+
+    def metadata(self, file: str, content: str) -> dict[str, str]:
+        return {"path": str(self.gallery / file), "content_hash": content}
+
+    def missing(self, changed: dict[str, list[str]]) -> list[tuple[str, str]]:
+        """Content hash and one file of each content that no shard has."""
+        known = {content for rows, _ in read_shards(self.shards, self.fingerprint) for content, _ in rows}
+        return [(content, files[0]) for content, files in changed.items() if content not in known]
+
+    def encode(self, todo: list[tuple[str, str]]) -> list[Skipped]:
+        """A shard for every `shard_size` files; each process makes its own."""
+        size, skipped = self.args.shard_size, []
+        with tqdm(total=len(todo), desc="encoding", unit="file", disable=not self.is_main) as progress:
+            for start in self.share(range(0, len(todo), size)):
+                files, rows, embeds = todo[start : start + size], [], []
+                names = [file for _, file in files]
+                is_clip = [Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names]
+                for kind, wanted in (("images", False), ("videos", True)):
+                    encoded = self.retriever.encode_media(
+                        kind,
+                        [(row, self.gallery / name) for row, name in enumerate(names) if is_clip[row] == wanted],
+                        names,
+                        lambda path: read_frames(path, self.args.num_frames),
+                        self.args.strict,
+                        self.args.batch_size,
+                        lambda count: progress.update(count * self.state.num_processes),
+                    )
+                    rows += [(files[row][0], extra) for row, extra in zip(encoded.rows, encoded.metadata)]
+                    embeds.append(encoded.embeds)
+                    skipped += encoded.skipped
+                self.shelve(rows, torch.cat(embeds))
+        return skipped
+
+    def shelve(self, rows: list[tuple[str, dict]], embeds: torch.Tensor):
+        if rows:
+            path = self.shards / f"{secrets.token_hex(8)}.safetensors"
+            tensors = {"image_embeds": embeds, "fingerprint": self.fingerprint}
+            save_file(tensors, path.with_suffix(".tmp"), metadata={"rows": json.dumps(rows)})
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def store(self, changed: dict[str, list[str]]):
+        for rows, embeds in read_shards(self.shards, self.fingerprint):
+            chosen, files, metadata = [], [], []
+            for row, (content, extra) in enumerate(rows):
+                for file in changed.pop(content, ()):
+                    chosen.append(row)
+                    files.append(file)
+                    metadata.append(extra | self.metadata(file, content))
+            self.retriever.remove(files)
+            self.retriever.add_embeds(embeds[chosen], files, metadata)
+        self.retriever.save()
+        shutil.rmtree(self.shards)
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
+    parser.add_argument("--gallery", required=True, help="folder of pictures and videos, with its sub-folders")
+    parser.add_argument("--index", required=True, help="folder, NAME.db, or the URI of a Milvus server")
+    parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
+    parser.add_argument("--copy_from", help="another index of this gallery, to begin with")
+    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=int, default=256, help="files between two writes")
+    parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
+    parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
+    args = parser.parse_args(argv)
+    PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
+    started = time.perf_counter()
+    try:
+        indexer = Indexer(args)
+        encoded, skipped = indexer.run()
+        if indexer.is_main:
+            for id, reason in skipped:
+                print(f"skipped {id}: {reason}")
+            seconds, size = time.perf_counter() - started, len(indexer.retriever)
+            print(f"{encoded} encoded, {len(skipped)} skipped ({seconds:.0f} s): {args.index} has {size}")
+    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

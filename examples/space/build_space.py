@@ -1,0 +1,145 @@
+"""Writes the folder that is the Space (model, index, clips, code), to be tried here and pushed as it is:
+
+python examples/space/build_space.py --model outputs/demo --output outputs/space
+python outputs/space/app.py
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from gallery import Gallery
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import AutoProcessor
+
+import datasets_scripts
+import modeling_nrccr
+from datasets_scripts.animated_emoji import NPM_PACKAGE, fetch_clips
+from datasets_scripts.cldr_emoji import reason_to_leave_out
+from datasets_scripts.debian import FetchError
+from datasets_scripts.splits import group_key, split_of
+from datasets_scripts.videos import read_frames
+from modeling_nrccr import NrccrModel, NrccrRetriever
+from modeling_nrccr.processing_nrccr import load_image
+
+
+HERE = Path(__file__).resolve().parent
+APP_FILES = (
+    "app.py",
+    "cards.py",
+    "finder.py",
+    "gallery.py",
+    "style.css",
+    "README.md",
+    "requirements.txt",
+    "packages.txt",
+)
+MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "README.md")  # nothing pickled
+
+
+def main(argv: list[str] | None = None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", default="outputs/demo", help="folder of a trained model")
+    parser.add_argument("--output", default="outputs/space", help="replaced, if it is a Space already")
+    parser.add_argument("--data_dir", help="folder with the contents of the Debian packages; by default fetched")
+    parser.add_argument("--clips_dir", help="folder of animated emoji (1f600.webp); by default fetched with npm")
+    parser.add_argument("--emoji_only", action="store_true", help="without Tux Paint's stamps")
+    parser.add_argument("--no_clips", action="store_true", help="without animated emoji")
+    args = parser.parse_args(argv)
+    try:
+        build_space(args)
+    except (ValueError, OSError, FetchError) as error:  # what a user can put right: a line without a traceback
+        sys.exit(f"error: {error}")
+
+
+def build_space(args: argparse.Namespace):
+    model_dir, output = Path(args.model), Path(args.output)
+    if not (model_dir / "config.json").exists():
+        raise ValueError(f"{model_dir} holds no model: `make demo` trains outputs/demo")
+    if output.exists() and not (output / "app.py").exists():
+        raise ValueError(f"{output} holds something else: name another --output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch, "space")
+        folder.mkdir()
+        for name in APP_FILES:
+            shutil.copy(HERE / name, folder)
+        for package in (modeling_nrccr, datasets_scripts):
+            source = Path(package.__file__).parent
+            shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+        copy_model(model_dir, folder / "model")
+        (folder / "clips").mkdir()
+        if not args.no_clips:
+            copy_clips(Path(args.clips_dir) if args.clips_dir else fetch_clips(), folder / "clips")
+        write_indexes(folder, args.data_dir, not args.emoji_only)
+        if output.exists():
+            shutil.rmtree(output)
+        folder.replace(output)
+    size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
+    print(f"wrote {output} ({size / 1e6:.0f} MB); try it: python {output}/app.py")
+
+
+def copy_model(source: Path, target: Path):
+    target.mkdir()
+    for pattern in MODEL_FILES:
+        for file in source.glob(pattern):
+            shutil.copy(file, target)
+
+
+def copy_clips(source: Path, target: Path):
+    """What moves and shows a thing of its own, with a note of whose it is."""
+    for file in sorted(source.glob("*.webp")):
+        characters = "".join(chr(int(point, 16)) for point in file.stem.split("-"))
+        with Image.open(file) as image:
+            moves = getattr(image, "n_frames", 1) > 1
+        if moves and not reason_to_leave_out(characters):
+            shutil.copy(file, target)
+    (target / "LICENSE.txt").write_text(
+        f"Fluent Emoji by Microsoft, as animated WebP in the npm package {NPM_PACKAGE}: MIT licence.\n",
+        encoding="utf-8",
+    )
+
+
+def write_indexes(folder: Path, data_dir: str | None, stamps: bool):
+    """Pictures, clips (by all their frames together) and the single frames of clips."""
+    model = NrccrModel.from_pretrained(folder / "model").eval()
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    metrics = folder / "model/metrics.json"
+    settings = json.loads(metrics.read_text(encoding="utf-8"))["settings"] if metrics.exists() else {}
+    gallery, seed = Gallery(folder / "clips", data_dir), settings.get("split_seed", 0)
+
+    def known(ids: list[str]) -> tuple[list[str], list[dict]]:
+        """Those with an English name, and whether pictures of that name were in training."""
+        ids = [id for id in ids if gallery.name(id, "en")]
+        return ids, [{"seen": split_of(group_key(gallery.name(id, "en")), seed) == "train"} for id in ids]
+
+    def write(name: str, ids: list[str], metadata: list[dict], **media):
+        index = NrccrRetriever(model, processor)
+        index.add(ids=ids, metadata=metadata, strict=True, show_progress=True, **media)
+        index.save(folder / "index" / name)
+
+    ids, metadata = known(gallery.emoji_ids() + (gallery.stamp_ids() if stamps else []))
+    write("pictures", ids, metadata, images=[gallery.picture(id) for id in tqdm(ids, desc="drawing")])
+    ids, metadata = known(gallery.clip_ids())
+    if not ids:
+        return
+    frames = {}
+    (folder / "clips/frames").mkdir()
+    for id in tqdm(ids, desc="frames"):
+        for number, frame in enumerate(read_frames(gallery.clip_file(id))):
+            file = gallery.frame_file(id.partition("/")[2], number)
+            frame.save(file, quality=85)
+            frames.setdefault(id, []).append(file)
+    write("clips", ids, metadata, videos=ids, read_frames=lambda id: [load_image(file) for file in frames[id]])
+    files = {f"{id}#{number}": file for id in ids for number, file in enumerate(frames[id])}
+    write("frames", list(files), [{}] * len(files), images=list(files.values()))
+
+
+if __name__ == "__main__":
+    main()
