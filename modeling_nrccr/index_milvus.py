@@ -27,6 +27,7 @@ FIELDS = {
     "embed": DataType.FLOAT_VECTOR,
     "metadata": DataType.JSON,
 }
+LOADING_SECONDS = 60  # a server that was started again builds what it had not finished
 
 
 class MilvusIndex:
@@ -84,7 +85,7 @@ class MilvusIndex:
         if {name: field["type"] for name, field in fields.items()} != FIELDS:
             raise ValueError(f"The collection {collection!r} of {uri} is not a gallery of this package: name another.")
         self.dim = int(fields["embed"]["params"]["dim"])
-        self._call("load_collection")
+        self._load()
 
     def __len__(self) -> int:
         count = self._call("query", filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"]
@@ -199,7 +200,11 @@ class MilvusIndex:
                 if error.code != NOT_LOADED or attempt == 2:
                     raise OSError(f"The Milvus server at {self.location} reports: {error.message}") from error
                 # a server that was started again has not loaded it yet
-                self._guard(lambda: self.client.load_collection(self.collection, timeout=self.timeout))
+                self._load()
+
+    def _load(self):
+        timeout = max(self.timeout, LOADING_SECONDS)
+        self._guard(lambda: self.client.load_collection(self.collection, timeout=timeout))
 
     def _gone(self, error: Exception) -> ConnectionError:
         reason = getattr(error, "message", None) or str(error)
