@@ -548,14 +548,10 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         vision: bool = True,
         frozen_dropout: bool = False,
         visual_head: bool = True,
-        language: str | None = None,
     ):
         """Freezes the text encoder below its top `text_layers` layers (None: trains all of it), the vision tower
         unless `vision`, and what follows it unless `visual_head`: then no `image_embeds` changes. Dropout inside
-        frozen towers is off unless `frozen_dropout` (published: on). With `language`, that language's adapter alone
-        is trained, whatever the others say."""
-        if language is not None:
-            return self.train_language_alone(language)
+        frozen towers is off unless `frozen_dropout` (published: on)."""
         self.text_tower.freeze_below(text_layers)
         towers = [tower for tower in (self.text_tower, self.visual_tower) if tower]
         if self.visual_tower is not None:
@@ -672,10 +668,15 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         adapter reads each text (None in a list: no adapter's); by default that of `set_language`."""
         view = self.text_inputs(input_ids, attention_mask, boundary_states)
         languages = self.languages_of(len(view[1]), languages)
-        states = self.encode_text([view], languages)[0]
-        features = self.text_head(states, view[1])
+        states, features = self.read_text(view, languages)
         embeds = self.text_projection(self.adapt(features, languages))
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds, hidden_states=(features,))
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds)
+
+    def read_text(self, view: tuple, languages: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of one view (see `encode_text`): its states, and what the head makes of them, `(batch_size, width)`, which
+        adapters read."""
+        states = self.encode_text([view], languages)[0]
+        return states, self.text_head(states, view[1])
 
     def get_image_features(
         self,

@@ -341,13 +341,13 @@ class NrccrTrainer(Trainer):
         states = {}
         for column, language in (("source_caption", None), ("target_caption", self.args.train_language)):
             captions, size = [row[column] for row in rows], self.args.per_device_eval_batch_size
-            parts = [
-                model.get_text_features(
-                    **processor(text=captions[start : start + size], return_tensors="pt").to(model.device),
-                    languages=language,
-                ).hidden_states[0]
-                for start in range(0, len(captions), size)
-            ]
+            parts = []
+            for start in range(0, len(captions), size):
+                inputs = processor(text=captions[start : start + size], return_tensors="pt").to(model.device)
+                view = model.text_inputs(
+                    inputs.get("input_ids"), inputs["attention_mask"], inputs.get("boundary_states")
+                )
+                parts.append(model.read_text(view, [language] * len(view[1]))[1])
             states[column] = torch.cat(parts)
         model.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
 
