@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
     AltCLIPConfig,
+    AutoConfig,
     AutoModel,
     AutoProcessor,
     BertConfig,
@@ -261,6 +262,10 @@ def test_what_is_no_dual_encoder_is_refused(tmp_path):
 @torch.no_grad()
 def test_the_real_siglip2():
     name = "google/siglip2-base-patch16-224"
+    try:
+        AutoConfig.from_pretrained(name)
+    except OSError as error:
+        pytest.skip(f"no hub to be had here: {str(error).splitlines()[0]}")
     theirs, ours = AutoModel.from_pretrained(name).eval(), NrccrModel.from_dual_encoder(name)
     processor = NrccrProcessor.from_dual_encoder(name)
     captions = ["A photo of a cat.", "un gato"]
