@@ -267,18 +267,13 @@ class Runner:
         """Puts the rival's model, and the cache of its encoder, in the place of the trainer's."""
         import rivals
 
-        from modeling_nrccr import FeatureCache
-
         model, cache, args = trainer.model, trainer.data_collator.processor, trainer.args
         if name == "embed_distillation":
             rivals.embed_distillation(model, args.train_language, cache, rows["train"], args)
             return
         trainer.model = rivals.trunk_calibration(model, cache.processor, rows["train"], args)
         trainer.model.set_trained_layers(0, False)
-        own = FeatureCache(trainer.model, cache.processor)
-        columns = ("source_caption", "target_caption", "reference_source_caption")
-        held_out = (*rows["validation"], *rows["test"])
-        own.add_texts(row[column] for row in held_out for column in columns)
+        own = rivals.frozen_cache(trainer.model, cache.processor, rows["validation"] + rows["test"])
         own.images = cache.images
         trainer.data_collator.processor = own
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .cldr_emoji import CldrEmoji, find_name, read_names, reason_to_leave_out
+from .cldr_emoji import CldrEmoji, find_name, from_code_points, read_names, reason_to_leave_out
 from .columns import CaptionedPictureBuilder, no_captions_error
 from .debian import FetchError, cache_folder, data_fingerprint, find_data
 
@@ -108,7 +108,7 @@ class AnimatedEmoji(CaptionedPictureBuilder):
             raise no_captions_error(annotations, language if english else "en", names)
         for clip in tqdm(sorted(clips.glob("*.webp")), desc=f"{self.name} {language}", disable=None):
             try:
-                emoji = "".join(chr(int(point, 16)) for point in clip.stem.split("-"))
+                emoji = from_code_points(clip.stem)
                 with Image.open(clip) as image:
                     moves = getattr(image, "n_frames", 1) > 1
             except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:

@@ -31,6 +31,11 @@ _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 _TAGS = range(0xE0020, 0xE0080)
 
 
+def from_code_points(text: str) -> str:
+    """The characters of "1F600" or "1f468-200d-1f33e". Raises ValueError where it is no such text."""
+    return "".join(chr(int(point, 16)) for point in text.split("-"))
+
+
 def reason_to_leave_out(emoji: str) -> str | None:
     """Why a sequence shows no thing of its own (skin tone, flag of a place, keycap, component); None for the rest."""
     points = [ord(character) for character in emoji]

@@ -17,11 +17,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from arguments import parse_fields
+from arguments import option, parse_fields
 from atomic import write_file
 from data import load_caption_dataset, load_engine
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
@@ -35,6 +35,7 @@ from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrTraine
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
+from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import load_image
 from modeling_nrccr.translation import TranslationError
@@ -44,10 +45,6 @@ CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
 HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those captions are all of one side
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
 FEWEST = 200  # captions, below which a language is not worth a file
-
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -74,7 +71,7 @@ class LanguageArguments:
     layers: int = option(2, "Layers that lora is in.")
 
     def adapter_settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("kind", "center", "noise", "rank", "layers")}
+        return {name: getattr(self, name) for name in NrccrLanguageAdapter.SETTINGS}
 
 
 def read_captions(path: Path) -> dict[str, Path | None]:

@@ -1,10 +1,23 @@
 """Fields of a YAML file that are flags too."""
 
 from collections.abc import Sequence
+from dataclasses import field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fields of a YAML file, over those of the file beside it that it names under `extends`."""
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    extended = settings.pop("extends", None)
+    return (read_settings(path.parent / extended) if extended else {}) | settings
 
 
 def parse_fields(classes: Sequence[type], arguments: list[str], default_config: Path, **settings) -> tuple:
@@ -16,7 +29,7 @@ def parse_fields(classes: Sequence[type], arguments: list[str], default_config: 
     """
     parser = HfArgumentParser(tuple(classes))
     path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else default_config)
-    settings = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) | settings
+    settings = read_settings(path) | settings
     known = {action.dest for action in parser._actions}
     if unknown := settings.keys() - known:
         raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")

@@ -30,22 +30,17 @@ from wheels import cache_folder
 from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.gallery_index import is_milvus
-from modeling_nrccr.retriever import IMAGE_SUFFIXES, Skipped
+from modeling_nrccr.languages import SAME_MODEL
+from modeling_nrccr.retriever import IMAGE_SUFFIXES, Skipped, list_images
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
 
 
 def list_media(gallery: Path) -> list[str]:
-    """Pictures and videos under `gallery`, as paths below it, sorted; hidden files and folders are left out."""
-    if not gallery.is_dir():
-        raise ValueError(f"The gallery {str(gallery)!r} is not a folder.")
-    paths = (path.relative_to(gallery) for path in gallery.rglob("*") if path.suffix.lower() in SUFFIXES)
-    shown = (path for path in paths if not any(part.startswith(".") for part in path.parts))
-    files = sorted(path.as_posix() for path in shown if (gallery / path).is_file())
-    if not files:
-        raise ValueError(f"No pictures or videos under {str(gallery)!r}: they end in {', '.join(SUFFIXES)}.")
-    return files
+    """Pictures and videos under `gallery`, as paths below it, sorted; see [`list_images`]."""
+    found = list_images(gallery, SUFFIXES, "pictures or videos")
+    return sorted(path.relative_to(gallery).as_posix() for path in found)
 
 
 def content_hash(path: Path) -> str:
@@ -67,7 +62,7 @@ def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[
                 embeds = file.get_tensor("image_embeds")
         except SafetensorError:  # cut by a power failure
             made_by = torch.empty(0)
-        if made_by.shape == fingerprint.shape and float(made_by @ fingerprint) > 0.999:
+        if made_by.shape == fingerprint.shape and float(made_by @ fingerprint) > SAME_MODEL:
             yield rows, embeds
         else:
             path.unlink()

@@ -17,7 +17,7 @@ TRUNK_BLOCKS = 3  # of arXiv 2608.30725: the first 3 or 4 text blocks
 def frozen_cache(model: NrccrModel, processor, rows: list[dict], directory: Path | None = None) -> FeatureCache:
     """Pooled states of all captions of `rows` by the model's frozen text encoder."""
     cache = FeatureCache(model, processor, directory)
-    columns = ("source_caption", "target_caption", "back_translation")
+    columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
     cache.add_texts(row.get(column) for row in rows for column in columns)
     return cache
 

@@ -17,14 +17,14 @@ import shutil
 import sys
 import time
 from copy import copy, deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import parse_fields
+from arguments import option, parse_fields
 from atomic import write_file
 from card import write_model_card
 from data import find_font, language_name, load_translated_dataset, query_origin
@@ -41,16 +41,13 @@ from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, 
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
+from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
-
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -119,8 +116,7 @@ class ModelArguments:
     adapter_layers: int = option(2, "Layers that lora is in.")
 
     def adapter_settings(self) -> dict:
-        names = ("kind", "center", "noise", "rank", "layers")
-        return {name: getattr(self, f"adapter_{name}") for name in names}
+        return {name: getattr(self, f"adapter_{name}") for name in NrccrLanguageAdapter.SETTINGS}
 
     def build(self, encoders: NrccrModel | None = None) -> tuple[NrccrModel, NrccrProcessor]:
         """The model and its processor; over the towers of `encoders` where they are given."""

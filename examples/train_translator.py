@@ -16,13 +16,13 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import torch
 import transformers
-from arguments import parse_fields
+from arguments import option, parse_fields
 from atomic import write_file
 from data import load_caption_dataset
 from tqdm.auto import tqdm
@@ -63,10 +63,6 @@ REPORTED = (
 )  # fmt: skip
 COSTS = "costs.json"  # in a checkpoint: seconds so far
 TRAINING = "training.json"  # what a run was and cost
-
-
-def option(default, help: str):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass

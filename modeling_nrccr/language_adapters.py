@@ -26,6 +26,7 @@ class NrccrLanguageAdapter(nn.Module):
         layers (`int`): How many of the encoder's top layers have LoRA.
     """
 
+    SETTINGS = ("kind", "center", "noise", "rank", "layers")
     KINDS = ("linear", "bottleneck", "dynamic", "lora", "none")
 
     def __init__(
@@ -53,7 +54,7 @@ class NrccrLanguageAdapter(nn.Module):
 
     def settings(self) -> dict[str, Any]:
         """What builds it again."""
-        return {name: getattr(self, name) for name in ("kind", "center", "noise", "rank", "layers")}
+        return {name: getattr(self, name) for name in self.SETTINGS}
 
     def reset(self):
         """The identity again."""

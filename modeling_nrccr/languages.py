@@ -31,6 +31,11 @@ def load_peft():
     return peft, BaseTunerLayer
 
 
+def is_of(language: str, name: str) -> bool:
+    """Whether a module or tensor of the text tower is of the language's LoRA: peft names its parts so."""
+    return language in name.split(".")
+
+
 class NrccrLanguagesMixin:
     """Of a model with `text_tower`, `text_head` and `text_projection`."""
 
@@ -114,9 +119,8 @@ class NrccrLanguagesMixin:
         adapter = self.adapter(language)
         self.requires_grad_(False)
         trained = set(adapter.modules())
-        for name, module in self.text_tower.named_modules():
-            if self.has_lora(language) and language in name.split("."):  # as peft names its parts
-                trained.add(module)
+        if self.has_lora(language):
+            trained |= {module for name, module in self.text_tower.named_modules() if is_of(language, name)}
         for module in trained:
             module.requires_grad_(True)
         self.text_tower.num_trained_layers = adapter.layers if adapter.kind == "lora" else 0
@@ -158,10 +162,8 @@ class NrccrLanguagesMixin:
         layers = self.lora_layers()
         trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
         for layer in layers:
-            if language is None or language not in layer.active_adapters:
-                layer.enable_adapters(False)
-            if language is not None and language in layer.r:
-                layer.enable_adapters(True)
+            layer.enable_adapters(language in layer.r)
+            if language in layer.r:
                 layer.set_adapter(language)
         try:
             yield
@@ -191,14 +193,16 @@ class NrccrLanguagesMixin:
 
     def language_keys(self, language: str) -> set[str]:
         """The names of its parameters in the model's `state_dict`."""
-        inside = {f"text_tower.{key}" for key in self.text_tower.state_dict() if language in key.split(".")}
-        return inside | {f"language_adapters.{language}.{key}" for key in self.adapter(language).state_dict()}
+        own = self.adapter(language).state_dict().keys()
+        weights = self.language_weights(language)
+        return {f"language_adapters.{language}.{key}" if key in own else key for key in weights}
 
     def language_weights(self, language: str) -> dict[str, torch.Tensor]:
+        """Of its adapter, by their names there, and of its LoRA, by those in the model."""
         weights = dict(self.adapter(language).state_dict())
         if self.has_lora(language):
             inside = self.text_tower.state_dict().items()
-            weights |= {f"text_tower.{key}": value for key, value in inside if language in key.split(".")}
+            weights |= {f"text_tower.{key}": value for key, value in inside if is_of(language, key)}
         return weights
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .modeling_nrccr import NrccrOutput
+from .modeling_nrccr import NrccrOutput, clip_loss
 
 
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
@@ -92,9 +92,7 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Symmetric softmax contrast (InfoNCE, arXiv 1807.03748; CLIP, arXiv 2103.00020) of `(n, dim)` and `(n, dim)`."""
     logits = (scale * b @ a.t()).masked_fill(ignored, float("-inf"))
-    labels = torch.arange(len(logits), device=logits.device)
-    both = (F.cross_entropy(matrix, labels, reduction="none") for matrix in (logits, logits.t()))
-    return sum(mean_of_pairs(values, weights) for values in both) / 2
+    return clip_loss(logits, lambda values: mean_of_pairs(values, weights))
 
 
 def distillation_loss(

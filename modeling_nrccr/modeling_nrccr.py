@@ -3,9 +3,11 @@
 The model turns inputs into embeddings and nothing else: losses are in `losses.py`, training is in `trainer.py`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -69,10 +71,11 @@ class NrccrOutput(ModelOutput):
 # --------------------------------------------------------------------------------------------------------- heads
 
 
-def clip_loss(logits: torch.Tensor) -> torch.Tensor:
-    """Symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv 2103.00020)."""
+def clip_loss(logits: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor] = torch.mean) -> torch.Tensor:
+    """Symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv 2103.00020).
+    `mean`: of the values of all pairs, `(batch_size,)`."""
     labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.t(), labels)) / 2
+    return sum(mean(F.cross_entropy(matrix, labels, reduction="none")) for matrix in (logits, logits.t())) / 2
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Tensor:
@@ -526,14 +529,17 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     def with_new_text_side(self, text_encoder: str) -> "NrccrModel":
         """The same picture side, which it shares, beside another text encoder and a new projection after it."""
         settings = self.config.to_dict() | {
-            "text_config": AutoConfig.from_pretrained(text_encoder), "vision_config": self.config.vision_config,
+            "text_config": AutoConfig.from_pretrained(text_encoder),
+            "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
             "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
             "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,
         }  # fmt: skip
         settings = {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
-        model = type(self)(NrccrConfig(**settings))
-        load_encoder(model.text_tower, text_encoder)
-        model.visual_tower, model.visual_head = self.visual_tower, self.visual_head
+        config = NrccrConfig(**settings)
+        towers = SimpleNamespace(text_tower=NrccrTextTower(config), visual_tower=self.visual_tower)
+        load_encoder(towers.text_tower, text_encoder)
+        model = type(self)(config, towers=towers)
+        model.visual_head = self.visual_head
         model.visual_projection, model.logit_scale = self.visual_projection, self.logit_scale
         return model.eval()
 

@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from .encoding import encode, encode_images, encode_texts, picture_rows
 from .gallery_index import GalleryIndex, is_milvus, open_index
+from .languages import SAME_MODEL
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
 from .processing_nrccr import load_image
@@ -66,9 +67,9 @@ class Encoded(NamedTuple):
     skipped: list[Skipped]
 
 
-def list_images(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "pictures") -> list[Path]:
     """
-    The pictures under `folder`, sorted, by suffix; hidden files and folders are left out.
+    The pictures (or `what` else) under `folder`, sorted, by suffix; hidden files and folders are left out.
 
     Raises:
         ValueError: if there is no such folder or no picture in it.
@@ -79,14 +80,12 @@ def list_images(folder: str | Path) -> list[Path]:
     paths = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
     if not paths:
-        raise ValueError(
-            f"No pictures under {str(folder)!r}: looked for files that end in {', '.join(IMAGE_SUFFIXES)}."
-        )
+        raise ValueError(f"No {what} under {str(folder)!r}: looked for files that end in {', '.join(suffixes)}.")
     return paths
 
 
@@ -393,7 +392,7 @@ class NrccrRetriever:
                     f"The index {str(index.location)!r} does not say which model made it: build it again."
                 )
             index.fingerprint = ours
-        elif (similarity := float(ours @ stored)) < 0.999:
+        elif (similarity := float(ours @ stored)) < SAME_MODEL:
             raise ValueError(
                 f"The index {str(index.location)!r} was made by another model or picture size: a test picture's "
                 f"embedding has similarity {similarity:.3f} to the stored one, not 1. Load the model that made it, or "

@@ -177,11 +177,10 @@ class NrccrTrainer(Trainer):
         """Where padding is pooled too (published), it is as long as the longest row of all processes wants it."""
         if self.args.world_size == 1 or not self.model.config.pool_padding:
             return inputs
-        pad_token_id = getattr(self.model.config.text_config, "pad_token_id", None) or 0
         for name, value in inputs.items():
             frames = name == "visual_feats" or (name == "pixel_values" and value.ndim == 5)
             if frames or name in MASKS or name.endswith(("input_ids", "boundary_states")):
-                pad_index = pad_token_id if name.endswith("input_ids") else 0
+                pad_index = self.model.pad_token_id if name.endswith("input_ids") else 0
                 inputs[name] = self.accelerator.pad_across_processes(value, dim=1, pad_index=pad_index)
         return inputs
 
@@ -275,9 +274,9 @@ class NrccrTrainer(Trainer):
         # sorted as `encode_texts` does, so that its batches are the same for any number of processes
         unique = sorted(set(captions), key=lambda caption: (len(caption), caption))
         row = {caption: i for i, caption in enumerate(unique)}
-        language = model.language if self.args.train_language is None else None
-        if column == "target_caption":
-            language = self.args.train_language or language
+        language = model.language
+        if self.args.train_language is not None:  # all other columns are in the base's own
+            language = self.args.train_language if column == "target_caption" else None
         with model.using_language(language):
             queries = self.shared_out(unique, lambda part: encode_texts(model, part, processor, size))
         return queries[[row[caption] for caption in captions]]

@@ -19,7 +19,7 @@ from transformers import AutoProcessor
 import datasets_scripts
 import modeling_nrccr
 from datasets_scripts.animated_emoji import NPM_PACKAGE, fetch_clips
-from datasets_scripts.cldr_emoji import reason_to_leave_out
+from datasets_scripts.cldr_emoji import from_code_points, reason_to_leave_out
 from datasets_scripts.debian import FetchError
 from datasets_scripts.splits import group_key, split_of
 from datasets_scripts.videos import read_frames
@@ -95,10 +95,9 @@ def copy_model(source: Path, target: Path):
 def copy_clips(source: Path, target: Path):
     """What moves and shows a thing of its own, with a note of whose it is."""
     for file in sorted(source.glob("*.webp")):
-        characters = "".join(chr(int(point, 16)) for point in file.stem.split("-"))
         with Image.open(file) as image:
             moves = getattr(image, "n_frames", 1) > 1
-        if moves and not reason_to_leave_out(characters):
+        if moves and not reason_to_leave_out(from_code_points(file.stem)):
             shutil.copy(file, target)
     (target / "LICENSE.txt").write_text(
         f"Fluent Emoji by Microsoft, as animated WebP in the npm package {NPM_PACKAGE}: MIT licence.\n",

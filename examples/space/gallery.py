@@ -58,7 +58,7 @@ class Gallery:
             text = self.stamps / f"{key}.txt"
             english, captions = self.captions(text) if text.exists() else ("", {})
             return english or None if language == "en" else captions.get(language)
-        return cldr_emoji.find_name(self.emoji_names(language), _characters(key))
+        return cldr_emoji.find_name(self.emoji_names(language), cldr_emoji.from_code_points(key))
 
     def picture(self, id: str) -> Image.Image:
         """A picture; of a clip, its frame `clips/1f600#3`. Raises OSError or ValueError where it is gone."""
@@ -67,7 +67,7 @@ class Gallery:
             return load_image(self.stamps / f"{key}.png")
         if kind == "clips":
             return load_image(self.frame_file(*key.split("#")))
-        image = cldr_emoji.draw_emoji(_characters(key), self.font)
+        image = cldr_emoji.draw_emoji(cldr_emoji.from_code_points(key), self.font)
         if image is None:
             raise ValueError(f"the emoji font here has no {key}: build the Space with the release that it runs on")
         return image
@@ -78,7 +78,3 @@ class Gallery:
     def frame_file(self, clip: str, frame: int | str) -> Path:
         """A frame that was taken out when the Space was built: decoding a clip takes a fifth of a second."""
         return self.clips / "frames" / f"{clip}-{frame}.webp"
-
-
-def _characters(code_points: str) -> str:
-    return "".join(chr(int(point, 16)) for point in code_points.split("-"))
