@@ -24,6 +24,7 @@ from .modeling_nrccr import NrccrModel, pool
 logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+VERSION = 2  # of what is computed; 1 let captions attend to padding, where heads were new over shared towers
 HEADER_SIZE = 512  # of a file, with the 8 bytes that say how long it is
 
 
@@ -163,7 +164,7 @@ class Store:
         self.rows: dict[str, int] = {}  # the number of each sequence
         self.lengths = self.starts = torch.empty(0, dtype=torch.long)
         if directory:
-            self.fingerprint = fingerprint(*frozen, dtype)
+            self.fingerprint = fingerprint(VERSION, *frozen, dtype)
             self.path = Path(directory) / f"{kind}-{self.fingerprint}.safetensors"
             self.read()
 

@@ -545,7 +545,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
 
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":
         """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
-        encoders = {"text_config": self.config.text_config, "vision_config": self.config.vision_config}
+        # copies: a new config resets the attention implementation of those that it is given; the towers keep theirs
+        encoders = {name: deepcopy(getattr(self.config, name)) for name in ("text_config", "vision_config")}
         return type(self)(NrccrConfig(**encoders, **config_kwargs), towers=self)
 
     def set_trained_layers(

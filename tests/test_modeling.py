@@ -136,3 +136,15 @@ def test_bad_input_names_value_and_remedy():
     published = tiny_model(**HEADS["published"]).train()
     with pytest.raises(ValueError, match="batch of one"):
         published(**tiny_batch(published, size=1))
+
+
+@torch.no_grad()
+def test_new_heads_leave_the_shared_towers_as_they_are():
+    model = tiny_model(text_head="pooling", teacher_view="source")
+    ids = torch.tensor([[5, 6, 7, 0, 0, 0]])
+    mask = (ids > 0).long()
+    before = model.text_tower(ids, mask)[:, :3]
+    shared = model.with_new_heads(text_head="pooling", teacher_view="source", visual_feat_dim=13).eval()
+    for other in (model, shared):
+        assert torch.equal(other.text_tower(ids, mask)[:, :3], before)
+        torch.testing.assert_close(other.text_tower(ids[:, :3], mask[:, :3]), before, atol=1e-6, rtol=0)
