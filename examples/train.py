@@ -26,7 +26,7 @@ import transformers
 from accelerate import PartialState
 from arguments import option, parse_fields
 from atomic import write_file
-from card import write_model_card
+from card import training_settings, write_model_card
 from data import find_font, language_name, load_translated_dataset, query_origin
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source
@@ -424,6 +424,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     trainer.model.save_pretrained(output_dir)
     trainer.processing_class.save_pretrained(output_dir)
     write_sentence_transformers_files(output_dir, trainer.model.visual_tower is not None)
+    report["settings"]["training"] = training_settings(trainer.args)
     write_file(output_dir / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])

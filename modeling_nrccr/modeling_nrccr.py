@@ -392,6 +392,7 @@ class NrccrVisualTower(nn.Module):
         """`(batch_size, num_channels, height, width)` -> `(batch_size, 1, visual_feat_dim)`; videos have a frame axis.
         What the image processor of a NaFlex tower gives is taken too."""
         frames = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
+        frames = frames.to(self.encoder.dtype)  # processors give float32, whatever the model was loaded as
         inputs = {"pixel_values": frames}
         if spatial_shapes is not None:
             inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
@@ -706,6 +707,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             if self.visual_tower is None:
                 raise ValueError("this model has no vision tower: give visual_feats instead of pixel_values")
             visual_feats = self.visual_tower(pixel_values, pixel_attention_mask, spatial_shapes)
+        else:
+            visual_feats = visual_feats.to(self.logit_scale.dtype)
         if visual_feats.ndim == 2:
             visual_feats = visual_feats.unsqueeze(1)
         if visual_feats.shape[-1] != self.config.visual_feat_dim:

@@ -107,6 +107,16 @@ class NrccrTextProcessor(ProcessorMixin):
         settings |= {"text_prefix": text_prefix, "max_text_length": max_text_length}
         return type(self)(AutoTokenizer.from_pretrained(name), **parts, **settings)
 
+    # Pipelines of transformers take a processor in the place of a tokenizer, so that texts get their prefix; these two
+    # are what they ask of it to pad a batch.
+    @property
+    def pad_token_id(self) -> int | None:
+        return self.tokenizer.pad_token_id
+
+    @property
+    def padding_side(self) -> str:
+        return self.tokenizer.padding_side
+
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
