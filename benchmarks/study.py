@@ -212,13 +212,15 @@ class Runner:
         teacher = None
         if row.teacher:
             teacher = self.trained(experiment, run, row.teacher)
+        rows = {split: part.to_list() for split, part in experiment.rows.items()}  # read often: no Arrow in between
+        if row.adapter and row.rival is None:  # before there is a trainer: other arguments reset accelerate's state
+            rows["train"] = self.taught(experiment, run, row.start_from, rows["train"] + experiment.lexicon)
         trainer = experiment.trainer(args, teacher=teacher)
         self.encoders = experiment.encoders
         if row.start_from:
             weights = load_file(self.needed(run, row.start_from))
             weights = {k: v for k, v in weights.items() if not (row.new_text_side and k.startswith("text_"))}
             trainer.model.load_state_dict(weights, strict=False)
-        rows = {split: part.to_list() for split, part in experiment.rows.items()}  # read often: no Arrow in between
         if row.english_text_only:
             rows["train"] = [row | {"target_caption": row["source_caption"]} for row in rows["train"]]
         trainer.train_dataset, trainer.eval_dataset = rows["train"], rows["validation"]
@@ -276,6 +278,16 @@ class Runner:
         own = rivals.frozen_cache(trainer.model, cache.processor, rows["validation"] + rows["test"])
         own.images = cache.images
         trainer.data_collator.processor = own
+
+    def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
+        """Rows with the base's embeddings of their source captions, which no step then computes again."""
+        from modeling_nrccr.encoding import encode_texts
+
+        model = self.trained(experiment, run, base)
+        cache = experiment.cached(model, experiment.model.build(experiment.encoders)[1])
+        captions = [row["source_caption"] for row in rows]
+        embeds = encode_texts(model, captions, cache, experiment.args.per_device_eval_batch_size)
+        return [row | {"teacher_text_embeds": embed} for row, embed in zip(rows, embeds)]
 
     def needed(self, run: Run, row: str) -> Path:
         """The weights of another row's run of the same split and seed."""

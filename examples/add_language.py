@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from arguments import option, parse_fields
 from atomic import write_file
-from data import load_caption_dataset, load_engine
+from data import lexicon_rows, load_caption_dataset, load_engine
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
 from transformers import set_seed
@@ -63,6 +63,7 @@ class LanguageArguments:
     source_language: str = option("en", "Language of the captions.")
     target_language: str = option("gl", "Language that is added.")
     translator: str = option("apertium", "Machine translation engines, joined by ','.")
+    lexicon: str = option("none", "Words that are translated too: wordnet:5000, or a file, a word a line; or none.")
     rivals: str = option("none", f"Trained and tested beside it: none, all, or some of {', '.join(RIVALS)}.")
     kind: str = option("linear", "Of the adapter: linear, bottleneck, dynamic, or lora.")
     center: bool = option(True, "Moves the language's mean state to that of the captions.")
@@ -132,6 +133,8 @@ def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[d
                    "target_caption": target, "back_translation": again}  # fmt: skip
             if split == "train" or len(names) == 1:
                 splits[split].append(row)
+    if script.lexicon != "none":
+        splits["train"] += lexicon_rows(script.lexicon, *pairs[0], script.translator, script.data_dir)
     return splits, ", ".join(names)
 
 
@@ -235,6 +238,8 @@ def main(arguments: list[str] | None = None):
         captions, load = read_captions(Path(script.captions)), load_image
     if script.eval:
         examined = read_eval(Path(script.eval))
+    if script.lexicon != "none" and not args.text_only:
+        raise ValueError(f"lexicon={script.lexicon!r} has no pictures: set text_only, or the lexicon to none")
     rows, engines = training_rows(list(captions), script)
     print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
 
@@ -246,6 +251,8 @@ def main(arguments: list[str] | None = None):
     model, processor = base, base_processor
     if script.text_encoder:
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
+    elif script.kind == "lora" and args.text_only:  # else every step reads the source captions, through all layers
+        teach(rows["train"], base, base_processor)
     set_seed(args.seed)
     model.add_language(language, **script.adapter_settings())
     cache = frozen_cache(model.train_language(language), processor, rows["train"] + rows["validation"], work)

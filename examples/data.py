@@ -19,6 +19,7 @@ from datasets_scripts.scenes import Scenes
 from datasets_scripts.splits import check_ids
 from datasets_scripts.tuxpaint import Tuxpaint
 from datasets_scripts.vatex import Vatex
+from datasets_scripts.wordnet import common_words
 from datasets_scripts.xm3600 import Xm3600
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.translation import Translator, add_translations, load_translator
@@ -242,3 +243,50 @@ def load_translated_dataset(
     engines[0].name = ", ".join(engine.name for engine in engines)
     print(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")
     return dataset, engines[0]
+
+
+def lexicon_rows(
+    lexicon: str, source_language: str, target_language: str, translator: str, data_dir: str | None = None
+) -> list[dict]:
+    """
+    Words and phrases with their translations, as rows without pictures, to train on beside captions.
+
+    Args:
+        lexicon: "wordnet:5000", that many common English words; or a file, a word or phrase a line.
+        translator: As of `load_translated_dataset`; each engine gives its own pairs.
+
+    Returns:
+        The pairs that can be trusted: translated (not left as they were), and translated back to themselves. That
+        filter is for words, of which a translator knows one sense or none; few captions would pass it.
+
+    Raises:
+        ValueError: nothing is left, or WordNet is asked for another language than English.
+    """
+    if lexicon.startswith("wordnet:"):
+        if source_language != "en":
+            raise ValueError(f"lexicon={lexicon!r} is English, not {source_language!r}: name a file, a word a line")
+        words = common_words(int(lexicon.partition(":")[2]), data_dir)
+    else:
+        words = list(dict.fromkeys(filter(None, map(str.strip, Path(lexicon).read_text("utf-8").splitlines()))))
+    pairs = [(source_language, target_language), (target_language, source_language)]
+    found = {}
+    for spec in translator.split(","):
+        engine = load_engine(spec, pairs, data_dir)
+        made, again = words, []
+        for pair in pairs:  # with a full stop, because a translator may have no answer at all to a word such as "will"
+            made = [plain(text) for text in engine.translate([f"{text}." for text in made], *pair)]
+            again.append(made)
+        for word, target, back in zip(words, *again):
+            if target and target != plain(word) and back == plain(word):
+                found.setdefault((word, target), back)
+    if not found:
+        raise ValueError(f"{translator} translates no word of {lexicon} there and back: leave the lexicon out")
+    return [
+        {"image_id": f"lexicon/{word}", "caption_id": f"lexicon/{word}#{target}", "source_caption": word,
+         "target_caption": target, "back_translation": back}
+        for (word, target), back in found.items()
+    ]  # fmt: skip
+
+
+def plain(text: str) -> str:
+    return text.lower().strip(" .")

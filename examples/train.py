@@ -27,7 +27,7 @@ from accelerate import PartialState
 from arguments import option, parse_fields
 from atomic import write_file
 from card import training_settings, write_model_card
-from data import find_font, language_name, load_translated_dataset, query_origin
+from data import find_font, language_name, lexicon_rows, load_translated_dataset, query_origin
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source
 from search_page import QueryRow, Result, write_search_page
@@ -65,6 +65,9 @@ class ScriptArguments:
     target_language: str = option("gl", "Language of the searches.")
     translator: str = option(
         "apertium", "Machine translation engine, or several for training captions, joined by ','; none: as they came."
+    )
+    lexicon: str = option(
+        "none", "Words to translate and train on beside the captions, of text_only: wordnet:5000, or a file; or none."
     )
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
@@ -162,6 +165,13 @@ class Experiment:
                 missing="error" if script.strict else "skip",
                 dataset_options=json.loads(script.dataset_options or "{}"),
             )  # fmt: skip
+            languages = (script.source_language, script.target_language)
+            self.lexicon = []
+            if script.lexicon != "none":
+                self.lexicon = lexicon_rows(script.lexicon, *languages, script.translator, script.data_dir)
+                print(f"lexicon: {len(self.lexicon):,} pairs of {script.lexicon}")
+        if self.lexicon and not args.text_only:
+            raise ValueError(f"lexicon={script.lexicon!r} has no pictures: set text_only, or the lexicon to none")
         columns = self.dataset["train"].column_names
         self.media = next(column for column in MEDIA_COLUMNS if column in columns)
         # what is cached; features come from their files as they are
@@ -189,6 +199,7 @@ class Experiment:
             cache = FeatureCache(model, processor, kept or shared)
             columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
             cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
+            cache.add_texts(row[name] for row in self.lexicon for name in columns[:3])
             for split, rows in self.rows.items():
                 index, _ = picture_rows(rows["image_id"])
                 if self.media != "visual_feats":
@@ -266,7 +277,8 @@ class Experiment:
             self.cached(model, processor) if cached else processor, load_video=self.load_video
         )
         rows = self.rows if cached else self.dataset
-        return NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator, **kwargs)
+        train = rows["train"].to_list() + self.lexicon if self.lexicon else rows["train"]
+        return NrccrTrainer(model, args, train, rows["validation"], processor, collator, **kwargs)
 
     def checkpoint(self, directory: Path) -> str | None:
         resume = self.args.resume_from_checkpoint

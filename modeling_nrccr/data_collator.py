@@ -26,6 +26,7 @@ class DataCollatorForCrossLingualRetrieval:
     Args:
         processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
         views: Which views of a caption are collated; [`NrccrTrainer`] asks only for those that a loss reads.
+        taught_views: The same of rows that bring `teacher_text_embeds`; default: `views`.
         with_media: False leaves pictures out, for training on text alone.
         load_video: Gives the frames (list of pictures) of what the column `video` holds; by default it holds them.
 
@@ -40,18 +41,19 @@ class DataCollatorForCrossLingualRetrieval:
 
     processor: Callable
     views: tuple[str, ...] = VIEWS
+    taught_views: tuple[str, ...] | None = None
     with_media: bool = True
     load_video: Callable[[Any], list] = list
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        batch = {}
-        for view in self.views:
+        batch, taught = {}, rows[0].get("teacher_text_embeds") is not None
+        for view in self.taught_views if taught and self.taught_views else self.views:
             captions = [self.caption(row, view) for row in rows]
             for key, value in self.processor(text=captions, return_tensors="pt").items():
                 batch[KEY_PREFIX[view] + key] = value
         if self.with_media:
             batch |= self.media(rows)
-        if rows[0].get("teacher_text_embeds") is not None:
+        if taught:
             batch["teacher_text_embeds"] = stack(rows, "teacher_text_embeds")
         batch["image_ids"] = torch.tensor([stable_id(row["image_id"]) for row in rows])
         return batch

@@ -18,7 +18,7 @@ class NrccrLanguageAdapter(nn.Module):
             "linear": one Linear, which can do all that another projection could;
             "bottleneck": two with a GELU between (arXiv 1902.00751);
             "dynamic": DASD's, whose middle matrix is made for each caption (see [`DynamicUpdate`]);
-            "lora": low-rank updates (arXiv 2106.09685, by `peft`) inside the text encoder's layers, and the shift;
+            "lora": low-rank updates (arXiv 2106.09685, by `peft`) inside the text encoder's layers, and the Linear;
             "none": the shift alone.
         center (`bool`): Training begins by moving the language's mean state to the base language's.
         noise (`float`): In training, Gaussian noise on the states, in units of their standard deviation.
@@ -45,7 +45,7 @@ class NrccrLanguageAdapter(nn.Module):
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("deviation", torch.zeros(width))
         self.update = None
-        if kind == "linear":
+        if kind in ("linear", "lora"):
             self.update = nn.Linear(width, width)
         elif kind == "bottleneck":
             self.update = nn.Sequential(nn.Linear(width, rank), nn.GELU(), nn.Linear(rank, width))

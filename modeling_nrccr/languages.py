@@ -185,7 +185,7 @@ class NrccrLanguagesMixin:
                 setattr(parent, name.rpartition(".")[2], module.get_base_layer())
         for other in [name for name in self.language_adapters if name != language]:
             self.language_adapters.pop(other)
-        self.language_adapters[language].kind = "none"
+        self.language_adapters[language].kind = "linear"
         self.list_languages()
         return self.set_language(language)
 

@@ -181,12 +181,15 @@ class NrccrLossArguments:
         mask_same_image=False,
     )  # fmt: skip
 
-    def needed_views(self) -> tuple[str, ...]:
-        """Which views of a caption any term reads; the others need not be encoded."""
+    def needed_views(self, taught: bool = False) -> tuple[str, ...]:
+        """Which views of a caption any term reads; the others need not be encoded. `taught`: the rows bring the
+        teacher's embeddings of the source captions (and stand for pictures where there are none)."""
         target = self.target_triplet_loss_weight or self.target_contrastive_loss_weight
         target = target or self.needs_teacher() or self.adversarial_loss_weight
         back = self.back_translation_loss_weight or self.pair_weighting == "agreement"
-        views = {"source": True, "target": target, "back_translation": back}
+        source = not taught or back or self.triplet_loss_weight or self.contrastive_loss_weight
+        source = source or self.adversarial_loss_weight
+        views = {"source": source, "target": target, "back_translation": back}
         return tuple(view for view, needed in views.items() if needed)
 
     def needs_teacher(self) -> bool:

@@ -100,7 +100,8 @@ class NrccrTrainer(Trainer):
             "back_translation_loss": self.cycle_consistency,
         }
         collator = data_collator or DataCollatorForCrossLingualRetrieval(processing_class)
-        collator.views, collator.with_media = args.needed_views(), not args.text_only
+        collator.views, collator.taught_views = args.needed_views(), args.needed_views(taught=True)
+        collator.with_media = not args.text_only
         super().__init__(
             model=model,
             args=args,
