@@ -41,6 +41,8 @@ class Row:
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
         rival: Trained in its place: a function of examples/rivals.py.
         english_text_only: English captions stand where the target captions would, in training.
+        learns_from: Languages, each with its translators, whose training captions stand where the target language's
+            would: transfer.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
         seeds, languages: Its own, where they are fewer than the study's.
     """
@@ -53,6 +55,7 @@ class Row:
     adapter: bool = False
     rival: str | None = None
     english_text_only: bool = False
+    learns_from: dict[str, str] | None = None
     tuned_as: str | None = None
     seeds: list[int] | None = None
     languages: list[str] | None = None
@@ -213,6 +216,8 @@ class Runner:
         if row.teacher:
             teacher = self.trained(experiment, run, row.teacher)
         rows = {split: part.to_list() for split, part in experiment.rows.items()}  # read often: no Arrow in between
+        if row.learns_from:
+            rows["train"] = self.training_rows_of(row.learns_from, settings | fixed)
         if row.adapter and row.rival is None:  # before there is a trainer: other arguments reset accelerate's state
             rows["train"] = self.taught(experiment, run, row.start_from, rows["train"] + experiment.lexicon)
         trainer = experiment.trainer(args, teacher=teacher)
@@ -221,6 +226,8 @@ class Runner:
             weights = load_file(self.needed(run, row.start_from))
             weights = {k: v for k, v in weights.items() if not (row.new_text_side and k.startswith("text_"))}
             trainer.model.load_state_dict(weights, strict=False)
+        if row.learns_from:
+            trainer.data_collator.processor.add_texts(caption["target_caption"] for caption in rows["train"])
         if row.english_text_only:
             rows["train"] = [row | {"target_caption": row["source_caption"]} for row in rows["train"]]
         trainer.train_dataset, trainer.eval_dataset = rows["train"], rows["validation"]
@@ -279,15 +286,25 @@ class Runner:
         own.images = cache.images
         trainer.data_collator.processor = own
 
+    def training_rows_of(self, languages: dict[str, str], settings: dict) -> list[dict]:
+        """Training captions in other languages, by other translators."""
+        from train import parse_arguments
+
+        rows = []
+        for language, translator in languages.items():
+            of_language = settings | {"target_language": language, "translator": translator}
+            parsed = parse_arguments(["--config", str(ROOT / self.study.config)], **of_language)
+            rows += self.experiment(parsed).rows["train"].to_list()
+        return rows
+
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
         """Rows with the base's embeddings of their source captions, which no step then computes again."""
-        from modeling_nrccr.encoding import encode_texts
+        from data import teach
 
         model = self.trained(experiment, run, base)
         cache = experiment.cached(model, experiment.model.build(experiment.encoders)[1])
-        captions = [row["source_caption"] for row in rows]
-        embeds = encode_texts(model, captions, cache, experiment.args.per_device_eval_batch_size)
-        return [row | {"teacher_text_embeds": embed} for row, embed in zip(rows, embeds)]
+        cache.add_texts(row["source_caption"] for row in rows)
+        return teach([dict(row) for row in rows], model, cache)
 
     def needed(self, run: Run, row: str) -> Path:
         """The weights of another row's run of the same split and seed."""

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from arguments import option, parse_fields
 from atomic import write_file
-from data import lexicon_rows, load_caption_dataset, load_engine
+from data import lexicon_rows, load_caption_dataset, load_engine, teach
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
 from transformers import set_seed
@@ -136,13 +136,6 @@ def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[d
     if script.lexicon != "none":
         splits["train"] += lexicon_rows(script.lexicon, *pairs[0], script.translator, script.data_dir)
     return splits, ", ".join(names)
-
-
-def teach(rows: list[dict], base: NrccrModel, processor) -> None:
-    """The base's embedding of each source caption, as the rows' `teacher_text_embeds`."""
-    embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
-    for row, embed in zip(rows, embeds):
-        row["teacher_text_embeds"] = embed
 
 
 def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainingArguments) -> NrccrTrainer:

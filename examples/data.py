@@ -21,7 +21,9 @@ from datasets_scripts.tuxpaint import Tuxpaint
 from datasets_scripts.vatex import Vatex
 from datasets_scripts.wordnet import common_words
 from datasets_scripts.xm3600 import Xm3600
+from modeling_nrccr import NrccrModel
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
+from modeling_nrccr.encoding import encode_texts
 from modeling_nrccr.translation import Translator, add_translations, load_translator
 from modeling_nrccr.translation_cache import CachedTranslator
 
@@ -290,3 +292,11 @@ def lexicon_rows(
 
 def plain(text: str) -> str:
     return text.lower().strip(" .")
+
+
+def teach(rows: list[dict], base: NrccrModel, processor) -> list[dict]:
+    """Gives each row the base's embedding of its source caption, as `teacher_text_embeds`; returns them."""
+    embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
+    for row, embed in zip(rows, embeds, strict=True):
+        row["teacher_text_embeds"] = embed
+    return rows

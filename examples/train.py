@@ -27,9 +27,10 @@ from accelerate import PartialState
 from arguments import option, parse_fields
 from atomic import write_file
 from card import training_settings, write_model_card
-from data import find_font, language_name, lexicon_rows, load_translated_dataset, query_origin
+from data import find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
 from encoders import encoder_label, find_encoder
-from evaluate_retrieval import metrics_by_source
+from evaluate_retrieval import metrics_by_source, split_seed
+from search import load_model
 from search_page import QueryRow, Result, write_search_page
 from table import format_table
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
@@ -60,6 +61,9 @@ class ScriptArguments:
     data_dir: str | None = option(None, "Folder of the data; Debian packages are fetched where it is not given.")
     visual_feature: str | None = option(None, "Features: a folder, a name in data_dir/FeatureData, or none.")
     media_dir: str | None = option(None, "Folder of pictures or videos; default: images or videos in data_dir.")
+    base: str | None = option(
+        None, "A model of ours, as english.yaml trains one: train_language is added to it, and it answers in English."
+    )
     num_frames: int = option(8, "Frames of each video, sampled uniformly.")
     source_language: str = option("en", "Language of the captions that exist.")
     target_language: str = option("gl", "Language of the searches.")
@@ -178,7 +182,10 @@ class Experiment:
         self.rows = self.dataset if self.media == "visual_feats" else self.dataset.remove_columns(self.media)
         if self.media == "visual_feats" and model.vision_encoder == "none" and model.visual_feat_dim is None:
             model.visual_feat_dim = self.dataset["train"][0]["visual_feats"].shape[-1]
+        if script.base is not None:
+            split_seed(script.base, script.split_seed)  # an error where it was trained on other pictures
         self.encoders: NrccrModel | None = None
+        self.english: NrccrTrainer | None = None  # that holds the base
         self.caches: dict[tuple, FeatureCache] = {}  # by what of the text is cached
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
@@ -245,6 +252,13 @@ class Experiment:
     def load_video(self, video) -> list:
         return read_frames(video, self.script.num_frames)
 
+    def base(self) -> NrccrTrainer:
+        """Of `base` as it is, to be asked in English and to teach."""
+        args = copy(self.args)
+        args.train_language, args.trained_text_layers = None, 0
+        self.english = self.trainer(args)
+        return self.english
+
     def train(self, name: str, **changes) -> NrccrTrainer:
         """A trained model, the best on validation; `changes` to the training arguments."""
         directory = Path(f"{self.args.output_dir}-checkpoints", name)
@@ -256,7 +270,12 @@ class Experiment:
         return trainer
 
     def build(self, args: NrccrTrainingArguments) -> tuple[NrccrModel, NrccrProcessor]:
-        """New heads, drawn from the seed, over encoders that are loaded once; a copy of them where they train."""
+        """New heads, drawn from the seed, over encoders that are loaded once; a copy of them where they train. With
+        `base` its own."""
+        if self.script.base is not None:
+            model, processor = load_model(self.script.base)
+            set_seed(args.seed)
+            return self.with_language(model, args), processor
         if self.encoders is None:
             self.encoders, _ = self.model.build()
         frozen = args.trained_text_layers == 0 and not args.train_vision_tower
@@ -264,10 +283,14 @@ class Experiment:
         encoders = self.encoders if frozen else deepcopy(self.encoders)
         set_seed(args.seed)
         model, processor = self.model.build(encoders)
-        if args.train_language is not None:
-            model.add_language(args.train_language, **self.model.adapter_settings())
-            return model.train_language(args.train_language).to(args.device), processor
-        return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device), processor
+        return self.with_language(model, args), processor
+
+    def with_language(self, model: NrccrModel, args: NrccrTrainingArguments) -> NrccrModel:
+        """With the adapter of `args.train_language`, which alone is then trained; on its device."""
+        if args.train_language is None:
+            return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device)
+        model.add_language(args.train_language, **self.model.adapter_settings())
+        return model.train_language(args.train_language).to(args.device)
 
     def trainer(self, args: NrccrTrainingArguments, **kwargs) -> NrccrTrainer:
         model, processor = self.build(args)
@@ -278,6 +301,8 @@ class Experiment:
         )
         rows = self.rows if cached else self.dataset
         train = rows["train"].to_list() + self.lexicon if self.lexicon else rows["train"]
+        if self.english is not None and args.text_only:  # else every step embeds the source captions again
+            train = teach([dict(row) for row in train], self.english.model, self.english.data_collator.processor)
         return NrccrTrainer(model, args, train, rows["validation"], processor, collator, **kwargs)
 
     def checkpoint(self, directory: Path) -> str | None:
@@ -368,7 +393,7 @@ def main(arguments: list[str] | None = None):
     baselines = {}
     if script.baselines:
         # English captions alone; validation has human English captions, as a team with English data would
-        english = experiment.train(
+        english = experiment.base() if script.base else experiment.train(
             "english_only",
             target_triplet_loss_weight=0.0, target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0,
             feature_distillation_loss_weight=0.0, back_translation_loss_weight=0.0, adversarial_loss_weight=0.0,

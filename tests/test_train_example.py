@@ -124,6 +124,36 @@ def test_the_cards_snippet_runs(published, tmp_path):
     assert -1 <= float(result.stdout.strip().splitlines()[-1]) <= 1
 
 
+def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
+    flags = {
+        "base": published, "text_encoder": encoders / "t", "vision_encoder": encoders / "v", "train_language": "gl",
+        "adapter_kind": "lora", "adapter_layers": 2, "adapter_rank": 2, "text_only": True,
+        "output_dir": tmp_path / "gl",
+        "contrastive_loss_weight": 0, "target_contrastive_loss_weight": 0, "distillation_loss_weight": 0,
+        "feature_distillation_loss_weight": 1, "num_train_epochs": 2, "per_device_train_batch_size": 10,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "search_page": "none", "disable_tqdm": True,
+    }  # fmt: skip
+    arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        train.main(arguments)
+        with pytest.raises(ValueError, match="was trained with split seed 0"):
+            train.main([*arguments, "--split_seed", "1"])
+        with pytest.raises(ValueError, match="has no pictures: set text_only"):
+            patch.setattr(train, "lexicon_rows", lambda *args: toy_dataset()["train"].to_list())
+            train.main([*arguments, "--lexicon", "wordnet:9", "--text_only", "false"])
+    base, model = AutoModel.from_pretrained(published).eval(), AutoModel.from_pretrained(tmp_path / "gl").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "gl")
+    inputs = processor(text=["o left red"], return_tensors="pt")
+    assert model.language == "gl"
+    with torch.no_grad():
+        before, english = (m.get_text_features(**inputs, languages=[None]).pooler_output for m in (base, model))
+        target = model.get_text_features(**inputs).pooler_output
+    assert torch.equal(before, english) and not torch.allclose(target, english, atol=1e-4)
+    report = json.loads((tmp_path / "gl/metrics.json").read_text())
+    assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
+
+
 def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders):
     flags = ["--text_encoder", str(encoders / "t"), "--vision_encoder", str(encoders / "v"), "--overwrite", "false"]
     with pytest.MonkeyPatch.context() as patch:
