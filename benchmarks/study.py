@@ -44,7 +44,7 @@ class Row:
         learns_from: Languages, each with its translators, whose training captions stand where the target language's
             would: transfer.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
-        seeds, languages: Its own, where they are fewer than the study's.
+        conditions, seeds, languages: Its own, where they are fewer than the study's.
     """
 
     label: str
@@ -57,6 +57,7 @@ class Row:
     english_text_only: bool = False
     learns_from: dict[str, str] | None = None
     tuned_as: str | None = None
+    conditions: list[str] | None = None
     seeds: list[int] | None = None
     languages: list[str] | None = None
 
@@ -123,7 +124,8 @@ class Study:
         for name, row in self.rows.items():
             seeds = self.seeds if row.seeds is None else row.seeds
             languages = self.languages if row.languages is None else row.languages
-            for place in itertools.product(self.conditions, languages, self.split_seeds, seeds):
+            conditions = self.conditions if row.conditions is None else row.conditions
+            for place in itertools.product(conditions, languages, self.split_seeds, seeds):
                 yield Run(*place, name)
 
     def path(self, run: Run) -> Path:

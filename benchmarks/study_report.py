@@ -140,11 +140,9 @@ def curves_table(study: Study) -> str:
     report, (language,) = summary(study), study.languages
     lines = []
     for row, spec in study.rows.items():
-        cells = [
-            interval(find(report["rows"], condition=c, language=language, row=row, gallery="all", query="target")[0])
-            for c in study.conditions
-        ]
-        lines.append([spec.label, *cells])
+        place = {"language": language, "row": row, "gallery": "all", "query": "target"}
+        cells = [find(report["rows"], condition=condition, **place) for condition in study.conditions]
+        lines.append([spec.label, *(interval(cell[0]) if cell else "–" for cell in cells)])
     return markdown(["SumR at noise", *study.conditions], lines)
 
 
@@ -177,29 +175,27 @@ def results(study: Study) -> str:
     )
 
 
-def languages_results(study: Study) -> str:
+def by_language(study: Study) -> str:
     """README's table of what adding a language gives: a column a language."""
     report = summary(study)
     lines = []
     for label, row, query in (
         ("the base, asked in the language", "english_only", "target"),
-        ("the base, asked the query's machine translation", "english_only", "translated"),
-        ("the language added, from text alone", "text_only", "target"),
-        ("the same, fused with the translation", "text_only", "fused"),
-        ("the language added, with the captions' image embeddings (the command above)", "ours", "target"),
-        ("the same, fused with the translation", "ours", "fused"),
-        ("sentence-transformers' `EmbedDistillLoss`", "embed_distill", "target"),
-        ("M2M (English text only)", "m2m", "target"),
-        ("human captions in the place of machine translation", "human", "target"),
-        ("(for comparison) the base, human English query, before and after", "ours", "english"),
+        ("**the base, asked the query's machine translation**", "english_only", "translated"),
+        ("a new model, trained on captions and their translations (MT, plain)", "mt_plain", "target"),
+        ("the language added: linear adapter, seconds", "linear", "target"),
+        ("**the language added: recommended recipe, minutes**", "recipe", "target"),
+        ("**the same, fused with the translation**", "recipe", "fused"),
+        ("a new model, trained on human captions (upper bound)", "human", "target"),
+        ("(for comparison) the base, human English query, before and after", "recipe", "english"),
     ):
         place = {"condition": next(iter(study.conditions)), "row": row, "query": query, "gallery": "all"}
         values = [interval(find(report["rows"], language=name, **place)[0]) for name in study.languages]
         lines.append([label, *values])
     names = [LANGUAGES.get(language, language) for language in study.languages]
     return (
-        f"Human queries, {len(study.split_seeds)} splits x {len(study.seeds)} training seeds, SumR over all pictures "
-        "with its 95 % interval.\n\n" + markdown(["", *names], lines)
+        f"Human queries, {len(study.split_seeds)} splits, SumR over all pictures with its 95 % interval.\n\n"
+        + markdown(["", *names], lines)
     )
 
 
@@ -243,27 +239,59 @@ def figures():
     report, (language,) = summary(study), study.languages
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for (row, spec), marker in zip(study.rows.items(), "osD^v"):
-        values = [
-            find(report["rows"], condition=c, language=language, row=row, gallery="all", query="target")[0]
-            for c in study.conditions
-        ]
+        values = find(report["rows"], language=language, row=row, gallery="all", query="target")
         reach = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
-        rates = [float(condition) for condition in study.conditions]
+        rates = [float(value["condition"]) for value in values]
         axes.errorbar(rates, [v["mean"] for v in values], yerr=reach, marker=marker, capsize=3, label=spec.label)
     axes.set_xlabel("rate of mixed translation noise (synthetic scenes, Czech)")
     axes.set_ylabel("SumR of clean Czech queries, 95 % interval")
-    axes.set_xticks(rates)
+    axes.set_xticks([float(condition) for condition in study.conditions])
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, "study_scenes")
+    few_figure(plt, save)
+
+
+def few_figure(plt, save):
+    """docs/study_few: SumR against the number of human captions, beside machine translation and alone."""
+    study = Study(STUDIES / "few.yaml")
+    report, counts = summary(study), [25, 100, 400, 1350]
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    place = {"language": study.languages[0], "gallery": "all", "query": "target"}
+    for kind, label, marker in (
+        ("mt", "beside machine translation", "o"),
+        ("human", "alone", "s"),
+    ):
+        rows = [find(report["rows"], row=f"{kind}_{count}", **place)[0] for count in ("25", "100", "400", "all")]
+        reach = [[v["mean"] - v["low"] for v in rows], [v["high"] - v["mean"] for v in rows]]
+        axes.errorbar(counts, [v["mean"] for v in rows], yerr=reach, marker=marker, capsize=3, label=label)
+    for name, row, query in (
+        ("machine translation alone", "mt_0", "target"),
+        ("English only, translated query", "english_only", "translated"),
+        ("English only", "english_only", "target"),
+    ):
+        value = find(report["rows"], row=row, **(place | {"query": query}))[0]["mean"]
+        axes.axhline(value, linestyle=":", color="#8a8a8a")
+        axes.annotate(name, (25, value), xytext=(0, 3), textcoords="offset points", fontsize=8, color="#555555")
+    axes.set_xscale("log")
+    axes.set_xticks(counts, ["25", "100", "400", "all (about 1,390)"])
+    axes.minorticks_off()
+    axes.set_xlabel("human Galician captions in training")
+    axes.set_ylabel("SumR of human Galician queries, 95 % interval")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    save(figure, "study_few")
 
 
 def blocks() -> dict[Path, dict[str, str]]:
-    real, scenes = Study(STUDIES / "real.yaml"), Study(STUDIES / "scenes.yaml")
-    languages = Study(STUDIES / "languages.yaml")
-    page = {"study real": tables(real), "study scenes": curves_table(scenes) + "\n" + settings_table(scenes)}
-    page["study languages"] = tables(languages)
-    return {PAGE: page, README: {"study": results(real), "study languages": languages_results(languages)}}
+    names = ("real", "scenes", "languages", "screen", "czech", "recommended", "few")
+    studies = {name: Study(STUDIES / f"{name}.yaml") for name in names}
+    page = {f"study {name}": tables(study) for name, study in studies.items()}
+    page["study scenes"] = curves_table(studies["scenes"]) + "\n" + settings_table(studies["scenes"])
+    return {
+        PAGE: page,
+        README: {"study": results(studies["real"]), "study recommended": by_language(studies["recommended"])},
+    }
 
 
 def main():

@@ -52,6 +52,8 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
         rows = rows | {"the same, trained on human {target_language} captions".format(**settings): human}
     if machine_translated := settings["target"] != "human":
         origin = f"machine translation by {settings['translator']}"
+        if count := settings.get("human_captions"):
+            origin += f" and {'all' if count < 0 else count} human captions"
     references = {
         "english_only": f"a model of {names['source']} captions alone, asked in {names['target']}",
         "translated_query": "the same asked in machine translation",

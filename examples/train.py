@@ -28,6 +28,7 @@ from arguments import option, parse_fields
 from atomic import write_file
 from card import training_settings, write_model_card
 from data import find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
+from datasets import DatasetDict, concatenate_datasets
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source, split_seed
 from search import load_model
@@ -46,6 +47,7 @@ from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
+from modeling_nrccr.translation import Translator
 
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -74,6 +76,7 @@ class ScriptArguments:
         "none", "Words to translate and train on beside the captions, of text_only: wordnet:5000, or a file; or none."
     )
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
+    human_captions: int = option(0, "So many human target captions beside the translated ones, or alone; -1: all.")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
     feature_cache_dir: str | None = option(None, "Folder that keeps what frozen encoders give, for later runs.")
@@ -163,12 +166,9 @@ class Experiment:
     def __init__(self, script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments):
         self.script, self.model, self.args = script, model, args
         with PartialState().main_process_first():
-            self.dataset, self.translator = load_translated_dataset(
-                script.dataset, script.source_language, script.target_language, script.split_seed, script.target,
-                script.translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
-                missing="error" if script.strict else "skip",
-                dataset_options=json.loads(script.dataset_options or "{}"),
-            )  # fmt: skip
+            self.dataset, self.translator = self.load(script.target, script.translator)
+            if script.human_captions:
+                self.add_human_captions(script.human_captions)
             languages = (script.source_language, script.target_language)
             self.lexicon = []
             if script.lexicon != "none":
@@ -187,6 +187,26 @@ class Experiment:
         self.encoders: NrccrModel | None = None
         self.english: NrccrTrainer | None = None  # that holds the base
         self.caches: dict[tuple, FeatureCache] = {}  # by what of the text is cached
+
+    def load(self, target: str, translator: str) -> tuple[DatasetDict, Translator]:
+        script = self.script
+        return load_translated_dataset(
+            script.dataset, script.source_language, script.target_language, script.split_seed, target,
+            translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
+            missing="error" if script.strict else "skip",
+            dataset_options=json.loads(script.dataset_options or "{}"),
+        )  # fmt: skip
+
+    def add_human_captions(self, count: int):
+        """Of so many training captions (-1: all), drawn by the split seed, the human target caption; beside the
+        translated ones, or with `target="human"` alone."""
+        rows = self.load("human", self.script.translator.split(",")[0])[0]["train"]
+        if count > len(rows):
+            raise ValueError(f"human_captions={count}, but there are {len(rows)}: -1 takes all")
+        if count >= 0:
+            rows = rows.select(random.Random(self.script.split_seed).sample(range(len(rows)), count))
+        beside = [] if self.script.target == "human" else [self.dataset["train"]]
+        self.dataset["train"] = concatenate_datasets([*beside, rows])
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
         """Of all splits; the first process of each machine computes them, the others read what it wrote."""
@@ -432,6 +452,7 @@ def main(arguments: list[str] | None = None):
             "target_language": script.target_language,
             "translator": experiment.translator.name,
             "target": script.target,
+            "human_captions": script.human_captions,
             "queries": query_origin(experiment.rows["test"]),
             "seed": args.seed,
             "split_seed": script.split_seed,

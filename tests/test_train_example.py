@@ -154,6 +154,23 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
     assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
 
 
+@pytest.mark.parametrize("target, count, rows", [("translated", 5, 45), ("translated", -1, 80), ("human", 5, 5)])
+def test_some_human_captions(target, count, rows, monkeypatch):
+    def load(*args, **kwargs):
+        dataset = toy_dataset()
+        human = [f"{args[4]} {caption}" for caption in dataset["train"]["target_caption"]]
+        dataset["train"] = dataset["train"].remove_columns("target_caption").add_column("target_caption", human)
+        return dataset, Engine()
+
+    monkeypatch.setattr(train, "load_translated_dataset", load)
+    parsed = train.parse_arguments(["--target", target, "--human_captions", str(count)])
+    captions = train.Experiment(*parsed).rows["train"]["target_caption"]
+    assert len(captions) == rows
+    assert sum(caption.startswith("human") for caption in captions) == (count if count > 0 else 40)
+    with pytest.raises(ValueError, match="human_captions=41, but there are 40"):
+        train.Experiment(*train.parse_arguments(["--human_captions", "41"]))
+
+
 def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders):
     flags = ["--text_encoder", str(encoders / "t"), "--vision_encoder", str(encoders / "v"), "--overwrite", "false"]
     with pytest.MonkeyPatch.context() as patch:
