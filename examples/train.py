@@ -81,6 +81,7 @@ class ScriptArguments:
     baselines: bool = option(True, "Trains and tests the English-only model too.")
     feature_cache_dir: str | None = option(None, "Folder that keeps what frozen encoders give, for later runs.")
     search_page: str = option("all", "Pictures on search.html and search.png: all, none, or of one source: emoji.")
+    note: str = option("", "Of the model's card: why this translator.")
     strict: bool = option(False, "A picture or video that cannot be read is an error; default: left out, and listed.")
     overwrite: bool = option(False, "Replaces the checkpoints of an earlier run in the same output_dir.")
 
@@ -453,6 +454,10 @@ def main(arguments: list[str] | None = None):
             "translator": experiment.translator.name,
             "target": script.target,
             "human_captions": script.human_captions,
+            "lexicon": script.lexicon,
+            "base": script.base and Path(script.base).name,
+            "adapter": model_arguments.adapter_settings() if args.train_language else None,
+            "note": script.note,
             "queries": query_origin(experiment.rows["test"]),
             "seed": args.seed,
             "split_seed": script.split_seed,

@@ -24,7 +24,17 @@ def test_every_file_and_flag_that_the_readme_names_exists():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"(?:examples|docs|modeling_nrccr|benchmarks|\.ci)/[\w./-]+", text):
         assert (ROOT / path.rstrip(".")).exists(), path
-    for script in {"train", "search", "evaluate_retrieval", "translate", "noise_report"}:
+    for script in {
+        "train",
+        "search",
+        "evaluate_retrieval",
+        "translate",
+        "noise_report",
+        "mteb_eval",
+        "push_to_hub",
+        "serve",
+        "export_onnx",
+    }:
         flags = {flag for line in re.findall(rf"{script}\.py[^\n#]*", text) for flag in re.findall(r"--[a-z_]+", line)}
         source = "".join((ROOT / f"examples/{name}.py").read_text() for name in {script, "train"})
         source += (ROOT / "modeling_nrccr/training_args.py").read_text() + "--help"
@@ -41,6 +51,9 @@ def test_the_package_imports_without_any_extra():
         "sentence_transformers",
         "av",
         "sacrebleu",
+        "mteb",
+        "fastapi",
+        "onnxruntime",
         "py3langid",
         "ctranslate2",
     }  # transformers imports sentencepiece
