@@ -31,10 +31,18 @@ from transformers import set_seed
 from datasets_scripts.caption_files import read_records
 from datasets_scripts.debian import FetchError
 from datasets_scripts.splits import group_key, split_of
-from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrTrainer, NrccrTrainingArguments
+from modeling_nrccr import (
+    FeatureCache,
+    NrccrLoss,
+    NrccrModel,
+    NrccrProcessor,
+    NrccrTrainer,
+    NrccrTrainingArguments,
+)
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
+from modeling_nrccr.feature_cache import fingerprint
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import load_image
@@ -44,6 +52,7 @@ from modeling_nrccr.translation import TranslationError
 CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
 HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those captions are all of one side
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
+TEXT_SIDE_EPOCHS = 60
 FEWEST = 200  # captions, below which a language is not worth a file
 
 
@@ -69,7 +78,7 @@ class LanguageArguments:
     center: bool = option(True, "Moves the language's mean state to that of the captions.")
     noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
     rank: int = option(64, "Of bottleneck, dynamic and lora.")
-    layers: int = option(2, "Layers that lora is in.")
+    layers: int = option(2, "Top layers that lora is in; -1: all.")
 
     def adapter_settings(self) -> dict:
         return {name: getattr(self, name) for name in NrccrLanguageAdapter.SETTINGS}
@@ -136,6 +145,14 @@ def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[d
     if script.lexicon != "none":
         splits["train"] += lexicon_rows(script.lexicon, *pairs[0], script.translator, script.data_dir)
     return splits, ", ".join(names)
+
+
+def run_fingerprint(script: LanguageArguments, args: NrccrTrainingArguments, rows: dict[str, list[dict]]) -> str:
+    """Of what is trained on what: another recipe or other captions are no continuation."""
+    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "text_only")
+    recipe = [getattr(args, name) for name in names] + [NrccrLoss.from_arguments(args).settings]
+    texts = [(row["source_caption"], row["target_caption"]) for part in rows.values() for row in part]
+    return fingerprint(script.base, script.text_encoder, script.adapter_settings(), recipe, texts)
 
 
 def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainingArguments) -> NrccrTrainer:
@@ -214,7 +231,7 @@ def main(arguments: list[str] | None = None):
         raise ValueError(f"no rivals {', '.join(sorted(unknown))}: all, none, or some of {', '.join(RIVALS)}")
     output, language = Path(args.output_dir), script.target_language
     work = Path(f"{output}-checkpoints")
-    args.output_dir, args.train_language = str(work / "language"), language
+    args.train_language = language
 
     examined = []
     if script.dataset:
@@ -237,6 +254,7 @@ def main(arguments: list[str] | None = None):
     print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
 
     base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
+    base.to(args.device)
     if not args.text_only:
         embeds = embed_pictures(captions, load, base, base_processor, work)
         for row in itertools.chain(*rows.values()):
@@ -249,6 +267,7 @@ def main(arguments: list[str] | None = None):
     set_seed(args.seed)
     model.add_language(language, **script.adapter_settings())
     cache = frozen_cache(model.train_language(language), processor, rows["train"] + rows["validation"], work)
+    args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
     trainer = train(model, cache, rows, args)
     model.eval().save_language(language, output)
 
@@ -288,7 +307,9 @@ def new_text_side(script, base, base_processor, rows, args, work: Path, output: 
     cache = frozen_cache(model, processor, english["train"] + english["validation"], work)
     own = distillation_arguments(args, feature_distillation_loss_weight=1.0, train_visual_head=False)
     own.output_dir = str(work / "text_side")
+    own.num_train_epochs = max(own.num_train_epochs, TEXT_SIDE_EPOCHS)  # on cached states; a recipe for LoRA has few
     train(model, cache, english, own)
+    model.to(args.device)
     model.config.dual_encoder = {"name": str(output / "model"), "revision": None}
     model.eval().save_pretrained(output / "model")
     processor.save_pretrained(output / "model")
@@ -308,13 +329,14 @@ def rival(name: str, base: NrccrModel, processor, language: str, rows: dict, arg
 
 def read_me(report: dict, script: LanguageArguments, output: Path) -> str:
     table = format_markdown(report["found"]) if report["found"] else ""
+    loaded = output / "model" if script.text_encoder else report["base"]["name"]
     return f"""# {report["language"]} for {report["base"]["name"]}
 
 Learned from {report["captions"]:,} captions ({script.source_language}) and machine translation by
 {report["translator"]}; the picture side is as it was, and so is every index.
 
 ```python
-model = NrccrModel.from_dual_encoder("{report["base"]["name"]}").eval()
+model = NrccrModel.from_dual_encoder("{loaded}").eval()
 model.load_language("{report["language"]}", "{output}")
 model.set_language("{report["language"]}")
 ```

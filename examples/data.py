@@ -296,7 +296,8 @@ def plain(text: str) -> str:
 
 def teach(rows: list[dict], base: NrccrModel, processor) -> list[dict]:
     """Gives each row the base's embedding of its source caption, as `teacher_text_embeds`; returns them."""
-    embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
+    with base.using_language(None):  # a base may speak another language by default
+        embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
     for row, embed in zip(rows, embeds, strict=True):
         row["teacher_text_embeds"] = embed
     return rows

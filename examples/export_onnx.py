@@ -416,7 +416,12 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (ValueError, OSError, FetchError) as error:  # what a user can put right: a line without a traceback
+    except (
+        ValueError,
+        OSError,
+        ImportError,
+        FetchError,
+    ) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 from search_page import QueryRow, Result, draw_sheet, save_png
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from datasets_scripts.videos import read_frames
-from modeling_nrccr import Hit, NrccrModel, NrccrProcessor, NrccrRetriever
+from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.processing_nrccr import load_image
 
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None):
 def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
     """A trained model, ready to encode, and its processor. Raises ValueError where there is none."""
     try:
+        if AutoConfig.from_pretrained(name).model_type != NrccrConfig.model_type:  # CLIP, SigLIP 2, ...
+            return NrccrModel.from_dual_encoder(name).eval(), NrccrProcessor.from_dual_encoder(name)
         return NrccrModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
     except OSError as error:
         raise not_loaded(name, error) from error

@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         service = load_service(args)
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
+    except (ValueError, OSError, ImportError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
     uvicorn.run(build_app(service), host=args.host, port=args.port)
 

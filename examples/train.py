@@ -124,7 +124,7 @@ class ModelArguments:
     adapter_center: bool = option(True, "Moves the language's mean state to the source language's.")
     adapter_noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
     adapter_rank: int = option(64, "Of bottleneck, dynamic and lora.")
-    adapter_layers: int = option(2, "Layers that lora is in.")
+    adapter_layers: int = option(2, "Top layers that lora is in; -1: all.")
 
     def adapter_settings(self) -> dict:
         return {name: getattr(self, f"adapter_{name}") for name in NrccrLanguageAdapter.SETTINGS}
@@ -278,6 +278,7 @@ class Experiment:
         args = copy(self.args)
         args.train_language, args.trained_text_layers = None, 0
         self.english = self.trainer(args)
+        self.english.model.set_language(None)
         return self.english
 
     def train(self, name: str, **changes) -> NrccrTrainer:
@@ -407,6 +408,11 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
 def main(arguments: list[str] | None = None):
     script, model_arguments, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     args.check_processes()  # before anything is fetched
+    if args.train_language not in (None, script.target_language) or (args.train_language and script.base is None):
+        raise ValueError(
+            f"train_language={args.train_language!r} with target_language={script.target_language!r} and "
+            f"base={script.base!r}: name one language in both, and the model that it is added to"
+        )
     start = time.perf_counter()
     experiment = Experiment(script, model_arguments, args)
     fetched = time.perf_counter() - start

@@ -31,6 +31,7 @@ class Family:
     lower_case: bool = False
 
 
+GEMMA_VOCABULARY = 256_000
 FAMILIES = {
     # pooled: the token that ends the text, the last one that is no padding
     "clip": Family(),
@@ -84,9 +85,11 @@ def text_rules(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields of `NrccrProcessor` that read texts as the dual encoder was trained to."""
     family, text = family_of(config), config.text_config
     positions = text.max_position_embeddings - (2 if config.model_type == "altclip" else 0)  # RoBERTa's start at 2
+    # SigLIP 2 of fixed size says that it is "siglip"; its tokenizer is Gemma's, whose vocabulary has this size
+    lower_case = family.lower_case or (config.model_type == "siglip" and text.vocab_size == GEMMA_VOCABULARY)
     return {
         "text_prefix": family.text_prefix,
-        "lower_case": family.lower_case,
+        "lower_case": lower_case,
         "text_padding": "max_length" if family.fixed_length else "longest",
         "max_text_length": min(positions, 512),
     }

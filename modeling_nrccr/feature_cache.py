@@ -103,7 +103,8 @@ class FeatureCache:
 
     def boundary_states(self, captions: list[str]) -> list[torch.Tensor]:
         inputs = self.processor(text=captions, return_tensors="pt").to(self.model.device)
-        states = self.model.text_tower.at_boundary(inputs["input_ids"], inputs["attention_mask"])
+        with self.model.lora(None):  # of the encoder alone: what languages add comes above the boundary
+            states = self.model.text_tower.at_boundary(inputs["input_ids"], inputs["attention_mask"])
         if self.pooling:
             return list(pool(states, inputs["attention_mask"], self.pooling).unsqueeze(1))
         return [row[mask.bool()] for row, mask in zip(states, inputs["attention_mask"])]

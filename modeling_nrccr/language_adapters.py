@@ -23,7 +23,7 @@ class NrccrLanguageAdapter(nn.Module):
         center (`bool`): Training begins by moving the language's mean state to the base language's.
         noise (`float`): In training, Gaussian noise on the states, in units of their standard deviation.
         rank (`int`): Width of the bottleneck, of the dynamic matrix, or rank of LoRA.
-        layers (`int`): How many of the encoder's top layers have LoRA.
+        layers (`int`): How many of the encoder's top layers have LoRA; -1: all.
     """
 
     SETTINGS = ("kind", "center", "noise", "rank", "layers")

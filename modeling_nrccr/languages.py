@@ -54,6 +54,8 @@ class NrccrLanguagesMixin:
         the language had."""
         if not language or "." in language:
             raise ValueError(f"a language is a code such as 'gl' or 'pt-BR', not {language!r}")
+        if hasattr(nn.ModuleDict, language):  # Tongan
+            raise ValueError(f"{language!r} is a name that torch keeps for itself: take another code, such as 'ton'")
         self.remove_language(language)
         adapter = NrccrLanguageAdapter(self.text_head.output_size, **settings)
         adapter.reset()
@@ -142,6 +144,8 @@ class NrccrLanguagesMixin:
         peft, _ = load_peft()
         parent, name = self.text_tower.layer_list()
         layers = getattr(parent, name)
+        if adapter.layers == -1:
+            adapter.layers = len(layers)
         if not 0 < adapter.layers <= len(layers):
             raise ValueError(f"layers={adapter.layers}, but the text encoder has {len(layers)}")
         top = set(layers[len(layers) - adapter.layers :].modules())

@@ -188,3 +188,30 @@ def test_agreement_weights_are_zero_for_the_unrelated():
     back = source[[0, 1, 3, 2]]  # two went wrong
     weights = agreement_weights(source, back)
     assert weights[:2].min() > 0.9 and weights[2:].max() == 0
+
+
+def test_another_language_inside_the_encoder_touches_neither_cache_nor_teacher(tmp_path, word_processor):
+    from data import teach
+
+    from modeling_nrccr import FeatureCache
+
+    model, rows = base(), toy_rows(24)
+    expected = teach([dict(row) for row in rows], model, word_processor)
+    plain = FeatureCache(model.set_trained_layers(0), word_processor)
+    plain.add_texts(CAPTIONS)
+    model.add_language("xx", kind="lora", rank=3, layers=-1)
+    assert model.adapter("xx").layers == 3 and model.config.languages["xx"]["layers"] == 3
+    with torch.no_grad():
+        for parameter in model.language_weights("xx").values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model.set_language("xx")  # as a model that was saved so is loaded
+    taught = teach([dict(row) for row in rows], model, word_processor)
+    for row, other in zip(taught, expected):
+        torch.testing.assert_close(row["teacher_text_embeds"], other["teacher_text_embeds"], atol=1e-6, rtol=0)
+    model.add_language("yy")
+    cache = FeatureCache(model.train_language("yy"), word_processor)
+    cache.add_texts(CAPTIONS)
+    for caption in CAPTIONS:
+        torch.testing.assert_close(cache.texts[caption], plain.texts[caption], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="take another code"):
+        model.add_language("to")
