@@ -286,7 +286,7 @@ def few_figure(plt, save):
 def blocks() -> dict[Path, dict[str, str]]:
     names = ("real", "scenes", "languages", "screen", "czech", "recommended", "few")
     studies = {name: Study(STUDIES / f"{name}.yaml") for name in names}
-    page = {f"study {name}": tables(study) for name, study in studies.items()}
+    page = {f"study {name}": tables(study) for name, study in studies.items() if name != "scenes"}
     page["study scenes"] = curves_table(studies["scenes"]) + "\n" + settings_table(studies["scenes"])
     return {
         PAGE: page,

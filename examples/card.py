@@ -49,7 +49,8 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
     names = {side: language_name(settings[f"{side}_language"]) for side in ("source", "target")}
     human, origin = human_captions(settings, output_dir), "captions that people wrote"
     if human:
-        rows = rows | {"the same, trained on human {target_language} captions".format(**settings): human}
+        what = "a linear adapter" if settings.get("adapter") else "the same"  # as that study has it
+        rows = rows | {f"{what}, trained on human {settings['target_language']} captions": human}
     if machine_translated := settings["target"] != "human":
         origin = f"machine translation by {settings['translator']}"
         if count := settings.get("human_captions"):
@@ -150,7 +151,8 @@ def human_captions(settings: dict, output_dir: Path) -> dict[str, float] | None:
 
 def noise_of(settings: dict) -> str:
     """What is known of a translator's errors, from `docs/translation.json`."""
-    pair = "{translator} {source_language}-{target_language}".format(**settings)
+    # of a dictionary the name says which: dictionary-freedict-eng-ces
+    pair = "{} {source_language}-{target_language}".format(settings["translator"].partition("-")[0], **settings)
     measured = json.loads(NOISE.read_text(encoding="utf-8"))["pictures"].get(pair) if NOISE.is_file() else None
     if measured is None or measured["data"] != settings["dataset"] or measured["reference_chrf"] is None:
         return "Its errors on these captions were not measured; `examples/noise_report.py` does that."
