@@ -279,7 +279,7 @@ def few_figure(plt, save):
     axes.set_xlabel("human Galician captions in training")
     axes.set_ylabel("SumR of human Galician queries, 95 % interval")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     save(figure, "study_few")
 
 
