@@ -165,6 +165,6 @@ def test_a_dual_encoder_with_a_language_inside_its_layers(published, family, tmp
     processor = NrccrProcessor(PreTrainedTokenizerFast.from_pretrained(published), image_processor, max_text_length=9)
     sides = list_sides(model, processor, ["text", "image"])
     found = export(model, processor, sides, tmp_path / "onnx")
-    assert max(value["max_difference"] for value in found.values()) < 1e-5
+    assert max(value["max_difference"] for value in found.values()) < 1e-4
     model.set_language(None)
     assert compare(sides[0], OnnxModel(tmp_path / "onnx", model.config, sides))[0] > 1e-3
