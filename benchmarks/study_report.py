@@ -16,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from pages import fill  # noqa: E402
 from study import QUERIES, Study  # noqa: E402
+from table import markdown_table  # noqa: E402
 
 
 STUDIES = ROOT / "benchmarks/studies"
@@ -38,6 +39,11 @@ def interval(value: dict) -> str:
     return f"{value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
 
 
+def reach(values: list[dict]) -> list[list[float]]:
+    """Of error bars: how far each interval goes below its mean, and above."""
+    return [[value["mean"] - value["low"] for value in values], [value["high"] - value["mean"] for value in values]]
+
+
 def find(entries: list[dict], **place) -> list[dict]:
     return [entry for entry in entries if all(entry[key] == value for key, value in place.items())]
 
@@ -56,8 +62,7 @@ def side_name(study: Study, side: str, language: str) -> str:
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
-    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in ruled) + "\n"
+    return markdown_table(head, lines) + "\n"
 
 
 def rows_table(study: Study, report: dict, gallery: str, condition: str, language: str) -> str:
@@ -146,12 +151,22 @@ def curves_table(study: Study) -> str:
     return markdown(["SumR at noise", *study.conditions], lines)
 
 
+def asked_lines(study: Study, asked: tuple[tuple[str, str, str], ...], columns: list[dict]) -> list[list[str]]:
+    """README's lines, each a label, a row and a query, with an interval for each of `columns`: its language and
+    gallery."""
+    report, condition = summary(study), next(iter(study.conditions))
+    lines = []
+    for label, row, query in asked:
+        place = {"condition": condition, "row": row, "query": query}
+        lines.append([label, *(interval(find(report["rows"], **place, **column)[0]) for column in columns)])
+    return lines
+
+
 def results(study: Study) -> str:
     """README's table: the rows that answer what a user would ask first."""
-    report, language = summary(study), study.languages[0]
-    condition, name = next(iter(study.conditions)), LANGUAGES.get(language, language)
-    lines = []
-    for label, row, query in (
+    language = study.languages[0]
+    name = LANGUAGES.get(language, language)
+    asked = (
         ("English only", "english_only", "target"),
         ("translated query: English only, asked in machine-translated English", "english_only", "translated"),
         ("MT, plain", "mt_plain", "target"),
@@ -162,9 +177,8 @@ def results(study: Study) -> str:
         ("published recipe, frozen encoder", "published_frozen", "target"),
         ("human captions in training (upper bound)", "human", "target"),
         ("(for comparison) English only, human English query", "english_only", "english"),
-    ):
-        place = {"condition": condition, "language": language, "row": row, "query": query}
-        lines.append([label, *(interval(find(report["rows"], gallery=g, **place)[0]) for g in GALLERIES)])
+    )
+    lines = asked_lines(study, asked, [{"language": language, "gallery": gallery} for gallery in GALLERIES])
     runs = [study.load(run) for run in study.runs()]
     translator = runs[0]["translator"]
     head = ["SumR [95 % interval]", *GALLERIES.values()]
@@ -177,9 +191,7 @@ def results(study: Study) -> str:
 
 def by_language(study: Study) -> str:
     """README's table of what adding a language gives: a column a language."""
-    report = summary(study)
-    lines = []
-    for label, row, query in (
+    asked = (
         ("the base, asked in the language", "english_only", "target"),
         ("**the base, asked the query's machine translation**", "english_only", "translated"),
         ("a new model, trained on captions and their translations (MT, plain)", "mt_plain", "target"),
@@ -188,10 +200,8 @@ def by_language(study: Study) -> str:
         ("**the same, fused with the translation**", "recipe", "fused"),
         ("a new model, trained on human captions (upper bound)", "human", "target"),
         ("(for comparison) the base, human English query, before and after", "recipe", "english"),
-    ):
-        place = {"condition": next(iter(study.conditions)), "row": row, "query": query, "gallery": "all"}
-        values = [interval(find(report["rows"], language=name, **place)[0]) for name in study.languages]
-        lines.append([label, *values])
+    )
+    lines = asked_lines(study, asked, [{"language": language, "gallery": "all"} for language in study.languages])
     names = [LANGUAGES.get(language, language) for language in study.languages]
     return (
         f"Human queries, {len(study.split_seeds)} splits, SumR over all pictures with its 95 % interval.\n\n"
@@ -224,9 +234,9 @@ def figures():
         for at, row in enumerate(reversed(study.rows)):
             (value,) = find(report["rows"], row=row, query=query, gallery="all", **place)
             shift = {"target": 0.18, "translated": 0, "fused": -0.18}[query]
-            reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
             label = ASKED[query].format(language=name) if at == 0 else None
-            axes.errorbar(value["mean"], at + shift, xerr=reach, fmt=marker, color=colour, capsize=2, label=label)
+            style = {"fmt": marker, "color": colour, "capsize": 2, "label": label}
+            axes.errorbar(value["mean"], at + shift, xerr=reach([value]), **style)
     (baseline,) = find(report["rows"], row="english_only", query="translated", gallery="all", **place)
     axes.axvline(baseline["mean"], color="#8a8a8a", linestyle=":", label="translated query (English only)")
     axes.set_yticks(range(len(study.rows)), [study.rows[row].label for row in reversed(study.rows)])
@@ -240,9 +250,10 @@ def figures():
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for (row, spec), marker in zip(study.rows.items(), "osD^v"):
         values = find(report["rows"], language=language, row=row, gallery="all", query="target")
-        reach = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
         rates = [float(value["condition"]) for value in values]
-        axes.errorbar(rates, [v["mean"] for v in values], yerr=reach, marker=marker, capsize=3, label=spec.label)
+        axes.errorbar(
+            rates, [v["mean"] for v in values], yerr=reach(values), marker=marker, capsize=3, label=spec.label
+        )
     axes.set_xlabel("rate of mixed translation noise (synthetic scenes, Czech)")
     axes.set_ylabel("SumR of clean Czech queries, 95 % interval")
     axes.set_xticks([float(condition) for condition in study.conditions])
@@ -263,8 +274,7 @@ def few_figure(plt, save):
         ("human", "alone", "s"),
     ):
         rows = [find(report["rows"], row=f"{kind}_{count}", **place)[0] for count in ("25", "100", "400", "all")]
-        reach = [[v["mean"] - v["low"] for v in rows], [v["high"] - v["mean"] for v in rows]]
-        axes.errorbar(counts, [v["mean"] for v in rows], yerr=reach, marker=marker, capsize=3, label=label)
+        axes.errorbar(counts, [v["mean"] for v in rows], yerr=reach(rows), marker=marker, capsize=3, label=label)
     for name, row, query in (
         ("machine translation alone", "mt_0", "target"),
         ("English only, translated query", "english_only", "translated"),

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from arguments import option, parse_fields
 from atomic import write_file
-from data import lexicon_rows, load_caption_dataset, load_engine, teach
+from data import check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
 from transformers import set_seed
@@ -248,8 +248,7 @@ def main(arguments: list[str] | None = None):
         captions, load = read_captions(Path(script.captions)), load_image
     if script.eval:
         examined = read_eval(Path(script.eval))
-    if script.lexicon != "none" and not args.text_only:
-        raise ValueError(f"lexicon={script.lexicon!r} has no pictures: set text_only, or the lexicon to none")
+    check_lexicon(script.lexicon, args.text_only)
     rows, engines = training_rows(list(captions), script)
     print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
 

@@ -247,6 +247,12 @@ def load_translated_dataset(
     return dataset, engines[0]
 
 
+def check_lexicon(lexicon: str, text_only: bool):
+    """Raises ValueError for a lexicon where training reads pictures."""
+    if lexicon != "none" and not text_only:
+        raise ValueError(f"lexicon={lexicon!r} has no pictures: set text_only, or the lexicon to none")
+
+
 def lexicon_rows(
     lexicon: str, source_language: str, target_language: str, translator: str, data_dir: str | None = None
 ) -> list[dict]:

@@ -37,6 +37,7 @@ from data import load_caption_dataset
 from evaluate_retrieval import evaluate_dataset, split_seed
 from PIL import Image
 from search import load_with_languages
+from table import markdown_table
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -383,20 +384,21 @@ def format_report(report: dict) -> str:
     """As Markdown."""
     machine, versions = report["machine"], ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     head = ["", "MB", "one, ms", "32, ms", "largest difference", "lowest cosine"]
-    lines = ["| " + " | ".join(line) + " |" for line in (head, ["---", *["---:"] * 5])]
+    lines = []
     for row in report["rows"]:
         found = report["compared"].get(f"{row['side']}{SUFFIXES.get(row['engine'])}.onnx")
         found = [f"{found['max_difference']:.0e}", f"{found['min_cosine']:.4f}"] if found else ["", ""]
         numbers = [f"{row['megabytes']:.0f}", f"{row['ms_1']:.1f}", f"{row['ms_32']:.0f}"]
-        lines.append("| " + " | ".join([f"{row['side']}, {row['engine']}", *numbers, *found]) + " |")
-    lines.append(
+        lines.append([f"{row['side']}, {row['engine']}", *numbers, *found])
+    parts = [markdown_table(head, lines)]
+    parts.append(
         f"\n{machine['cpu']}, {machine['cores']} cores (load average {machine['load_average']}), "
         f"{machine['threads']} thread(s); {versions}."
     )
     if report["sum_recall"]:
         values = ", ".join(f"{engine} {value:.1f}" for engine, value in report["sum_recall"].items())
-        lines.append(f"SumR of {report['dataset']}, human {report['target']} queries: {values}.")
-    return "\n".join(lines)
+        parts.append(f"SumR of {report['dataset']}, human {report['target']} queries: {values}.")
+    return "\n".join(parts)
 
 
 def main(argv: list[str] | None = None):
@@ -416,12 +418,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     try:
         run(args)
-    except (
-        ValueError,
-        OSError,
-        ImportError,
-        FetchError,
-    ) as error:  # what a user can put right: a line without a traceback
+    except (ValueError, OSError, ImportError, FetchError) as error:  # what a user can put right: no traceback
         sys.exit(f"error: {error}")
 
 

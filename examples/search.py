@@ -42,23 +42,22 @@ def main(argv: list[str] | None = None):
 
 
 def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
-    """A trained model, ready to encode, and its processor. Raises ValueError where there is none."""
+    """A trained model, or another dual encoder (see `from_dual_encoder`), ready to encode, and its processor. Raises
+    ValueError where there is none."""
     try:
         if AutoConfig.from_pretrained(name).model_type != NrccrConfig.model_type:  # CLIP, SigLIP 2, ...
             return NrccrModel.from_dual_encoder(name).eval(), NrccrProcessor.from_dual_encoder(name)
         return NrccrModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
     except OSError as error:
-        raise not_loaded(name, error) from error
-
-
-def not_loaded(name: str, error: OSError) -> ValueError:
-    missing = "" if Path(name).is_dir() else "there is no such folder (`make demo` trains outputs/demo); as a hub id: "
-    return ValueError(f"Cannot load the model {name!r}: {missing}{str(error).splitlines()[0]}")
+        missing = (
+            "" if Path(name).is_dir() else "there is no such folder (`make demo` trains outputs/demo); as a hub id: "
+        )
+        raise ValueError(f"Cannot load the model {name!r}: {missing}{str(error).splitlines()[0]}") from error
 
 
 def load_with_languages(name: str, languages: list[str]) -> tuple[NrccrModel, NrccrProcessor]:
     """
-    A model (or a dual encoder, see `from_dual_encoder`) and its processor; the first of `languages` is the active one.
+    As `load_model`; the first of `languages` is the active one.
 
     Args:
         languages: `CODE=FOLDER` of what `save_language` wrote, or `CODE` of what the model has.
@@ -66,10 +65,7 @@ def load_with_languages(name: str, languages: list[str]) -> tuple[NrccrModel, Nr
     Raises:
         ValueError: where there is no model, for a language that is not there, or was made for another model.
     """
-    try:
-        model, processor = NrccrModel.from_dual_encoder(name).eval(), NrccrProcessor.from_dual_encoder(name)
-    except OSError as error:
-        raise not_loaded(name, error) from error
+    model, processor = load_model(name)
     for spec in reversed(languages):
         code, _, folder = spec.partition("=")
         if folder:

@@ -1,6 +1,6 @@
 """The table of retrieval metrics that the examples print."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
 METRICS = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "MedR": "median_rank", "mAP": "map"}
@@ -33,8 +33,14 @@ def format_markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
     """The recalls and SumR of the same rows as a Markdown table."""
     shown = [name for name in METRICS if name.startswith("R@")]
     head = ["", *(f"{way} {name}" for way in WAYS for name in shown), "SumR"]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    lines = []
     for name, metrics in rows.items():
         recalls = [metrics[f"{way}_{METRICS[metric]}"] for way in WAYS for metric in shown]
         lines.append([name, *(f"{value:.1f}" for value in recalls), f"{metrics['sum_recall']:.1f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(head, lines)
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Cells as a Markdown table, all columns but the first aligned to the right."""
+    ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in ruled)

@@ -27,7 +27,7 @@ from accelerate import PartialState
 from arguments import option, parse_fields
 from atomic import write_file
 from card import training_settings, write_model_card
-from data import find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
+from data import check_lexicon, find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
 from datasets import DatasetDict, concatenate_datasets
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source, split_seed
@@ -166,6 +166,7 @@ class Experiment:
 
     def __init__(self, script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments):
         self.script, self.model, self.args = script, model, args
+        check_lexicon(script.lexicon, args.text_only)
         with PartialState().main_process_first():
             self.dataset, self.translator = self.load(script.target, script.translator)
             if script.human_captions:
@@ -175,8 +176,6 @@ class Experiment:
             if script.lexicon != "none":
                 self.lexicon = lexicon_rows(script.lexicon, *languages, script.translator, script.data_dir)
                 print(f"lexicon: {len(self.lexicon):,} pairs of {script.lexicon}")
-        if self.lexicon and not args.text_only:
-            raise ValueError(f"lexicon={script.lexicon!r} has no pictures: set text_only, or the lexicon to none")
         columns = self.dataset["train"].column_names
         self.media = next(column for column in MEDIA_COLUMNS if column in columns)
         # what is cached; features come from their files as they are
