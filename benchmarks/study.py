@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -42,7 +43,9 @@ class Row:
         rival: Trained in its place: a function of examples/rivals.py.
         english_text_only: English captions stand where the target captions would, in training.
         learns_from: Languages, each with its translators, whose training captions stand where the target language's
-            would: transfer.
+            would, as many of each: transfer, or where the target language is one of them, several at once.
+        one_to_k: All the captions of a picture come in one batch (CCRK), which then has so many pictures.
+        trained_in: The only language that is trained in: in others the model of that run is asked.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
         conditions, seeds, languages: Its own, where they are fewer than the study's.
     """
@@ -56,6 +59,8 @@ class Row:
     rival: str | None = None
     english_text_only: bool = False
     learns_from: dict[str, str] | None = None
+    one_to_k: bool = False
+    trained_in: str | None = None
     tuned_as: str | None = None
     conditions: list[str] | None = None
     seeds: list[int] | None = None
@@ -143,8 +148,8 @@ class Study:
         """What the run changes in the study's `config`; a value may be a mapping, by language."""
         row = self.rows[run.row]
         point = self.grid[self.chosen(run.row) if run.point is None else run.point]
-        own = {"train_language": run.language} if row.adapter else {}
-        own |= {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
+        adapter = {"train_language": row.trained_in or run.language} if row.adapter else {}
+        own = adapter | {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
         settings = self.settings | point | row.settings | self.conditions[run.condition] | own
         return {key: value[run.language] if isinstance(value, dict) else value for key, value in settings.items()}
 
@@ -182,7 +187,8 @@ class Runner:
 
     def is_teacher(self, run: Run) -> bool:
         rows = self.study.rows.values()
-        return run.point is None and any(run.row in (row.teacher, row.start_from) for row in rows)
+        asked_elsewhere = self.study.rows[run.row].trained_in == run.language
+        return run.point is None and (asked_elsewhere or any(run.row in (row.teacher, row.start_from) for row in rows))
 
     def heads(self, run: Run) -> Path:
         return self.study.work / "heads" / f"{run.name}.safetensors"
@@ -218,30 +224,43 @@ class Runner:
         if row.teacher:
             teacher = self.trained(experiment, run, row.teacher)
         rows = {split: part.to_list() for split, part in experiment.rows.items()}  # read often: no Arrow in between
-        if row.learns_from:
-            rows["train"] = self.training_rows_of(row.learns_from, settings | fixed)
-        if row.adapter and row.rival is None:  # before there is a trainer: other arguments reset accelerate's state
-            rows["train"] = self.taught(experiment, run, row.start_from, rows["train"] + experiment.lexicon)
+        trained_here = row.trained_in in (None, run.language)
+        validation = rows["validation"]
+        if row.learns_from and trained_here:
+            rows["train"], validation = self.rows_of_languages(row, run, settings | fixed, validation)
+        elif row.adapter:
+            rows["train"] = rows["train"] + experiment.lexicon
+        if row.adapter and row.rival is None and trained_here:
+            # before there is a trainer: other arguments reset accelerate's state
+            rows["train"] = self.taught(experiment, run, row.start_from, rows["train"])
         trainer = experiment.trainer(args, teacher=teacher)
         self.encoders = experiment.encoders
-        if row.start_from:
-            weights = load_file(self.needed(run, row.start_from))
+        if row.start_from or not trained_here:
+            weights = load_file(self.needed(run, row.start_from if trained_here else run.row))
             weights = {k: v for k, v in weights.items() if not (row.new_text_side and k.startswith("text_"))}
             trainer.model.load_state_dict(weights, strict=False)
-        if row.learns_from:
-            trainer.data_collator.processor.add_texts(caption["target_caption"] for caption in rows["train"])
+        if row.learns_from and trained_here:
+            for part in (rows["train"], validation):
+                trainer.data_collator.processor.add_texts(caption["target_caption"] for caption in part)
         if row.english_text_only:
             rows["train"] = [row | {"target_caption": row["source_caption"]} for row in rows["train"]]
-        trainer.train_dataset, trainer.eval_dataset = rows["train"], rows["validation"]
+        trainer.train_dataset, trainer.eval_dataset = rows["train"], validation
+        if row.one_to_k:
+            groups = defaultdict(list)
+            for caption in rows["train"]:
+                groups[caption["image_id"]].append(caption)
+            trainer.train_dataset = list(groups.values())
         loaded = time.perf_counter()
         if row.rival:
             self.train_rival(row.rival, trainer, rows)
-        else:
+        elif trained_here:
             trainer.train()
         trained = time.perf_counter()
         if self.is_teacher(run):
+            weights = trainer.model.state_dict()
+            lora = trainer.model.language_keys(args.train_language) if args.train_language else ()
             frozen = ("text_tower.", "visual_tower.")
-            weights = {k: v for k, v in trainer.model.state_dict().items() if not k.startswith(frozen)}
+            weights = {k: v.contiguous() for k, v in weights.items() if k in lora or not k.startswith(frozen)}
             self.heads(run).parent.mkdir(parents=True, exist_ok=True)
             save_file(weights, self.heads(run).with_suffix(".tmp"))
             os.replace(self.heads(run).with_suffix(".tmp"), self.heads(run))
@@ -288,16 +307,19 @@ class Runner:
         own.images = cache.images
         trainer.data_collator.processor = own
 
-    def training_rows_of(self, languages: dict[str, str], settings: dict) -> list[dict]:
-        """Training captions in other languages, by other translators."""
+    def rows_of_languages(self, row: Row, run: Run, settings: dict, validation: list[dict]):
+        """Training captions (and words) in the languages of `row.learns_from`, by their translators, as many of each;
+        and captions to choose by: of these languages where the run's is one of them, else its own."""
+        from data import balance
         from train import parse_arguments
 
-        rows = []
-        for language, translator in languages.items():
+        train, held_out = [], []
+        for language, translator in row.learns_from.items():
             of_language = settings | {"target_language": language, "translator": translator}
-            parsed = parse_arguments(["--config", str(ROOT / self.study.config)], **of_language)
-            rows += self.experiment(parsed).rows["train"].to_list()
-        return rows
+            experiment = self.experiment(parse_arguments(["--config", str(ROOT / self.study.config)], **of_language))
+            train.append(experiment.rows["train"].to_list() + experiment.lexicon)
+            held_out += experiment.rows["validation"].to_list()
+        return balance(train, run.seed), held_out if run.language in row.learns_from else validation
 
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
         """Rows with the base's embeddings of their source captions, which no step then computes again."""
@@ -310,7 +332,7 @@ class Runner:
 
     def needed(self, run: Run, row: str) -> Path:
         """The weights of another row's run of the same split and seed."""
-        needed = replace(run, row=row, point=None)
+        needed = replace(run, row=row, point=None, language=self.study.rows[row].trained_in or run.language)
         for other in (*self.study.grid_runs_of(row), needed):
             self.ensure(other)
         return self.heads(needed)

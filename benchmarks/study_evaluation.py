@@ -7,7 +7,7 @@ from train import best_fusion_weight
 
 from datasets_scripts.splits import group_key
 from modeling_nrccr.encoding import encode_texts, picture_rows
-from modeling_nrccr.metrics import fuse_query_embeds, retrieval_ranks
+from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
 
 
 def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.DataFrame, float]:
@@ -20,13 +20,16 @@ def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.Da
     Returns:
         `{"validation": {query: {gallery: metrics}}, "test": ...}`; the ranks of the test queries, a row each, with
         `query`, `gallery`, `direction`, `group` and `rank`; and the weight of the fusion, chosen on validation.
+        `results["fusion"]`: SumR on test by that weight.
     """
     embeds = {split: embed(trainer, teacher, rows[split]) for split in ("validation", "test")}
     queries, images, owner = embeds["validation"]
-    weight = best_fusion_weight(queries["target"], queries["translated"], images, owner)
+    translated = queries.get("translated")  # of a language without a translator there is none
+    weight = 0.0 if translated is None else best_fusion_weight(queries["target"], translated, images, owner)
     results, ranks = {}, []
     for split, (queries, images, owner) in embeds.items():
-        queries["fused"] = fuse_query_embeds(queries["target"], queries["translated"], weight)
+        if translated is not None:
+            queries["fused"] = fuse_query_embeds(queries["target"], queries["translated"], weight)
         image_ids = list(picture_rows([row["image_id"] for row in rows[split]])[0])
         results[split] = {
             name: {
@@ -36,6 +39,10 @@ def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.Da
             for name, texts in queries.items()
         }
     queries, images, owner = embeds["test"]
+    results["fusion"] = {}
+    for share in (i / 10 for i in range(11) if translated is not None):
+        fused = fuse_query_embeds(queries["target"], queries["translated"], share)
+        results["fusion"][f"{share:g}"] = round(compute_retrieval_metrics(fused, images, owner)["sum_recall"], 2)
     groups = [group_key(row["reference_source_caption"]) for row in rows["test"]]
     first_rows, _ = picture_rows([row["image_id"] for row in rows["test"]])
     of_picture = [groups[row] for row in first_rows.values()]
@@ -62,5 +69,7 @@ def embed(trainer, teacher, rows: list[dict]) -> tuple[dict[str, torch.Tensor], 
             teacher, captions, trainer.data_collator.processor, trainer.args.per_device_eval_batch_size
         )
 
-    queries = {"target": target, "translated": english("source_caption")}
-    return queries | {"english": english("reference_source_caption")}, images, owner
+    queries = {"target": target, "english": english("reference_source_caption")}
+    if all(row["source_caption"] for row in rows):
+        queries["translated"] = english("source_caption")
+    return queries, images, owner

@@ -86,6 +86,8 @@ def compare(study):
     for (condition, language, row), of_row in runs.items():
         for gallery in galleries:
             for query in QUERIES:
+                if query not in study.load(of_row[0])["test"]:
+                    continue  # a language without a translator
                 sums = np.stack([bootstrap.sums(run, gallery, query) for run in of_row])
                 place = {"condition": condition, "language": language, "row": row, "gallery": gallery, "query": query}
                 rows.append(place | summary(sums))

@@ -11,6 +11,9 @@ English, if you have it) the report says how well the language is searched, besi
 what else a team would try (`--rivals`), and "do not use" where it is worse than the base. Run it again: it goes on
 where it was stopped. Every field of examples/configs/add_language.yaml is also a flag. Where captions have pictures
 (column `image`), `--config examples/configs/add_language_pictures.yaml` learns more, from the base's view of them.
+
+`--target_language gl,ca,es` teaches one adapter several languages, each as often as the others; `load_language` takes
+the file under any name, so under each of them.
 """
 
 import itertools
@@ -23,7 +26,7 @@ from pathlib import Path
 import torch
 from arguments import option, parse_fields
 from atomic import write_file
-from data import check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
+from data import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
 from transformers import set_seed
@@ -53,6 +56,7 @@ CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
 HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those captions are all of one side
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
 TEXT_SIDE_EPOCHS = 60
+SEVERAL = "mul"  # ISO 639: multiple languages
 FEWEST = 200  # captions, below which a language is not worth a file
 
 
@@ -70,8 +74,10 @@ class LanguageArguments:
     split_seed: int = option(0, "Seed of the splits by groups of captions.")
     eval: str | None = option(None, "Human captions: .csv or .jsonl with image, target_caption and perhaps caption.")
     source_language: str = option("en", "Language of the captions.")
-    target_language: str = option("gl", "Language that is added.")
-    translator: str = option("apertium", "Machine translation engines, joined by ','.")
+    target_language: str = option("gl", "Language that is added; several, joined by ',', in one adapter.")
+    translator: str = option(
+        "apertium", "Machine translation engines, joined by ','; or of each language: gl=A,B;ca=C."
+    )
     lexicon: str = option("none", "Words that are translated too: wordnet:5000, or a file, a word a line; or none.")
     rivals: str = option("none", f"Trained and tested beside it: none, all, or some of {', '.join(RIVALS)}.")
     kind: str = option("linear", "Of the adapter: linear, bottleneck, dynamic, or lora.")
@@ -127,11 +133,13 @@ def embed_pictures(captions: dict, load: Callable, base: NrccrModel, processor, 
     return {caption: embeds[row[str(image)]] for caption, image in captions.items()}
 
 
-def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[dict[str, list[dict]], str]:
+def training_rows(
+    captions: Sequence[str], script: LanguageArguments, language: str
+) -> tuple[dict[str, list[dict]], str]:
     """Captions and their translations by each engine, split by group into train and validation; and who made them."""
-    pairs = [(script.source_language, script.target_language), (script.target_language, script.source_language)]
+    pairs = [(script.source_language, language), (language, script.source_language)]
     splits, names = {"train": [], "validation": []}, []
-    for spec in script.translator.split(","):
+    for spec in translators(script, language):
         engine = load_engine(spec, pairs, script.data_dir)
         names.append(engine.name)
         made = engine.translate(captions, *pairs[0])
@@ -143,7 +151,9 @@ def training_rows(captions: Sequence[str], script: LanguageArguments) -> tuple[d
             if split == "train" or len(names) == 1:
                 splits[split].append(row)
     if script.lexicon != "none":
-        splits["train"] += lexicon_rows(script.lexicon, *pairs[0], script.translator, script.data_dir)
+        splits["train"] += lexicon_rows(
+            script.lexicon, *pairs[0], ",".join(translators(script, language)), script.data_dir
+        )
     return splits, ", ".join(names)
 
 
@@ -166,13 +176,13 @@ def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainin
 class Examination:
     """Human captions of the language, the pictures that they describe, and what the base finds for them."""
 
-    def __init__(self, rows: list[dict], base: NrccrModel, processor, script: LanguageArguments):
-        self.rows, self.base, self.processor = rows, base, processor
+    def __init__(self, rows: list[dict], base: NrccrModel, processor, script: LanguageArguments, language: str):
+        self.base, self.processor = base, processor
         first, self.owner = picture_rows([row["image_id"] for row in rows])
         pictures = [rows[row]["image"] for row in first.values()]
         self.images = encode_images(base, pictures, processor, show_progress=True)
-        pair = (script.target_language, script.source_language)
-        engine = load_engine(script.translator.split(",")[0], [pair], script.data_dir)
+        pair = (language, script.source_language)
+        engine = load_engine(translators(script, language)[0], [pair], script.data_dir)
         self.asked = [row["target_caption"] for row in rows]
         translated = engine.translate(self.asked, *pair)
         self.english = [row["reference_source_caption"] for row in rows]
@@ -229,27 +239,33 @@ def main(arguments: list[str] | None = None):
     rivals = RIVALS if script.rivals == "all" else tuple(filter(None, script.rivals.replace("none", "").split(",")))
     if unknown := set(rivals) - set(RIVALS):
         raise ValueError(f"no rivals {', '.join(sorted(unknown))}: all, none, or some of {', '.join(RIVALS)}")
-    output, language = Path(args.output_dir), script.target_language
+    output, languages = Path(args.output_dir), script.target_language.split(",")
+    if script.eval and len(languages) > 1:
+        raise ValueError(f"--eval {script.eval} has captions of one language, but {script.target_language} are added")
     work = Path(f"{output}-checkpoints")
-    args.train_language = language
+    name = languages[0] if len(languages) == 1 else SEVERAL
+    args.train_language = name
 
-    examined = []
+    examined = {}
     if script.dataset:
-        dataset = load_caption_dataset(
-            script.dataset, language, script.split_seed, data_dir=script.data_dir,
-            source_language=script.source_language,
-        )  # fmt: skip
-        captions = {}
-        for number, caption in enumerate(dataset["train"]["source_caption"]):
+        datasets = {
+            language: load_caption_dataset(
+                script.dataset, language, script.split_seed, data_dir=script.data_dir,
+                source_language=script.source_language,
+            )
+            for language in languages
+        }  # fmt: skip
+        train_rows, captions = datasets[languages[0]]["train"], {}
+        for number, caption in enumerate(train_rows["source_caption"]):
             captions.setdefault(caption, number)
-        load = lambda number: dataset["train"][number]["image"]  # noqa: E731
-        examined = dataset["test"] if script.eval is None else []
+        load = lambda number: train_rows[number]["image"]  # noqa: E731
+        examined = {language: dataset["test"] for language, dataset in datasets.items()}
     else:
         captions, load = read_captions(Path(script.captions)), load_image
     if script.eval:
-        examined = read_eval(Path(script.eval))
+        examined = {name: read_eval(Path(script.eval))}
     check_lexicon(script.lexicon, args.text_only)
-    rows, engines = training_rows(list(captions), script)
+    rows, engines = rows_of_languages(list(captions), script, languages, args.seed)
     print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
 
     base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
@@ -264,32 +280,83 @@ def main(arguments: list[str] | None = None):
     elif script.kind == "lora" and args.text_only:  # else every step reads the source captions, through all layers
         teach(rows["train"], base, base_processor)
     set_seed(args.seed)
-    model.add_language(language, **script.adapter_settings())
-    cache = frozen_cache(model.train_language(language), processor, rows["train"] + rows["validation"], work)
+    model.add_language(name, **script.adapter_settings())
+    cache = frozen_cache(model.train_language(name), processor, rows["train"] + rows["validation"], work)
     args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
     trainer = train(model, cache, rows, args)
-    model.eval().save_language(language, output)
+    model.eval().save_language(name, output)
 
-    found, word, reasons = {}, "not tested", ["no human captions were given (--eval): nobody knows how good it is"]
-    if len(examined):
-        exam = Examination(list(examined), base, base_processor, script)
-        found = exam.of_base()
-        found |= exam.of_model("this language", model, language, processor)
-        word, reasons = verdict(found, "this language")
-        for name in rivals:
-            found |= exam.of_model(name, *rival(name, base, base_processor, language, rows, args, work))
+    tested = {
+        language: examine(language, list(examined[language]), model, processor, base, base_processor, script, rivals,
+                          rows, args, work)
+        for language in languages if len(examined.get(language, ()))
+    }  # fmt: skip
     report = {
-        "verdict": word, "reasons": reasons, "found": found, "queries": len(examined), "language": language,
+        "verdict": "not tested", "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
+        "found": {}, "queries": 0, "language": script.target_language,
         "base": base.made_for(), "text_encoder": script.text_encoder, "translator": engines,
         "adapter": script.adapter_settings(), "captions": len(captions), "seed": args.seed,
         "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
     }  # fmt: skip
+    report |= merge_reports(tested)
     write_file(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_file(output / "README.md", read_me(report, script, output))
-    if found:
-        print(format_table(found))
-    print(f"{word}{': ' if reasons else ''}{'; '.join(reasons)}")
+    write_file(output / "README.md", read_me(report, script, output, languages))
+    if report["found"]:
+        print(format_table(report["found"]))
+    print(f"{report['verdict']}{': ' if report['reasons'] else ''}{'; '.join(report['reasons'])}")
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def rows_of_languages(
+    captions: list[str], script: LanguageArguments, languages: list[str], seed: int
+) -> tuple[dict[str, list[dict]], str]:
+    """The same of every language, in training as many of each."""
+    parts = {language: training_rows(captions, script, language) for language in languages}
+    rows = {
+        "train": balance([rows["train"] for rows, _ in parts.values()], seed),
+        "validation": sum((rows["validation"] for rows, _ in parts.values()), []),
+    }
+    return rows, ", ".join(dict.fromkeys(engines for _, engines in parts.values()))
+
+
+def translators(script: LanguageArguments, language: str) -> list[str]:
+    """The engines of a language: all of `translator`, or of "gl=A,B;ca=C" its own. Raises ValueError where it has
+    none."""
+    if "=" not in script.translator.split(":")[0]:
+        return script.translator.split(",")
+    own = dict(part.strip().split("=", 1) for part in script.translator.split(";"))
+    if language not in own:
+        raise ValueError(
+            f"--translator {script.translator!r} names no engine for {language}: add ';{language}=ENGINE'"
+        )
+    return own[language].split(",")
+
+
+def examine(
+    language: str, asked: list[dict], model, processor, base, base_processor, script, rivals, rows, args, work: Path
+) -> dict:
+    """What human captions of a language find, and whether to use it."""
+    exam = Examination(asked, base, base_processor, script, language)
+    found = exam.of_base() | exam.of_model("this language", model, args.train_language, processor)
+    word, reasons = verdict(found, "this language")
+    for name in rivals:
+        rival_model, spoken = rival(name, base, base_processor, args.train_language, rows, args, work)
+        found |= exam.of_model(name, rival_model, spoken)
+    return {"verdict": word, "reasons": reasons, "found": found, "queries": len(asked)}
+
+
+def merge_reports(tested: dict[str, dict]) -> dict:
+    """Of one language its own; of several all, each line and reason with its language, the sterner verdict."""
+    if len(tested) < 2:
+        return next(iter(tested.values()), {})
+    return {
+        "verdict": min((part["verdict"] for part in tested.values()), key=["do not use", "use"].index),
+        "reasons": [f"{language}: {reason}" for language, part in tested.items() for reason in part["reasons"]],
+        "found": {
+            f"{language}: {name}": found for language, part in tested.items() for name, found in part["found"].items()
+        },
+        "queries": sum(part["queries"] for part in tested.values()),
+    }  # fmt: skip
 
 
 def new_text_side(script, base, base_processor, rows, args, work: Path, output: Path):
@@ -326,9 +393,10 @@ def rival(name: str, base: NrccrModel, processor, language: str, rows: dict, arg
     return embed_distillation(model, language, cache, rows["train"], args), language
 
 
-def read_me(report: dict, script: LanguageArguments, output: Path) -> str:
+def read_me(report: dict, script: LanguageArguments, output: Path, languages: list[str]) -> str:
     table = format_markdown(report["found"]) if report["found"] else ""
     loaded = output / "model" if script.text_encoder else report["base"]["name"]
+    loading = "\n".join(f'model.load_language("{language}", "{output}")' for language in languages)
     return f"""# {report["language"]} for {report["base"]["name"]}
 
 Learned from {report["captions"]:,} captions ({script.source_language}) and machine translation by
@@ -336,8 +404,8 @@ Learned from {report["captions"]:,} captions ({script.source_language}) and mach
 
 ```python
 model = NrccrModel.from_dual_encoder("{loaded}").eval()
-model.load_language("{report["language"]}", "{output}")
-model.set_language("{report["language"]}")
+{loading}
+model.set_language("{languages[0]}")
 ```
 
 **{report["verdict"]}**{": " + "; ".join(report["reasons"]) if report["reasons"] else ""}

@@ -1,6 +1,7 @@
 """Loads and translates the caption data sets that the examples train and test on."""
 
 import json
+import random
 import time
 from pathlib import Path
 
@@ -294,6 +295,16 @@ def lexicon_rows(
          "target_caption": target, "back_translation": back}
         for (word, target), back in found.items()
     ]  # fmt: skip
+
+
+def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
+    """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed."""
+    size, draw = max(map(len, languages)), random.Random(seed)
+    rows = []
+    for of_language in languages:
+        again, rest = divmod(size, len(of_language))
+        rows += of_language * again + draw.sample(of_language, rest)
+    return rows
 
 
 def plain(text: str) -> str:

@@ -28,7 +28,10 @@ from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
-from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics
+from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
+
+
+WAYS = ("t2v", "v2t")
 
 
 def evaluate_dataset(
@@ -74,7 +77,10 @@ def evaluate_dataset(
             f"{len(missing)} of {len(new)} pictures are missing, the first is {missing[0]}: put them into the folder "
             "`images` of --data_dir (videos into `videos`, features into `FeatureData`)."
         )
-    text_embeds = encode_texts(model, captions, processor, batch_size, show_progress)
+    # by the adapter of the captions' language, where the model has one
+    language = dataset[0].get("target_language")
+    with model.using_language(language if language in model.language_adapters else model.language):
+        text_embeds = encode_texts(model, captions, processor, batch_size, show_progress)
     collator = DataCollatorForCrossLingualRetrieval(processor, load_video=partial(read_frames, num_frames=num_frames))
 
     def media(images: Sequence[int], **kwargs) -> BatchFeature:
@@ -82,7 +88,12 @@ def evaluate_dataset(
 
     known_images |= zip(new, encode_images(model, range(len(pictures)), media, batch_size, show_progress))
     image_embeds = torch.stack([known_images[image_id] for image_id in first_rows])
-    return metrics_by_source(list(first_rows), text_embeds, image_embeds, caption_to_image)
+    results = metrics_by_source(list(first_rows), text_embeds, image_embeds, caption_to_image)
+    t2v, v2t = retrieval_ranks(text_embeds, image_embeds, caption_to_image)
+    results["all"]["ranks"] = {  # of each picture: of its first caption among the queries, and as a query itself
+        name: (t2v[row].item(), v2t[number].item()) for number, (name, row) in enumerate(first_rows.items())
+    }
+    return results
 
 
 def metrics_by_source(
@@ -132,6 +143,14 @@ def mean_and_worst(languages: dict[str, dict[str, float]]) -> tuple[dict[str, fl
     names = next(iter(languages.values()))
     mean = {name: sum(metrics[name] for metrics in languages.values()) / len(languages) for name in names}
     return mean, min(languages, key=lambda language: languages[language]["sum_recall"])
+
+
+def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[str, float]:
+    """Mean rank variance in both directions, over the pictures that all languages have a caption of. `languages`: the
+    two ranks of each picture."""
+    shared = set.intersection(*map(set, languages.values()))
+    ranks = torch.tensor([[ranks[name] for name in sorted(shared)] for ranks in languages.values()])
+    return {f"{way}_mean_rank_variance": mean_rank_variance(ranks[..., i]) for i, way in enumerate(WAYS)}
 
 
 def split_seed(model: str, seed: int | None) -> int:
@@ -210,9 +229,12 @@ def evaluate(args: argparse.Namespace):
         mean, worst = mean_and_worst(table)
         report = {"languages": dict(table), "mean": mean, "worst": table[worst], "worst_language": worst}
         report["counts"] = {language: results["all"]["counts"] for language, results in by_language.items()}
+        report |= rank_variance({language: results["all"]["ranks"] for language, results in by_language.items()})
         table |= {f"mean of {len(languages)}": mean, f"worst: {worst}": table[worst]}
     print(f"\n{args.model}: {args.split} split of {args.dataset}, human {args.target} queries, split seed {seed}\n")
     print(format_table(table))
+    if len(languages) > 1:
+        print("mean rank variance: " + ", ".join(f"{way} {report[f'{way}_mean_rank_variance']:.1f}" for way in WAYS))
     if args.output:
         settings = {key: getattr(args, key) for key in ("model", "dataset", "target", "split")} | {"split_seed": seed}
         report["settings"] = settings

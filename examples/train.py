@@ -76,6 +76,7 @@ class ScriptArguments:
         "none", "Words to translate and train on beside the captions, of text_only: wordnet:5000, or a file; or none."
     )
     target: str = option("translated", "'translated', or 'human' target captions in training (the upper bound).")
+    train_captions: int = option(-1, "So many captions to train on, drawn by the split seed; -1: all.")
     human_captions: int = option(0, "So many human target captions beside the translated ones, or alone; -1: all.")
     split_seed: int = option(0, "Seed of the split into train, validation and test, by groups of captions.")
     baselines: bool = option(True, "Trains and tests the English-only model too.")
@@ -169,6 +170,8 @@ class Experiment:
         check_lexicon(script.lexicon, args.text_only)
         with PartialState().main_process_first():
             self.dataset, self.translator = self.load(script.target, script.translator)
+            if script.train_captions >= 0:
+                self.keep_captions(script.train_captions)
             if script.human_captions:
                 self.add_human_captions(script.human_captions)
             languages = (script.source_language, script.target_language)
@@ -196,6 +199,15 @@ class Experiment:
             missing="error" if script.strict else "skip",
             dataset_options=json.loads(script.dataset_options or "{}"),
         )  # fmt: skip
+
+    def keep_captions(self, count: int):
+        """So many of the training captions, each with all its translations."""
+        train = self.dataset["train"]
+        captions = list(dict.fromkeys(train["caption_id"]))
+        if not 2 <= count <= len(captions):
+            raise ValueError(f"train_captions={count}, but there are {len(captions)}: 2 or more, or -1 for all")
+        kept = set(random.Random(self.script.split_seed).sample(captions, count))
+        self.dataset["train"] = train.select([i for i, name in enumerate(train["caption_id"]) if name in kept])
 
     def add_human_captions(self, count: int):
         """Of so many training captions (-1: all), drawn by the split seed, the human target caption; beside the

@@ -21,7 +21,9 @@ class DataCollatorForCrossLingualRetrieval:
     Collates rows with the columns `image_id`, `source_caption`, `target_caption`, `back_translation` and `image`,
     `video` or `visual_feats` (none where `processor` is a [`FeatureCache`], which knows pictures by their `image_id`).
     Rows may bring what another model has embedded: `image_embeds` in the place of a picture, `teacher_text_embeds` of
-    the source caption, each `(projection_dim,)`.
+    the source caption, each `(projection_dim,)`. A list of rows in the place of one is a group that stays together,
+    such as a picture's captions in K languages (1-to-K contrast of CCRK, arXiv 2406.18254: no negatives of each other,
+    as their `image_id` is one).
 
     Args:
         processor: A [`NrccrProcessor`], or a [`FeatureCache`] in its place.
@@ -45,7 +47,9 @@ class DataCollatorForCrossLingualRetrieval:
     with_media: bool = True
     load_video: Callable[[Any], list] = list
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
+        if isinstance(rows[0], list):
+            rows = [row for group in rows for row in group]
         batch, taught = {}, rows[0].get("teacher_text_embeds") is not None
         for view in self.taught_views if taught and self.taught_views else self.views:
             captions = [self.caption(row, view) for row in rows]

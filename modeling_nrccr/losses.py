@@ -3,6 +3,7 @@
 The defaults repair the released behaviour; `NrccrLoss.published()` has the settings of the paper (arXiv 2208.12526).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -13,6 +14,7 @@ from .modeling_nrccr import NrccrOutput, clip_loss
 
 
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
+SINKHORN_STEPS = 20
 
 
 def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
@@ -83,6 +85,22 @@ def agreement_weights(source: torch.Tensor, back_translation: torch.Tensor) -> t
     return ((cosines.diagonal() - unrelated) / (1 - unrelated).clamp(min=1e-6)).clamp(0, 1).square().detach()
 
 
+def transport_weights(
+    anchors: Sequence[torch.Tensor], target: torch.Tensor, ignored: torch.Tensor, temperature: float = 0.1
+) -> torch.Tensor:
+    """`(n,)` in 0..1: the share of each target caption that the best transport of the batch's anchors to its target
+    captions, all `(n, dim)`, leaves in its own place; averaged over the kinds of anchors, sources and pictures. From
+    the student's own embeddings, so that confidence grows with what it has learned. After DCOT (arXiv 2309.05451),
+    whose costs and schedule of the two views are its own."""
+    shares = []
+    for anchor in anchors:
+        plan = (anchor @ target.t() / temperature).masked_fill(ignored, float("-inf"))
+        for _ in range(SINKHORN_STEPS):  # Sinkhorn's, in logarithms: rows and columns that sum to 1
+            plan = plan.log_softmax(0).log_softmax(1)
+        shares.append(plan.diagonal().exp())
+    return torch.stack(shares).mean(0).detach()
+
+
 def contrastive_loss(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -103,15 +121,17 @@ def distillation_loss(
     temperature: float,
     detach_targets: bool,
     weights: torch.Tensor | None = None,
+    teacher_items: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (eq. 10-11).
 
-    items, student, teacher: `(n, dim)`. `detach_targets=False` lets targets carry gradient through `items`, as
-    released; the teacher itself is always detached.
+    items, student, teacher: `(n, dim)`; teacher_items: what the teacher is compared with, by default `items`.
+    `detach_targets=False` lets targets carry gradient through `items`, as released; the teacher itself is always
+    detached.
     """
-    terms = []
+    terms, known = [], items if teacher_items is None else teacher_items
     for flip in (False, True):
-        target, logits = ((items @ other.t()) / temperature for other in (teacher.detach(), student))
+        target, logits = known @ teacher.detach().t() / temperature, items @ student.t() / temperature
         target, logits = (
             (matrix.t() if flip else matrix).masked_fill(ignored, float("-inf")) for matrix in (target, logits)
         )
@@ -168,8 +188,13 @@ class NrccrLossArguments:
     feature_distillation_kind: Literal["cosine", "smooth_l1"] = setting("cosine", "Released code: smooth_l1, null.")
     feature_distillation_beta: float = setting(4.0, "Of smooth_l1. Released code: 4.")
     detach_targets: bool = setting(True, "No gradient through soft targets. Released code: false.")
-    pair_weighting: Literal["none", "agreement"] = setting(
-        "none", "Weight of a target caption in softmax and distillation terms. agreement: of source, back-translation."
+    pair_weighting: Literal["none", "agreement", "transport"] = setting(
+        "none",
+        "Weight of a target caption in softmax and distillation terms. agreement: of source and back-translation; "
+        "transport: confidence by optimal transport (DCOT).",
+    )
+    distillation_relation: Literal["picture", "source"] = setting(
+        "picture", "Whose similarities the similarity view hands on: the teacher's to pictures, or to sources (CL2CM)."
     )
     mask_same_image: bool = setting(True, "Captions of one picture are never negatives. Released code: false.")
 
@@ -252,9 +277,13 @@ class NrccrLoss:
             )
         return self.embeds(outputs, "text_embeds")
 
-    def pair_weights(self, outputs: NrccrOutput) -> torch.Tensor | None:
+    def pair_weights(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor | None:
         if self.settings.pair_weighting == "none":
             return None
+        if self.settings.pair_weighting == "transport":
+            source = outputs.text_embeds if outputs.teacher_text_embeds is None else outputs.teacher_text_embeds
+            anchors = [embeds for embeds in (source, outputs.image_embeds) if embeds is not None]
+            return transport_weights(anchors, self.embeds(outputs, "target_text_embeds"), ignored)
         views = ("text_embeds", "back_translation_text_embeds")
         return agreement_weights(*(self.embeds(outputs, view) for view in views))
 
@@ -275,17 +304,19 @@ class NrccrLoss:
         return self.hinge(self.items(outputs), self.embeds(outputs, "target_text_embeds"), ignored)
 
     def target_contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        text, weights = self.embeds(outputs, "target_text_embeds"), self.pair_weights(outputs)
+        text, weights = self.embeds(outputs, "target_text_embeds"), self.pair_weights(outputs, ignored)
         return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale, weights)
 
     def distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s, items, weights = self.settings, self.items(outputs), self.pair_weights(outputs)
-        return distillation_loss(items, student, teacher, ignored, s.temperature, s.detach_targets, weights)
+        s, items, weights, known = self.settings, self.items(outputs), self.pair_weights(outputs, ignored), None
+        if s.distillation_relation == "source":
+            known, teacher = teacher, self.embeds(outputs, "teacher_target_text_embeds")
+        return distillation_loss(items, student, teacher, ignored, s.temperature, s.detach_targets, weights, known)
 
     def feature_distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
         student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s, weights = self.settings, self.pair_weights(outputs)
+        s, weights = self.settings, self.pair_weights(outputs, ignored)
         return feature_distillation_loss(
             student, teacher, s.feature_distillation_kind, s.feature_distillation_beta, s.detach_targets, weights
         )

@@ -49,6 +49,7 @@ class NrccrOutput(ModelOutput):
         logits_per_image (`torch.FloatTensor` of shape `(image_batch_size, text_batch_size)`): Their transpose.
         text_embeds, target_text_embeds, back_translation_text_embeds (`torch.FloatTensor`): Views of a caption.
         teacher_text_embeds (`torch.FloatTensor`): The teacher of the target view: source and target read together.
+        teacher_target_text_embeds (`torch.FloatTensor`): The target caption alone, by another model that teaches.
         image_embeds (`torch.FloatTensor`): The picture or video.
         logit_scale (`torch.FloatTensor` of shape `()`): The factor in the logits, already exponentiated.
         text_hidden_states, target_text_hidden_states (`torch.FloatTensor` of shape
@@ -62,6 +63,7 @@ class NrccrOutput(ModelOutput):
     target_text_embeds: torch.FloatTensor | None = None
     back_translation_text_embeds: torch.FloatTensor | None = None
     teacher_text_embeds: torch.FloatTensor | None = None
+    teacher_target_text_embeds: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
     logit_scale: torch.FloatTensor | None = None
     text_hidden_states: torch.FloatTensor | None = None

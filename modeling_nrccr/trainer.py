@@ -92,6 +92,10 @@ class NrccrTrainer(Trainer):
                     f"adversarial_loss_weight={args.adversarial_loss_weight} trains nothing, because no state of the "
                     'text encoder changes: add the language with kind="lora", or set the weight to 0'
                 )
+        if args.distillation_relation == "source" and args.distillation_loss_weight and teacher is None:
+            raise ValueError(
+                'distillation_relation="source" hands on what a teacher knows of both languages: give one'
+            )
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
         self.nrccr_loss.terms |= {
@@ -156,6 +160,9 @@ class NrccrTrainer(Trainer):
         if self.teacher is not None:
             with torch.no_grad():
                 outputs.teacher_text_embeds = self.teacher.get_text_features(**inputs).pooler_output
+                if self.args.distillation_relation == "source":
+                    target = {key.removeprefix("target_"): inputs[key] for key in inputs if key.startswith("target_")}
+                    outputs.teacher_target_text_embeds = self.teacher.get_text_features(**target).pooler_output
         if teacher_embeds is not None:
             outputs.teacher_text_embeds = F.normalize(teacher_embeds.to(outputs.logit_scale), dim=-1)
         terms = self.nrccr_loss(*self.gather_batch(outputs, image_ids))

@@ -124,6 +124,37 @@ def test_what_is_wrong_is_said_before_anything_is_trained(files, tmp_path, monke
         run(files, tmp_path / "gl", rivals="clip")
 
 
+def test_several_languages_in_one_adapter(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "ca").mkdir()
+    for name in ("forth", "back"):
+        text = (files / f"translations/{name}.tsv").read_text().replace("gl", "ca", 1)
+        (tmp_path / f"ca/{name}.tsv").write_text(text)
+    engines = f"gl=file:{files}/translations;ca=file:{tmp_path}/ca"
+    report = run(files, tmp_path / "two", target_language="gl,ca", translator=engines)
+    assert report["language"] == "gl,ca" and report["verdict"] == "not tested"
+    model = NrccrModel.from_pretrained(files / "base")
+    for language in ("gl", "ca"):
+        model.load_language(language, tmp_path / "two")
+        assert f'load_language("{language}"' in (tmp_path / "two/README.md").read_text()
+    with pytest.raises(ValueError, match="names no engine for es: add ';es=ENGINE'"):
+        run(files, tmp_path / "three", target_language="gl,ca,es", translator=engines)
+    with pytest.raises(ValueError, match="human.csv has captions of one language"):
+        run(files, tmp_path / "two", target_language="gl,ca", translator=engines, eval=files / "human.csv")
+    one = {"verdict": "use", "reasons": [], "found": {"base": {}}, "queries": 2}
+    other = one | {"verdict": "do not use", "reasons": ["worse"]}
+    merged = add_language.merge_reports({"gl": one, "ca": other})
+    assert merged["verdict"] == "do not use" and merged["reasons"] == ["ca: worse"] and merged["queries"] == 4
+    assert list(merged["found"]) == ["gl: base", "ca: base"]
+
+
+def test_languages_are_balanced():
+    from data import balance
+
+    rows = balance([["a"] * 7, ["b", "c"]])
+    assert [rows.count(name) for name in "abc"] in ([7, 4, 3], [7, 3, 4]) and len(rows) == 14
+
+
 def test_do_not_use():
     found = {name: {"sum_recall": value} for name, value in (("base", 50), ("translated query", 70), ("ours", 60))}
     assert add_language.verdict(found, "ours")[0] == "use"

@@ -42,3 +42,11 @@ def test_videos_are_loaded_from_what_their_column_holds():
         processor, ("source",), load_video=lambda video: list(video["path"])
     )
     assert collator(rows)["pixel_values"] == [2, 4]
+
+
+def test_a_group_of_rows_comes_into_one_batch_whole(word_processor):
+    rows = toy_rows(6)
+    collator = DataCollatorForCrossLingualRetrieval(word_processor, ("target",), with_media=False)
+    grouped, flat = collator([rows[:2], rows[2:6]]), collator(rows)
+    assert grouped.keys() == flat.keys()
+    assert all(grouped[name].equal(flat[name]) for name in flat)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from modeling_nrccr import LanguageDiscriminator, NrccrLoss, NrccrOutput
 from modeling_nrccr.discriminator import KINDS, adversarial_loss, discriminator_loss
-from modeling_nrccr.losses import TERMS, contrastive_loss, distillation_loss, triplet_loss
+from modeling_nrccr.losses import TERMS, contrastive_loss, distillation_loss, transport_weights, triplet_loss
 
 
 def nothing(n: int) -> torch.Tensor:
@@ -137,3 +137,33 @@ def test_loss_reads_a_models_output():
     assert set(terms) == set(TERMS) | {"loss"}
     terms["loss"].backward()
     assert model.text_projection.dense.weight.grad.abs().sum() > 0
+
+
+def test_transport_trusts_the_pairs_that_stay_in_their_place():
+    anchors, nothing_ignored = torch.eye(4), torch.zeros(4, 4, dtype=torch.bool)
+    target = anchors[[0, 1, 3, 2]]  # two went wrong
+    weights = transport_weights([anchors], target, nothing_ignored)
+    assert weights[:2].min() > 0.9 and weights[2:].max() < 0.1 and not weights.requires_grad
+    # a second kind of anchors has half a say, and the same picture's other caption takes no share
+    both = transport_weights([anchors, target], target, nothing_ignored)
+    torch.testing.assert_close(both[2:], (weights[2:] + weights[0]) / 2, atol=1e-3, rtol=0)
+    twins = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+    assert transport_weights([anchors], target, twins).min() > 0.9
+
+
+def test_a_teacher_of_both_languages_hands_on_its_similarities_of_texts():
+    embeds = {name: F.normalize(torch.randn(5, 8), dim=-1) for name in ("source", "target", "student", "picture")}
+    outputs = NrccrOutput(
+        teacher_text_embeds=embeds["source"], teacher_target_text_embeds=embeds["target"],
+        target_text_embeds=embeds["student"], image_embeds=embeds["picture"],
+    )  # fmt: skip
+    only = dict.fromkeys(("contrastive_loss_weight", "target_contrastive_loss_weight"), 0.0)
+    only |= {"feature_distillation_loss_weight": 0.0, "back_translation_loss_weight": 0.0}
+    loss = NrccrLoss(distillation_relation="source", distillation_loss_weight=1.0, **only)
+    expected = 0
+    ours, theirs = embeds["picture"] @ embeds["student"].T, embeds["source"] @ embeds["target"].T
+    for ours, theirs in ((ours, theirs), (ours.T, theirs.T)):
+        expected -= ((theirs / 0.07).softmax(1) * (ours / 0.07).log_softmax(1)).sum(1).mean() / 2
+    torch.testing.assert_close(loss(outputs)["loss"], expected)
+    with pytest.raises(ValueError, match="teacher_target_text_embeds"):
+        loss(NrccrOutput(**{name: value for name, value in outputs.items() if name != "teacher_target_text_embeds"}))

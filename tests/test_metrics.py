@@ -9,7 +9,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_nrccr import metrics as module
-from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
+from modeling_nrccr.metrics import (
+    chance_metrics,
+    compute_retrieval_metrics,
+    fuse_query_embeds,
+    mean_rank_variance,
+    retrieval_ranks,
+)
 
 
 FIXTURES = Path(__file__).parent / "fixtures" / "reference"
@@ -220,4 +226,11 @@ def test_memory_does_not_grow_with_captions_times_pictures():
     texts, sources, images = torch.randn(3, 3000, 8, generator=generator)
     with LargestTensor() as largest:
         compute_retrieval_metrics(texts, images, torch.arange(3000) // 3, sources, 0.5)
-    assert 0 < largest.size <= 64 * 3000 * 4  # the smallest chunk is 64 rows; all scores would be 3000 x 3000
+    assert 0 < largest.size <= 64 * (3000 + 48) * 4  # a chunk is 64 rows and whole tiles; all would be 3000 x 3000
+
+
+def test_mean_rank_variance_is_that_of_each_query_over_languages():
+    assert mean_rank_variance([torch.tensor([1.0, 5.0]), torch.tensor([3.0, 5.0])]) == 0.5  # (1 + 0) / 2
+    for ranks in ([torch.ones(3)], [torch.ones(3), torch.ones(4)]):
+        with pytest.raises(ValueError, match="two languages or more"):
+            mean_rank_variance(ranks)
