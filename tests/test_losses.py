@@ -161,9 +161,9 @@ def test_a_teacher_of_both_languages_hands_on_its_similarities_of_texts():
     only |= {"feature_distillation_loss_weight": 0.0, "back_translation_loss_weight": 0.0}
     loss = NrccrLoss(distillation_relation="source", distillation_loss_weight=1.0, **only)
     expected = 0
-    ours, theirs = embeds["picture"] @ embeds["student"].T, embeds["source"] @ embeds["target"].T
-    for ours, theirs in ((ours, theirs), (ours.T, theirs.T)):
-        expected -= ((theirs / 0.07).softmax(1) * (ours / 0.07).log_softmax(1)).sum(1).mean() / 2
+    ours, theirs = embeds["picture"] @ embeds["student"].T / 0.07, embeds["source"] @ embeds["target"].T / 0.07
+    for dim in (0, 1):
+        expected -= (theirs.softmax(dim) * ours.log_softmax(dim)).sum(dim).mean() / 2
     torch.testing.assert_close(loss(outputs)["loss"], expected)
     with pytest.raises(ValueError, match="teacher_target_text_embeds"):
         loss(NrccrOutput(**{name: value for name, value in outputs.items() if name != "teacher_target_text_embeds"}))
