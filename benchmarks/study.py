@@ -28,6 +28,7 @@ from atomic import write_file  # noqa: E402
 
 
 RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
+FOLDERS = {"extends", "base", "teacher", "output_dir", "train_language", "baselines", "search_page"}
 QUERIES = ("target", "translated", "fused", "english")
 
 
@@ -37,6 +38,8 @@ class Row:
 
     Args:
         label: Its name in tables.
+        recipe: A file of examples/configs; what it says itself comes before the row's settings, and folders of models in
+            it are left to `start_from` and `teacher`.
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
@@ -52,6 +55,7 @@ class Row:
 
     label: str
     settings: dict = field(default_factory=dict)
+    recipe: str | None = None
     teacher: str | None = None
     start_from: str | None = None
     new_text_side: bool = False
@@ -100,6 +104,10 @@ class Study:
             if unknown := set(row) - known:
                 raise ValueError(f"{path}, row {name}: unknown keys {', '.join(sorted(unknown))}")
         self.rows = {name: Row(**row) for name, row in loaded["rows"].items()}
+        for row in self.rows.values():
+            if row.recipe:
+                own = yaml.safe_load((ROOT / "examples/configs" / row.recipe).read_text(encoding="utf-8"))
+                row.settings = {key: value for key, value in own.items() if key not in FOLDERS} | row.settings
         named = {name for row in self.rows.values() for name in (row.teacher, row.start_from, row.tuned_as)} - {None}
         named |= {side.split(":")[0] for pair in self.comparisons for side in pair}
         if unknown := named - self.rows.keys():
@@ -266,7 +274,8 @@ class Runner:
             os.replace(self.heads(run).with_suffix(".tmp"), self.heads(run))
         from study_evaluation import evaluate
 
-        results, ranks, weight = evaluate(trainer, teacher, rows)
+        answers = None if args.distillation_relation == "source" else teacher  # who saw no picture finds none
+        results, ranks, weight = evaluate(trainer, answers, rows)
         if run.point is None:
             path = self.study.work / "ranks" / f"{run.name}.parquet"
             path.parent.mkdir(parents=True, exist_ok=True)

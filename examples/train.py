@@ -66,6 +66,7 @@ class ScriptArguments:
     base: str | None = option(
         None, "A model of ours, as english.yaml trains one: train_language is added to it, and it answers in English."
     )
+    teacher: str | None = option(None, "A model of ours over the same frozen text encoder, whose embeddings teach.")
     num_frames: int = option(8, "Frames of each video, sampled uniformly.")
     source_language: str = option("en", "Language of the captions that exist.")
     target_language: str = option("gl", "Language of the searches.")
@@ -298,7 +299,10 @@ class Experiment:
         args = copy(self.args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
         for key, value in (changes | {"output_dir": str(directory)}).items():
             setattr(args, key, value)
-        trainer = self.trainer(args)
+        teacher = None
+        if self.script.teacher is not None and args.needs_teacher():
+            teacher, _ = load_model(self.script.teacher)
+        trainer = self.trainer(args, teacher=teacher)
         trainer.train(resume_from_checkpoint=self.checkpoint(directory))
         return trainer
 
