@@ -38,8 +38,8 @@ class Row:
 
     Args:
         label: Its name in tables.
-        recipe: A file of examples/configs; what it says itself comes before the row's settings, and folders of models in
-            it are left to `start_from` and `teacher`.
+        recipe: A file of examples/configs: its own settings come before the row's; the folders of models that it names
+            are left to `start_from` and `teacher`.
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).

@@ -1,7 +1,7 @@
 """Rows of captions and pictures to a batch with three views under separate keys, each padded to its own length."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,7 @@ class DataCollatorForCrossLingualRetrieval:
     load_video: Callable[[Any], list] = list
 
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
-        if isinstance(rows[0], list):
-            rows = [row for group in rows for row in group]
+        rows = list(single_rows(rows))
         batch, taught = {}, rows[0].get("teacher_text_embeds") is not None
         for view in self.taught_views if taught and self.taught_views else self.views:
             captions = [self.caption(row, view) for row in rows]
@@ -83,6 +82,12 @@ class DataCollatorForCrossLingualRetrieval:
             return dict(self.processor(videos=[self.load_video(row["video"]) for row in rows], return_tensors="pt"))
         images = [row["image"] if row.get("image") is not None else row["image_id"] for row in rows]
         return dict(self.processor(images=images, return_tensors="pt"))
+
+
+def single_rows(rows: Iterable[dict | list[dict]]) -> Iterator[dict]:
+    """Of rows and groups of rows."""
+    for row in rows:
+        yield from row if isinstance(row, list) else (row,)
 
 
 def stack(rows: list[dict], column: str) -> torch.Tensor:

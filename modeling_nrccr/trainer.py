@@ -22,7 +22,7 @@ from .checkpoints import (
     mark_incomplete,
     remove_old_checkpoints,
 )
-from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
+from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval, single_rows
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
 from .losses import NrccrLoss
@@ -344,7 +344,7 @@ class NrccrTrainer(Trainer):
     def calibrate_language(self):
         """The adapter's shift and the size of its noise, from the first training captions."""
         model, processor = self.accelerator.unwrap_model(self.model), self.data_collator.processor
-        rows = list(itertools.islice(without_images(self.train_dataset), CALIBRATION_ROWS))
+        rows = list(itertools.islice(single_rows(without_images(self.train_dataset)), CALIBRATION_ROWS))
         states = {}
         for column, language in (("source_caption", None), ("target_caption", self.args.train_language)):
             captions, size = [row[column] for row in rows], self.args.per_device_eval_batch_size
