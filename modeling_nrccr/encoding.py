@@ -5,7 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm.auto import tqdm
 
+from .length_groups import length_groups, row_lengths
 from .modeling_nrccr import NrccrModel
+
+
+PASSES = 16  # of which the texts are sorted by their tokens at a time
 
 
 def encode_texts(
@@ -13,16 +17,23 @@ def encode_texts(
 ) -> torch.Tensor:
     """Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
 
-    Equal texts are encoded once; batches hold texts of like length. `processor`: a [`NrccrProcessor`], or a
-    [`FeatureCache`] that stands in for it.
+    Equal texts are encoded once; a pass has at most `batch_size` texts, of like length. `processor`: a
+    [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
     """
     unique = sorted(set(texts), key=lambda text: (len(text), text))
 
     def embed(chunk: Sequence[str]) -> torch.Tensor:
         inputs = processor(text=list(chunk), return_tensors="pt").to(model.device)
-        return model.get_text_features(**inputs).pooler_output
+        mask = inputs.get("attention_mask")
+        lengths = row_lengths(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
+        groups, parts = length_groups(lengths, batch_size), []
+        for rows in groups:
+            length = max(1, int(lengths[rows].max()))
+            part = {name: value[rows, :length] for name, value in inputs.items()}
+            parts.append(model.get_text_features(**part).pooler_output)
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
-    embeds = encode(model, unique, embed, batch_size, "texts" if show_progress else None)
+    embeds = encode(model, unique, embed, PASSES * batch_size, "texts" if show_progress else None)
     row = {text: i for i, text in enumerate(unique)}
     return embeds[[row[text] for text in texts]]
 

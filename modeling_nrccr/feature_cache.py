@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
+from .length_groups import length_groups, row_lengths
 from .modeling_nrccr import NrccrModel, pool
 
 
@@ -103,11 +104,19 @@ class FeatureCache:
 
     def boundary_states(self, captions: list[str]) -> list[torch.Tensor]:
         inputs = self.processor(text=captions, return_tensors="pt").to(self.model.device)
-        with self.model.lora(None):  # of the encoder alone: what languages add comes above the boundary
-            states = self.model.text_tower.at_boundary(inputs["input_ids"], inputs["attention_mask"])
-        if self.pooling:
-            return list(pool(states, inputs["attention_mask"], self.pooling).unsqueeze(1))
-        return [row[mask.bool()] for row, mask in zip(states, inputs["attention_mask"])]
+        ids, mask, result = inputs["input_ids"], inputs["attention_mask"], {}
+        lengths = row_lengths(mask)
+        for rows in length_groups(lengths):
+            length = max(1, int(lengths[rows].max()))
+            of_ids, of_mask = ids[rows, :length], mask[rows, :length]
+            with self.model.lora(None):  # of the encoder alone: what languages add comes above the boundary
+                states = self.model.text_tower.at_boundary(of_ids, of_mask)
+            if self.pooling:
+                parts = pool(states, of_mask, self.pooling).unsqueeze(1)
+            else:
+                parts = [row[kept.bool()] for row, kept in zip(states, of_mask)]
+            result |= zip(rows.tolist(), parts)
+        return [result[row] for row in range(len(captions))]
 
     def __call__(
         self, text: list[str] | None = None, images: list[str] | None = None, visual_feats=None, **kwargs

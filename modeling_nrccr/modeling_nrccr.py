@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_MAPPING,
     AutoConfig,
@@ -29,6 +30,7 @@ from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
+from .length_groups import TOKENS_A_PASS, length_groups, row_lengths
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 
 
@@ -93,20 +95,6 @@ def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Ten
     if how == "max":
         return states.masked_fill(mask == 0, torch.finfo(states.dtype).min).amax(1)
     return (states * mask).sum(1) / mask.sum(1)
-
-
-def length_groups(lengths: torch.Tensor, num_groups: int = 4) -> list[torch.Tensor]:
-    """Row numbers of a batch in groups of like length, `(group_size,)` each, so that short rows are not padded to the
-    longest; all rows in one group where that would save little. `lengths`: tokens of each row, `(batch_size,)`."""
-    rows = torch.arange(len(lengths), device=lengths.device)
-    if len(lengths) < 8 * num_groups or lengths.max() <= 1.5 * lengths.float().mean():
-        return [rows]
-    return list(lengths.argsort(stable=True).chunk(num_groups))
-
-
-def row_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """The place after each row's last token, `(batch_size,)`, wherever its padding is."""
-    return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -492,6 +480,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         self.language = config.language
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.kept_in_eval: list[nn.Module] = []
+        self.recompute_passes = False  # see `run_tower`
         self.post_init()
 
     @classmethod
@@ -625,25 +614,38 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         parts = []
         for language, rows in groups.items():
             at = slice(None) if len(groups) == 1 else torch.tensor(rows, device=mask.device)
-            with self.lora(language):
-                parts.append(self.encode_by_length(name, inputs[at], mask[at]))
+            parts.append(self.encode_by_length(name, inputs[at], mask[at], language))
         return parts[0] if len(groups) == 1 else torch.cat(parts)[torch.tensor(sum(groups.values(), [])).argsort()]
 
-    def encode_by_length(self, name: str, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def encode_by_length(
+        self, name: str, inputs: torch.Tensor, mask: torch.Tensor, language: str | None
+    ) -> torch.Tensor:
         """The text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
-        gives for cut-off padding is 0."""
+        gives for cut-off padding is 0. `language`: whose LoRA is in it."""
         lengths = row_lengths(mask)
         # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0
         whole = self.config.pool_padding or (name == "boundary_states" and self.text_tower.num_trained_layers == 0)
-        groups = [] if whole else length_groups(lengths)
+        groups = [] if whole else length_groups(lengths, max_tokens=TOKENS_A_PASS if self.recompute_passes else None)
         if len(groups) < 2:
-            return self.text_tower(attention_mask=mask, **{name: inputs})
+            return self.run_tower(name, inputs, mask, language)
         parts = []
         for rows in groups:
             length = max(1, int(lengths[rows].max()))
-            part = self.text_tower(attention_mask=mask[rows, :length], **{name: inputs[rows, :length]})
+            part = self.run_tower(name, inputs[rows, :length], mask[rows, :length], language)
             parts.append(F.pad(part, (0, 0, 0, mask.shape[1] - length)))
         return torch.cat(parts)[torch.cat(groups).argsort()]
+
+    def run_tower(self, name: str, inputs: torch.Tensor, mask: torch.Tensor, language: str | None) -> torch.Tensor:
+        """One pass of the text tower; with `recompute_passes` its states alone are kept for the backward pass, which
+        computes the rest again with the same dropout."""
+
+        def run(inputs: torch.Tensor) -> torch.Tensor:
+            with self.lora(language):
+                return self.text_tower(attention_mask=mask, **{name: inputs})
+
+        if self.recompute_passes and torch.is_grad_enabled():
+            return checkpoint(run, inputs, use_reentrant=False)
+        return run(inputs)
 
     def text_inputs(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None

@@ -96,6 +96,7 @@ class NrccrTrainer(Trainer):
             raise ValueError(
                 'distillation_relation="source" hands on what a teacher knows of both languages: give one'
             )
+        model.recompute_passes = args.gradient_cache
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
         self.nrccr_loss.terms |= {

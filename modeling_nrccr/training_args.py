@@ -43,6 +43,13 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         default=False,
         metadata={"help": "Trains without pictures: the (teacher's) source caption stands where the picture would."},
     )
+    gradient_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Keeps the output alone of each pass through the text encoder, and computes the rest again: exact "
+            "gradients of a large batch in little memory (GradCache, arXiv 2101.06983), for one more forward pass."
+        },
+    )
     frozen_dropout: bool = field(default=False, metadata={"help": "Dropout inside frozen layers. Released code: on."})
     discriminator_kind: str = field(
         default="not-so-weak",

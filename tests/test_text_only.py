@@ -106,6 +106,7 @@ def test_new_heads_share_the_towers():
 @pytest.mark.parametrize("heads", ["attention", "pooling"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
+    from modeling_nrccr import length_groups as length_groups_module
     from modeling_nrccr import modeling_nrccr as module
 
     model = tiny_model(**HEADS[heads]).eval()
@@ -117,10 +118,65 @@ def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
         mask = mask.flip(1) if side == "left" else mask
         ids = torch.randint(5, 20, mask.shape, generator=generator) * mask
         batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
+    monkeypatch.setattr(length_groups_module, "TOKENS_A_PASS", 60)
+    groups = module.length_groups(lengths)
+    assert len(groups) > 4 and torch.cat(groups).sort().values.equal(torch.arange(len(lengths)))
+    assert all(lengths[rows].max() * len(rows) <= 60 for rows in groups)
     grouped = model(**batch)
-    assert len(module.length_groups(lengths)) == 4
-    monkeypatch.setattr(module, "length_groups", lambda lengths: [torch.arange(len(lengths))])
+    monkeypatch.setattr(module, "length_groups", lambda lengths, **_: [torch.arange(len(lengths))])
     whole = model(**batch)
     for name, value in whole.items():
         if name.endswith("_embeds"):
             torch.testing.assert_close(grouped[name], value, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", ["attention", "pooling"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_gradient_cache_gives_the_same_gradients(heads, lora, monkeypatch):
+    """With dropout on, a BatchNorm that sees the whole batch, and in the memory of a pass."""
+    from modeling_nrccr import length_groups as length_groups_module
+    from modeling_nrccr import modeling_nrccr
+
+    monkeypatch.setattr(length_groups_module, "TOKENS_A_PASS", 40)
+    monkeypatch.setattr(modeling_nrccr, "TOKENS_A_PASS", 40)
+    torch.manual_seed(0)
+    model = tiny_model(**HEADS[heads], projection_norm="batch_norm", projection_dropout=0.2)
+    if lora:
+        model.add_language("xx", kind="lora", rank=3, layers=1)
+        model.train_language("xx")
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # zero at first, so that A would have no gradient
+                torch.nn.init.normal_(parameter)
+    batch, lengths = {}, torch.tensor([2, 9, 3, 2, 4, 2, 12, 3] * 3)
+    for prefix in ("", "target_", "back_translation_"):
+        mask = (torch.arange(12) < lengths[:, None]).long()
+        batch |= {f"{prefix}input_ids": torch.randint(5, 20, mask.shape) * mask, f"{prefix}attention_mask": mask}
+    batch["visual_feats"] = torch.randn(len(lengths), 1, model.config.visual_feat_dim)
+    found = []
+    for recompute in (False, True):
+        model.recompute_passes = recompute
+        model.zero_grad()
+        torch.manual_seed(1)
+        saved = SavedTensors()
+        with saved:
+            loss = NrccrLoss()(model.train()(**batch))["loss"]
+        loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients, saved.size))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys() and any(".lora_A." in name for name in found[1][1]) == lora
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient, atol=1e-6, rtol=1e-5)
+    assert found[1][2] < (0.6 if heads == "pooling" else 0.9) * found[0][2]
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """How many numbers autograd keeps for the backward pass."""
+
+    def __init__(self):
+        self.size = 0
+        super().__init__(self.pack, lambda tensor: tensor)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.size += tensor.numel()
+        return tensor

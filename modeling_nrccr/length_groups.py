@@ -1,0 +1,42 @@
+"""Rows of like length go through an encoder together: nothing is computed of padding that need not be."""
+
+import torch
+
+
+# On a CPU passes of this size are the fastest: their states stay in cache between one operation and the next, and
+# matrices are large enough (benchmarks/NOTES.md).
+TOKENS_A_PASS = 1024
+MANY = 2**31
+
+
+def length_groups(
+    lengths: torch.Tensor, max_rows: int | None = None, max_tokens: int | None = None
+) -> list[torch.Tensor]:
+    """Row numbers of a batch in groups of like length, `(group_size,)` each, the longest first, so that short rows are
+    not padded to the longest.
+
+    Args:
+        lengths: Tokens of each row, `(batch_size,)`.
+        max_rows: Of a group; default: any number.
+        max_tokens: Of a group, with its padding (a row that is longer has a group of its own). By default
+            `TOKENS_A_PASS` on a CPU; elsewhere any number, and without `max_rows` four groups, or one where that would
+            save little.
+    """
+    on_cpu = lengths.device.type == "cpu"
+    if not on_cpu and max_rows is None and max_tokens is None:
+        if len(lengths) < 32 or lengths.max() <= 1.5 * lengths.float().mean():
+            return [torch.arange(len(lengths), device=lengths.device)]
+        return list(lengths.argsort(stable=True, descending=True).chunk(4))
+    max_tokens = max_tokens or (TOKENS_A_PASS if on_cpu else MANY)
+    order = lengths.argsort(stable=True, descending=True)
+    ordered, sizes, start = lengths[order].tolist(), [], 0
+    while start < len(ordered):
+        fitting = max(1, max_tokens // max(1, ordered[start]))
+        sizes.append(min(fitting, max_rows or MANY, len(ordered) - start))
+        start += sizes[-1]
+    return list(order.split(sizes))
+
+
+def row_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """The place after each row's last token, `(batch_size,)`, wherever its padding is."""
+    return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
