@@ -194,7 +194,7 @@ class Service:
             inputs = self.processor(text=list(texts), return_tensors="pt").to(self.model.device)
             return self.model.get_text_features(**inputs, languages=list(languages)).pooler_output
 
-        return encode(self.model, items, embed, len(items), None)
+        return encode(self.model, items, list, embed, len(items), None)
 
     def encode_images(self, items: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """What the processor made of each picture to embeddings `(len(items), projection_dim)`."""
@@ -203,7 +203,7 @@ class Service:
             inputs = {name: torch.cat([item[name] for item in chunk]).to(self.model.device) for name in chunk[0]}
             return self.model.get_image_features(**inputs).pooler_output
 
-        return encode(self.model, items, embed, len(items), None)
+        return encode(self.model, items, list, embed, len(items), None)
 
     def read_image(self, field: str, encoded: str) -> dict[str, torch.Tensor]:
         """Base64 to what the model reads of one picture, which is small, however large the picture is."""

@@ -1,9 +1,14 @@
 """Texts and pictures to embeddings, in batches: for evaluation and for search alike."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
 from .length_groups import length_groups, row_lengths
 from .modeling_nrccr import NrccrModel
@@ -22,8 +27,8 @@ def encode_texts(
     """
     unique = sorted(set(texts), key=lambda text: (len(text), text))
 
-    def embed(chunk: Sequence[str]) -> torch.Tensor:
-        inputs = processor(text=list(chunk), return_tensors="pt").to(model.device)
+    def embed(inputs: BatchFeature) -> torch.Tensor:
+        inputs = inputs.to(model.device)
         mask = inputs.get("attention_mask")
         lengths = row_lengths(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
         groups, parts = length_groups(lengths, batch_size), []
@@ -33,7 +38,10 @@ def encode_texts(
             parts.append(model.get_text_features(**part).pooler_output)
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
-    embeds = encode(model, unique, embed, PASSES * batch_size, "texts" if show_progress else None)
+    def prepare(chunk: Sequence[str]) -> BatchFeature:
+        return processor(text=list(chunk), return_tensors="pt")
+
+    embeds = encode(model, unique, prepare, embed, PASSES * batch_size, "texts" if show_progress else None)
     row = {text: i for i, text in enumerate(unique)}
     return embeds[[row[text] for text in texts]]
 
@@ -42,13 +50,15 @@ def encode_images(
     model: NrccrModel, images: Sequence, processor: Callable, batch_size: int = 32, show_progress: bool = False
 ) -> torch.Tensor:
     """Embeddings of pictures (whatever the processor takes as `images`), float32 on the CPU, of shape
-    `(len(images), projection_dim)`."""
+    `(len(images), projection_dim)`. Pictures are decoded while others are encoded."""
 
-    def embed(chunk: Sequence) -> torch.Tensor:
-        inputs = processor(images=list(chunk), return_tensors="pt").to(model.device)
-        return model.get_image_features(**inputs).pooler_output
+    def prepare(chunk: Sequence) -> BatchFeature:
+        return processor(images=list(chunk), return_tensors="pt")
 
-    return encode(model, images, embed, batch_size, "pictures" if show_progress else None)
+    def embed(inputs: BatchFeature) -> torch.Tensor:
+        return model.get_image_features(**inputs.to(model.device)).pooler_output
+
+    return encode(model, images, prepare, embed, batch_size, "pictures" if show_progress else None)
 
 
 def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor]:
@@ -61,11 +71,36 @@ def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor
     return first_rows, torch.tensor([numbers[image_id] for image_id in image_ids])
 
 
+def ahead(chunks: Iterable, prepare: Callable[[Any], Any], workers: int = 2) -> Iterator:
+    """What `prepare(chunk)` gives, in order; threads prepare the next chunks while the caller is busy with one
+    (reading, decoding and tokenizing leave Python's lock). A single chunk is prepared here."""
+    chunks = iter(chunks)
+    waiting = list(itertools.islice(chunks, 2))
+    if len(waiting) < 2:
+        yield from map(prepare, waiting)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        pending = deque(pool.submit(prepare, chunk) for chunk in waiting)
+        for chunk in chunks:
+            pending.append(pool.submit(prepare, chunk))
+            yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
 @torch.no_grad()
-def encode(model: NrccrModel, items: Sequence, embed: Callable, batch_size: int, progress: str | None) -> torch.Tensor:
+def encode(
+    model: NrccrModel, items: Sequence, prepare: Callable, embed: Callable, batch_size: int, progress: str | None
+) -> torch.Tensor:
+    """`embed(prepare(chunk))` of all chunks of `items`, float32 on the CPU, `(len(items), projection_dim)`."""
     was_training = model.training
     model.eval()
-    starts = tqdm(range(0, len(items), batch_size), desc=progress or "", unit="batch", disable=progress is None)
-    parts = [embed(items[start : start + batch_size]).float().cpu() for start in starts]
+    chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
+    bar = tqdm(total=len(items), desc=progress or "", unit="item", disable=progress is None)
+    parts = []
+    with bar:
+        for inputs in ahead(chunks, prepare):
+            parts.append(embed(inputs).float().cpu())
+            bar.update(len(parts[-1]))
     model.train(was_training)
     return torch.cat(parts) if parts else torch.empty(0, model.config.projection_dim)

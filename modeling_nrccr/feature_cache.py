@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
+from .encoding import ahead
 from .length_groups import length_groups, row_lengths
 from .modeling_nrccr import NrccrModel, pool
 
@@ -81,7 +82,7 @@ class FeatureCache:
         new = [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self.images.rows]
         broken = {}
 
-        def features(ids: list[str]) -> dict[str, torch.Tensor]:
+        def prepare(ids: list[str]) -> tuple[list[str], BatchFeature | None]:
             loaded = {}
             for image_id in ids:
                 try:
@@ -91,15 +92,21 @@ class FeatureCache:
                         raise
                     broken[image_id] = str(error)
             if not loaded:
-                return {}
+                return [], None
             kind = "videos" if isinstance(next(iter(loaded.values())), list) else "images"
-            inputs = self.processor(**{kind: list(loaded.values())}, return_tensors="pt").to(self.model.device)
+            return list(loaded), self.processor(**{kind: list(loaded.values())}, return_tensors="pt")
+
+        def features(prepared: tuple[list[str], BatchFeature | None]) -> dict[str, torch.Tensor]:
+            loaded, inputs = prepared
+            if inputs is None:
+                return {}
+            inputs = inputs.to(self.model.device)
             mask = inputs.pop("visual_attention_mask", None)
             feats = self.model.visual_tower(**inputs)
             parts = feats if mask is None else [row[of_row.bool()] for row, of_row in zip(feats, mask)]
             return dict(zip(loaded, parts, strict=True))
 
-        self.images.fill(new, features, batch_size, self.model)
+        self.images.fill(new, features, batch_size, self.model, prepare)
         return broken
 
     def boundary_states(self, captions: list[str]) -> list[torch.Tensor]:
@@ -206,9 +213,12 @@ class Store:
         return self.gather(self.numbers(keys))
 
     @torch.no_grad()
-    def fill(self, keys: Sequence[str], compute: Callable, batch_size: int, model: NrccrModel):
-        """Adds what `compute(keys)` gives, a dict of vectors of shape `(length, width)`, of those `keys` that are
-        wanting, here and in the file. Where it fails, what it gave before is kept, and its error is raised."""
+    def fill(
+        self, keys: Sequence[str], compute: Callable, batch_size: int, model: NrccrModel, prepare: Callable = list
+    ):
+        """Adds what `compute(prepare(keys))` gives, a dict of vectors of shape `(length, width)`, of those `keys` that
+        are wanting, here and in the file; batches are prepared while others are computed. Where it fails, what it gave
+        before is kept, and its error is raised."""
         if not keys:
             return
         failures = []
@@ -228,7 +238,7 @@ class Store:
                 wanting = [key for key in keys if key not in self.rows]
                 lost = {key: held[key] for key in held.rows if key not in self.rows}
                 del held  # what it has in memory is copied and freed
-                batches = until_failure(self.batches(wanting, compute, batch_size, lost))
+                batches = until_failure(self.batches(wanting, prepare, compute, batch_size, lost))
                 if (first := next(batches, None)) is not None:  # else nothing is to be written
                     add = self.keep if self.path is None else self.write
                     add(itertools.chain([first], batches))
@@ -256,16 +266,24 @@ class Store:
             lock.release()
 
     def batches(
-        self, keys: Sequence[str], compute: Callable, batch_size: int, lost: dict[str, torch.Tensor]
+        self,
+        keys: Sequence[str],
+        prepare: Callable,
+        compute: Callable,
+        batch_size: int,
+        lost: dict[str, torch.Tensor],
     ) -> Iterator[tuple[dict[str, int], torch.Tensor]]:
         """The lengths of some sequences, and their vectors in a row. `lost`: what this process holds and the file no
         longer has, because somebody removed it and another process began anew."""
         is_first = self.matrix is None
         if lost:
             yield {key: len(vectors) for key, vectors in lost.items()}, torch.cat(list(lost.values()))
-        starts = range(0, len(keys), batch_size)
-        for start in tqdm(starts, desc=f"frozen {self.kind}", unit="batch", disable=not keys):
-            parts = compute(keys[start : start + batch_size])
+        chunks = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
+        prepared = tqdm(
+            ahead(chunks, prepare), desc=f"frozen {self.kind}", unit="batch", total=len(chunks), disable=not keys
+        )
+        for chunk in prepared:
+            parts = compute(chunk)
             if not parts:
                 continue
             vectors = torch.cat(list(parts.values())).to("cpu", self.dtype)

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 from transformers.utils import logging
 
-from .encoding import encode, encode_images, encode_texts, picture_rows
+from .encoding import ahead, encode, encode_images, encode_texts, picture_rows
 from .gallery_index import GalleryIndex, is_milvus, open_index
 from .languages import SAME_MODEL
 from .metrics import fuse_query_embeds
@@ -228,23 +229,30 @@ class NrccrRetriever:
             ValueError: for what cannot be read, under `strict`.
         """
         embeds, extra, kept, skipped, media = [], [], [], [], iter(media)
-        while chunk := list(itertools.islice(media, batch_size)):
-            batch = []
+
+        def prepare(chunk: list[tuple[int, Any]]) -> tuple[list[int], list[Skipped], BatchFeature | None]:
+            rows, refused, batch = [], [], []
             for row, source in chunk:
                 try:
                     batch.append(_load(kind, source, read_frames))
-                    kept.append(row)
+                    rows.append(row)
                 except ImportError:  # of a decoder
                     raise
                 except Exception as error:  # decoders of corrupt files raise nearly anything
                     if strict:
                         raise ValueError(f"Row {row}: cannot read the {NOUNS[kind]} {ids[row]!r}: {error}") from error
-                    skipped.append(Skipped(ids[row], str(error)))
-            if batch:
-                batch_embeds, batch_extra = self._encode(kind, batch)
+                    refused.append(Skipped(ids[row], str(error)))
+            return rows, refused, self.processor(**{kind: batch}, return_tensors="pt") if batch else None
+
+        chunks = iter(lambda: list(itertools.islice(media, batch_size)), [])
+        for rows, refused, inputs in ahead(chunks, prepare):
+            kept += rows
+            skipped += refused
+            if inputs is not None:
+                batch_embeds, batch_extra = self._encode(kind, inputs)
                 embeds.append(batch_embeds)
-                extra += batch_extra
-            on_progress(len(chunk))
+                extra += batch_extra or [{}] * len(rows)
+            on_progress(len(rows) + len(refused))
         return Encoded(kept, torch.cat(embeds) if embeds else torch.empty(0, self.index.dim), extra, skipped)
 
     def add_embeds(
@@ -374,7 +382,8 @@ class NrccrRetriever:
         when only the text side is replaced, for example to gain a language.
         """
         if getattr(self.model, "visual_tower", True) is None:
-            return self._encode("visual_feats", [np.linspace(-1, 1, self.model.config.visual_feat_dim)])[0][0]
+            feats = [np.linspace(-1, 1, self.model.config.visual_feat_dim)]
+            return self._encode("visual_feats", self.processor(visual_feats=feats, return_tensors="pt"))[0][0]
         shades = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
         return encode_images(self.model, [Image.merge("RGB", shades)], self.processor)[0]
 
@@ -420,12 +429,12 @@ class NrccrRetriever:
             seen.add(id)
         return [row for row, id in enumerate(ids) if id not in existing]
 
-    def _encode(self, kind: str, batch: list) -> tuple[torch.Tensor, list[dict[str, int]]]:
-        """Embeddings, and what is to be stored with each."""
+    def _encode(self, kind: str, inputs: BatchFeature) -> tuple[torch.Tensor, list[dict[str, int]]]:
+        """Embeddings, and of videos what is to be stored with each."""
         extra = []
 
-        def embed(chunk: list) -> torch.Tensor:
-            inputs = self.processor(**{kind: chunk}, return_tensors="pt").to(self.model.device)
+        def embed(inputs: BatchFeature) -> torch.Tensor:
+            inputs = inputs.to(self.model.device)
             outputs = self.model.get_image_features(**inputs)
             if kind == "videos":
                 feats, mask = outputs.last_hidden_state, inputs["visual_attention_mask"]
@@ -435,10 +444,7 @@ class NrccrRetriever:
                 extra.extend({"frame": int(n), "num_frames": int(count)} for n, count in zip(best, mask.sum(dim=1)))
             return outputs.pooler_output
 
-        if kind == "images":
-            return encode_images(self.model, batch, self.processor, batch_size=len(batch)), [{}] * len(batch)
-        embeds = encode(self.model, batch, embed, len(batch), None)
-        return embeds, extra or [{}] * len(batch)
+        return encode(self.model, [inputs], lambda chunk: chunk[0], embed, 1, None), extra
 
     def _store(self, embeds: torch.Tensor, ids: Sequence, metadata: Sequence[dict], rows: Sequence[int]):
         if embeds.ndim != 2 or embeds.shape[1] != self.index.dim:

@@ -149,7 +149,9 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
     with torch.no_grad():
         before, english = (m.get_text_features(**inputs, languages=[None]).pooler_output for m in (base, model))
         target = model.get_text_features(**inputs).pooler_output
-    assert torch.equal(before, english) and not torch.allclose(target, english, atol=1e-4)
+    # as equal as two loadings of one model are: on some machines a product depends on where in memory its factors lie
+    torch.testing.assert_close(before, english, atol=1e-6, rtol=0)
+    assert not torch.allclose(target, english, atol=1e-4)
     report = json.loads((tmp_path / "gl/metrics.json").read_text())
     assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
 

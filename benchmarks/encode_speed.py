@@ -1,0 +1,205 @@
+"""Embeddings of 2,000 captions beside sentence-transformers' `encode`, and of 2,000 pictures beside a DataLoader over
+`AutoModel`, same weights, same results:
+
+    python benchmarks/encode_speed.py --captions ../shared/data/multi30k --output benchmarks/results/speed/encode.json
+
+Captions: the first training captions of Multi30K in four languages. Pictures: stamps and emoji as PNG files.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from atomic import write_file  # noqa: E402
+from machine import bandwidth, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes  # noqa: E402
+
+
+LANGUAGES = ("en", "de", "fr", "cs")
+# each peer at both sizes that its users meet: the faster one counts
+CAPTION_SIDES = ["captions", "sentence-transformers 32", "sentence-transformers 128"]
+PICTURE_SIDES = ["pictures", "dataloader 0", "dataloader 2"]
+
+
+def prepare(captions: str | None, count: int, folder: Path):
+    """Writes what both sides read: captions as JSON, and pictures as files."""
+    from data import load_caption_dataset
+
+    from datasets_scripts.multi30k import Multi30k
+
+    texts = []
+    for language in LANGUAGES[1:]:
+        builder = Multi30k(config_name=f"task1-{language}", data_dir=captions)
+        builder.download_and_prepare()
+        train = builder.as_dataset()["train"][: count // len(LANGUAGES)]
+        texts += train["source_caption"] if language == LANGUAGES[1] else []
+        rows = Multi30k(config_name=f"task1-{language}", data_dir=captions, target="human")
+        rows.download_and_prepare()
+        texts += rows.as_dataset()["train"][: count // len(LANGUAGES)]["target_caption"]
+    (folder / "captions.json").write_text(json.dumps(texts))
+    (folder / "pictures").mkdir()
+    dataset = load_caption_dataset("tuxpaint+cldr_emoji")
+    images = [image for split in dataset.values() for image in split["image"]]
+    for number, image in enumerate(images[:count]):
+        image.save(folder / "pictures" / f"{number:04}.png")
+
+
+def timed(run) -> tuple[float, torch.Tensor]:
+    """Seconds and result of the second call: the first one warms up."""
+    run()
+    start = time.perf_counter()
+    embeds = run()
+    return time.perf_counter() - start, embeds
+
+
+def captions_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+    from encoders import find_encoder
+    from multi30k_text import text_model
+
+    from modeling_nrccr import encode_texts
+
+    texts = json.loads((folder / "captions.json").read_text())
+    model, processor = text_model(find_encoder("multilingual-e5-small"))
+    seconds, embeds = timed(lambda: encode_texts(model, texts, processor))
+    lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
+    operations = encoder_operations(lengths, 384, 12)
+    floor = operations / matmul_rate(1024, 384)
+    return seconds, embeds, {"floor_seconds": floor, "tokens": int(lengths.sum()), "captions": len(texts)}
+
+
+def captions_of_peer(folder: Path, batch_size: int) -> tuple[float, torch.Tensor, dict]:
+    from encoders import find_encoder
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    texts = json.loads((folder / "captions.json").read_text())
+    transformer = Transformer(find_encoder("multilingual-e5-small"))
+    pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+    seconds, embeds = timed(
+        lambda: model.encode(texts, prompt="query: ", batch_size=batch_size, convert_to_tensor=True)
+    )
+    return seconds, embeds, {}
+
+
+def picture_model():
+    from encoders import find_encoder
+    from transformers import AutoImageProcessor, AutoModel
+
+    import modeling_nrccr  # noqa: F401  (registers the tower)
+
+    encoder = find_encoder("efficientnet-lite0")
+    return AutoModel.from_pretrained(encoder).eval(), AutoImageProcessor.from_pretrained(encoder), encoder
+
+
+def pictures_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+    from encoders import find_encoder
+    from transformers import AutoTokenizer
+
+    from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images
+
+    tower, image_processor, encoder = picture_model()
+    text_encoder = find_encoder("multilingual-e5-small")
+    model = NrccrModel.from_encoders(
+        text_encoder, encoder, text_head="pooling", visual_head="pooling", projection_dim=1280, teacher_view="source"
+    ).eval()
+    torch.nn.init.eye_(model.visual_projection.dense.weight)
+    torch.nn.init.zeros_(model.visual_projection.dense.bias)
+    processor = NrccrProcessor(AutoTokenizer.from_pretrained(text_encoder), image_processor, pad_to_square=False)
+    files = [str(path) for path in sorted((folder / "pictures").iterdir())]
+    seconds, embeds = timed(lambda: encode_images(model, files, processor))
+    pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")
+    with torch.inference_mode():
+        tower_alone, _ = timed(lambda: tower(**pixels).pooler_output)
+    return seconds, embeds, {"floor_seconds": tower_alone * len(files) / 32, "pictures": len(files)}
+
+
+def pictures_of_peer(folder: Path, workers: int) -> tuple[float, torch.Tensor, dict]:
+    from PIL import Image
+    from torch.utils.data import DataLoader
+
+    model, processor, _ = picture_model()
+    files = [str(path) for path in sorted((folder / "pictures").iterdir())]
+    loader = DataLoader(
+        files, batch_size=32, num_workers=workers,
+        collate_fn=lambda batch: processor(
+            images=[flat(Image.open(name)) for name in batch], return_tensors="pt"
+        ),
+    )  # fmt: skip
+
+    def run() -> torch.Tensor:
+        with torch.inference_mode():
+            parts = [model(**batch).pooler_output for batch in loader]
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    return *timed(run), {}
+
+
+def flat(image):
+    """On white, as our processor sees a picture with transparency."""
+    from PIL import Image
+
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def run_side(side: str, folder: Path):
+    name, _, size = side.partition(" ")
+    run = {"captions": captions_of_ours, "sentence-transformers": captions_of_peer,
+           "pictures": pictures_of_ours, "dataloader": pictures_of_peer}[name]  # fmt: skip
+    seconds, embeds, more = run(folder, *([int(size)] if size else []))
+    torch.save(embeds, folder / f"{side}.pt")
+    print(json.dumps({"seconds": seconds, "peak_gb": peak_gigabytes()} | more))
+
+
+def compare(sides: list[str], folder: Path, rounds: int) -> dict:
+    ours, *peers = sides
+    found = in_turns(__file__, sides, rounds, ("--folder", str(folder)))
+    peer = min(peers, key=lambda side: found[side]["seconds"])
+    embeds = [torch.load(folder / f"{side}.pt", weights_only=True) for side in (ours, peer)]
+    return {
+        "peer": peer,
+        "ratio": round(found[ours]["seconds"] / found[peer]["seconds"], 3),
+        "memory_ratio": round(found[ours]["peak_gb"] / found[peer]["peak_gb"], 3),
+        "over_floor": round(found[ours]["seconds"] / found[ours]["floor_seconds"], 3),
+        "largest_difference": float((embeds[0] - embeds[1]).abs().max()),
+        "sides": found,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
+    parser.add_argument("--captions", help="folder of Multi30K's text; downloaded where not given")
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=3, help="the fastest of so many processes counts")
+    parser.add_argument("--only", choices=("captions", "pictures"))
+    parser.add_argument("--output", help="JSON")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        return run_side(args.side, args.folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(args.captions, args.count, folder)
+        report = machine() | {"bandwidth_gb_s": round(bandwidth() / 1e9, 1),
+                              "matmul_gflop_s": round(matmul_rate(1024, 384) / 1e9, 1)}  # fmt: skip
+        for name, sides in (("captions", CAPTION_SIDES), ("pictures", PICTURE_SIDES)):
+            if args.only in (None, name):
+                report[name] = compare(sides, folder, args.rounds)
+    print(json.dumps(report, indent=1))
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_file(args.output, json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What this machine can do, and how the sides of a benchmark are measured on it: in own processes, in turns."""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch
+
+
+def best_time(call: Callable, repeats: int = 3) -> float:
+    """Seconds of the fastest of some calls, after one that is not counted."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def matmul_rate(rows: int, width: int, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of the matrix products that a Transformer of that width is made of: `(rows, width)` by
+    `(width, 4 * width)`. The floor of everything that computes."""
+    a, b = torch.randn(rows, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype).t()
+    return 2 * rows * width * 4 * width / best_time(lambda: a @ b, 20)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy that no cache holds, read and written. The floor of everything that moves."""
+    a, b = torch.randn(2, 64_000_000)
+    return 2 * a.nbytes / best_time(lambda: b.copy_(a))
+
+
+def encoder_operations(lengths: torch.Tensor, width: int, layers: int) -> float:
+    """Of the matrix products of a forward pass of a BERT over texts of such lengths in tokens, without padding."""
+    tokens = lengths.double()
+    return float((2 * 12 * width**2 * layers * tokens + 4 * width * layers * tokens**2).sum())
+
+
+def machine() -> dict:
+    flags = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    try:
+        with open("/proc/cpuinfo") as file:
+            has = set(file.read().split())
+    except OSError:
+        has = set()
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(flag for flag in flags if flag in has)}",
+        "accelerator": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none",
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def peak_gigabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+
+
+def in_turns(script: str, sides: list[str], rounds: int = 2, arguments: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Runs `script --side SIDE` for each side, round after round, so that what slows the machine slows all; each
+    prints JSON with `seconds` as its last line. Of each side its fastest run, with the largest `peak_gb`."""
+    results = {}
+    for _ in range(rounds):
+        for side in sides:
+            command = [sys.executable, script, "--side", side, *arguments]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            print(f"{side}: {result['seconds']:.2f} s, peak {result['peak_gb']:.2f} GB", flush=True)
+            before = results.get(side, result)
+            faster = min(before, result, key=lambda found: found["seconds"])
+            results[side] = faster | {"peak_gb": max(before["peak_gb"], result["peak_gb"])}
+    return results
