@@ -5,7 +5,7 @@ import torch
 
 # On a CPU passes of this size are the fastest: their states stay in cache between one operation and the next, and
 # matrices are large enough (benchmarks/NOTES.md).
-TOKENS_A_PASS = 1024
+TOKENS_A_PASS = 384
 MANY = 2**31
 
 
