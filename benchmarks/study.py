@@ -51,6 +51,7 @@ class Row:
         trained_in: The only language that is trained in: in others the model of that run is asked.
         tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
         conditions, seeds, languages: Its own, where they are fewer than the study's.
+        listed: False keeps it out of tables: it serves other rows.
     """
 
     label: str
@@ -69,6 +70,7 @@ class Row:
     conditions: list[str] | None = None
     seeds: list[int] | None = None
     languages: list[str] | None = None
+    listed: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,21 @@ class Run:
 
 
 class Study:
-    """A YAML file of `benchmarks/studies/`. Raises ValueError for a key or a row that nobody knows."""
+    """A YAML file of `benchmarks/studies/`. Raises ValueError for a key or a row that nobody knows. `consistency`:
+    languages whose ranks of the same pictures are compared (`mean_rank_variance`)."""
 
     KEYS = {"config", "conditions", "languages", "split_seeds", "seeds", "settings", "grid", "rows", "comparisons"}
+    OPTIONAL = {"consistency"}
 
     def __init__(self, path: Path):
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if set(loaded) != self.KEYS:
-            raise ValueError(f"{path}: keys missing or unknown: {', '.join(sorted(set(loaded) ^ self.KEYS))}")
+        if wrong := (set(loaded) - self.OPTIONAL) ^ self.KEYS:
+            raise ValueError(f"{path}: keys missing or unknown: {', '.join(sorted(wrong))}")
         self.name = path.stem
         self.config, self.conditions, self.settings = loaded["config"], loaded["conditions"], loaded["settings"]
         self.languages, self.split_seeds, self.seeds = loaded["languages"], loaded["split_seeds"], loaded["seeds"]
         self.grid, self.comparisons = loaded["grid"], [tuple(pair) for pair in loaded["comparisons"]]
+        self.consistency = loaded.get("consistency", [])
         known = {f.name for f in fields(Row)}
         for name, row in loaded["rows"].items():
             if unknown := set(row) - known:

@@ -28,7 +28,10 @@ ASKED = {
     "fused": "both fused",
     "english": "human English query",
 }
-LANGUAGES = {"gl": "Galician", "cs": "Czech", "ca": "Catalan", "es": "Spanish"}
+LANGUAGES = {
+    "gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech", "de": "German", "fr": "French", "eu": "Basque",
+    "sw": "Swahili", "cy": "Welsh",
+}  # fmt: skip
 
 
 def summary(study: Study) -> dict:
@@ -68,7 +71,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 def rows_table(study: Study, report: dict, gallery: str, condition: str, language: str) -> str:
     """SumR of each row and query, with its interval; the two baselines stand apart though they are one model."""
     name, lines = LANGUAGES.get(language, language), []
-    for row, spec in study.rows.items():
+    for row, spec in listed(study).items():
         if language not in (spec.languages or study.languages):
             continue
         cells = {}
@@ -81,6 +84,10 @@ def rows_table(study: Study, report: dict, gallery: str, condition: str, languag
     return markdown(
         ["SumR, " + GALLERIES.get(gallery, gallery), "runs", *(q.format(language=name) for q in ASKED.values())], lines
     )
+
+
+def listed(study: Study) -> dict:
+    return {name: row for name, row in study.rows.items() if row.listed}
 
 
 def comparison_lines(study: Study, report: dict, condition: str, language: str) -> list[list[str]]:
@@ -115,7 +122,7 @@ def comparisons_table(study: Study, report: dict, condition: str, language: str)
 def settings_table(study: Study) -> str:
     """Which point of the grid each row's validation chose, and what a run took."""
     lines = []
-    for name, spec in study.rows.items():
+    for name, spec in listed(study).items():
         runs = [study.load(run) for run in study.runs() if run.row == name]
         point = study.grid[runs[0]["grid_point"]]
         chosen = ", ".join(f"{key} {spec.settings.get(key, value):g}" for key, value in point.items())
@@ -138,6 +145,82 @@ def tables(study: Study) -> str:
             parts.append(comparisons_table(study, report, condition, language))
     parts.append(settings_table(study))
     return "\n".join(parts)
+
+
+def compact_tables(study: Study) -> str:
+    """Of a study with many rows: all pictures alone."""
+    report, condition, language = summary(study), next(iter(study.conditions)), study.languages[0]
+    return "\n".join([
+        rows_table(study, report, "all", condition, language),
+        comparisons_table(study, report, condition, language),
+        settings_table(study),
+    ])  # fmt: skip
+
+
+def cell(report: dict, **place) -> str:
+    found = find(report["rows"], gallery="all", **place)
+    return interval(found[0]) if found else "–"
+
+
+def together_tables(study: Study) -> str:
+    """Several languages at once: those that are learned, with their mean, the worst and the variance of ranks; those
+    that are not; and differences of each."""
+    report, learned, parts = summary(study), study.consistency, []
+    others = [language for language in study.languages if language not in learned]
+
+    def means(row: str, languages: list[str]) -> list[float]:
+        found = [find(report["rows"], gallery="all", query="target", row=row, language=name) for name in languages]
+        return [entry[0]["mean"] for entry in found if entry]
+
+    for languages, title in ((learned, "learned"), (others, "not learned")):
+        lines = []
+        for row, spec in listed(study).items():
+            values = means(row, languages)
+            if not values:
+                continue
+            cells = [cell(report, query="target", row=row, language=language) for language in languages]
+            variance = (
+                [f"{v['mean']:.0f}" for v in find(report["consistency"], row=row)] if languages == learned else []
+            )
+            lines.append([spec.label, *cells, f"{sum(values) / len(values):.1f}", f"{min(values):.1f}", *variance])
+        names = [LANGUAGES[language] for language in languages]
+        head = ["rank variance, t2v", "v2t"] if languages == learned else []
+        parts.append(markdown([f"SumR, languages {title}", *names, "mean", "worst", *head], lines))
+    lines = []
+    for first, second in study.comparisons:
+        found = {
+            language: find(report["comparisons"], language=language, first=first, second=second, gallery="all")
+            for language in study.languages
+        }
+        name = f"{side_name(study, first, 'target-language')} − {side_name(study, second, 'target-language')}"
+        lines.append([name, *(interval(pair[0]) if pair else "–" for pair in found.values())])
+    parts.append(markdown(["difference of SumR", *(LANGUAGES[language] for language in study.languages)], lines))
+    parts.append(settings_table(study))
+    return "\n".join(parts)
+
+
+def quality_table(recommended: Study, czech: Study) -> str:
+    """What better translations give the linear adapter: of each engine chrF against people's captions, and the share of
+    the way from the English-only model to human captions."""
+    quality = json.loads((ROOT / "docs/translation.json").read_text(encoding="utf-8"))["pictures"]
+    engines = [
+        ("gl", "apertium en-gl", recommended, "linear"), ("ca", "apertium en-ca", recommended, "linear"),
+        ("es", "apertium en-es", recommended, "linear"), ("cs", "dictionary en-cs", czech, "dictionary"),
+        ("cs", "marian en-cs", czech, "marian"),
+    ]  # fmt: skip
+    lines = []
+    for language, engine, study, row in engines:
+        rows = summary(study)["rows"]
+        low, reached, high = (
+            find(rows, language=language, gallery="all", query="target", row=name)[0]["mean"]
+            for name in ("english_only", row, "human")
+        )
+        chrf = quality[engine]["reference_chrf"]
+        share = (reached - low) / (high - low)
+        lines.append([engine, f"{chrf:.1f}", f"{low:.1f}", f"{reached:.1f}", f"{high:.1f}", f"{100 * share:.0f}%"])
+    lines.sort(key=lambda line: -float(line[1]))
+    head = ["engine", "chrF to people's captions", "English only", "linear adapter", "human captions", "of the way"]
+    return markdown(head, lines)
 
 
 def curves_table(study: Study) -> str:
@@ -261,6 +344,7 @@ def figures():
     axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     save(figure, "study_scenes")
     few_figure(plt, save)
+    ablation_figure(plt, save)
 
 
 def few_figure(plt, save):
@@ -293,10 +377,39 @@ def few_figure(plt, save):
     save(figure, "study_few")
 
 
+def ablation_figure(plt, save):
+    """docs/study_ablation: SumR against the share of the translated query, and against the number of captions."""
+    study = Study(STUDIES / "ablation.yaml")
+    report, runs = summary(study), [study.load(run) for run in study.runs()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for row, marker in (("cosine", "o"), ("all_three", "s"), ("english_only", "^")):
+        curves = [run["fusion"] for run in runs if run["row"] == row]
+        shares = [float(share) for share in curves[0]]
+        values = [sum(curve[share] for curve in curves) / len(curves) for share in curves[0]]
+        left.plot(shares, values, marker=marker, label=study.rows[row].label)
+    left.set_xlabel("share of the translated query in the fusion (test; chosen on validation elsewhere)")
+    left.set_ylabel("SumR of human Galician queries")
+    place = {"language": study.languages[0], "gallery": "all", "query": "target"}
+    names = ("captions_100", "captions_350", "captions_700", "captions_all")
+    values = [find(report["rows"], row=name, **place)[0] for name in names]
+    right.errorbar(range(4), [v["mean"] for v in values], yerr=reach(values), marker="o", capsize=3)
+    right.set_xticks(range(4), ["100", "350", "700", "all"])
+    right.set_xlabel("captions trained on (cosine, linear adapter), 95 % interval")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(frameon=False)
+    save(figure, "study_ablation")
+
+
 def blocks() -> dict[Path, dict[str, str]]:
     names = ("real", "scenes", "languages", "screen", "czech", "recommended", "few")
     studies = {name: Study(STUDIES / f"{name}.yaml") for name in names}
     page = {f"study {name}": tables(study) for name, study in studies.items() if name != "scenes"}
+    page["study ablation"], page["study neighbours"] = (
+        compact_tables(Study(STUDIES / f"{name}.yaml")) for name in ("ablation", "neighbours")
+    )
+    page["study quality"] = quality_table(studies["recommended"], studies["czech"])
+    page["study together"] = together_tables(Study(STUDIES / "together.yaml"))
     page["study scenes"] = curves_table(studies["scenes"]) + "\n" + settings_table(studies["scenes"])
     return {
         PAGE: page,

@@ -112,4 +112,32 @@ def compare(study):
                     place = {"condition": condition, "language": language, "first": first, "second": second}
                     pairs.append(place | {"gallery": gallery} | summary(means[0] - means[1]))
     report = {"draws": DRAWS, "rows": rows, "comparisons": pairs}
+    if study.consistency:
+        report["consistency"] = consistency(study, runs)
     write_file(study.results / "summary.json", json.dumps(report, indent=1) + "\n")
+
+
+def consistency(study, runs: dict) -> list[dict]:
+    """Mean rank variance of each row and direction over the study's languages of `consistency`, mean over runs."""
+    import torch
+
+    from modeling_nrccr.metrics import mean_rank_variance
+
+    found = []
+    for condition in study.conditions:
+        for row in study.rows:
+            by_language = [runs[condition, language, row] for language in study.consistency]
+            if not all(by_language):
+                continue
+            for direction in ("t2v", "v2t"):
+                values = []
+                for of_run in zip(*by_language, strict=True):
+                    parts = [pd.read_parquet(study.work / "ranks" / f"{run.name}.parquet") for run in of_run]
+                    chosen = {"query": "target", "gallery": "all", "direction": direction}
+                    parts = [part[(part[list(chosen)] == list(chosen.values())).all(axis=1)] for part in parts]
+                    if any(list(part["group"]) != list(parts[0]["group"]) for part in parts):
+                        raise ValueError(f"{', '.join(run.name for run in of_run)}: their pictures are not the same")
+                    values.append(mean_rank_variance([torch.tensor(part["rank"].to_numpy()) for part in parts]))
+                mean = sum(values) / len(values)
+                found.append({"condition": condition, "row": row, "direction": direction, "mean": round(mean, 1)})
+    return found
