@@ -200,8 +200,8 @@ def together_tables(study: Study) -> str:
 
 
 def quality_table(recommended: Study, czech: Study) -> str:
-    """What better translations give the linear adapter: of each engine chrF against people's captions, and the share of
-    the way from the English-only model to human captions."""
+    """What better translations give the linear adapter: of each engine chrF against people's captions, and how far it
+    goes from the English-only model to human captions."""
     quality = json.loads((ROOT / "docs/translation.json").read_text(encoding="utf-8"))["pictures"]
     engines = [
         ("gl", "apertium en-gl", recommended, "linear"), ("ca", "apertium en-ca", recommended, "linear"),

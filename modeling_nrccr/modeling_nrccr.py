@@ -312,15 +312,20 @@ class NrccrTextTower(nn.Module):
         """What the first trained layer reads, of shape `(batch_size, sequence_length, hidden_size)`."""
         if self.num_trained_layers == 0:
             return self(input_ids, attention_mask)
-        seen = []
-        handle = self.first_trained_layer().register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
+
+        class Reached(Exception):  # that ends the pass: what is above the boundary is not computed
+            pass
+
+        def stop(_, args, kwargs):
+            raise Reached(args[0] if args else kwargs["hidden_states"])
+
+        handle = self.first_trained_layer().register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self(input_ids, attention_mask)
+        except Reached as reached:
+            return reached.args[0]
         finally:
             handle.remove()
-        return seen[0]
 
     def first_trained_layer(self) -> nn.Module:
         if self.num_trained_layers is None:
