@@ -223,6 +223,21 @@ def quality_table(recommended: Study, czech: Study) -> str:
     return markdown(head, lines)
 
 
+def text_table() -> str:
+    """Text-to-text retrieval of Multi30K's human captions (`multi30k_text.py`), before and after training on English
+    and Galician machine translation."""
+    report = json.loads((ROOT / "docs/multi30k_text.json").read_text(encoding="utf-8"))
+    lines = []
+    for pair, before in report["retrieval"].items():
+        after = report["retrieval_after"][pair]["recall@1"]
+        asks, answers = (LANGUAGES.get(code, "English") for code in pair.split("-"))
+        difference = after - before["recall@1"]
+        lines.append([f"{asks} asks {answers}", f"{before['recall@1']:.1f}", f"{after:.1f}", f"{difference:+.1f}"])
+    means = [sum(float(line[i]) for line in lines) / len(lines) for i in (1, 2, 3)]
+    lines.append(["mean of all", f"{means[0]:.1f}", f"{means[1]:.1f}", f"{means[2]:+.1f}"])
+    return markdown(["R@1", "before", "after", "difference"], lines)
+
+
 def curves_table(study: Study) -> str:
     """SumR of human target queries by condition, for a study whose conditions are rates of noise."""
     report, (language,) = summary(study), study.languages
@@ -409,6 +424,7 @@ def blocks() -> dict[Path, dict[str, str]]:
         compact_tables(Study(STUDIES / f"{name}.yaml")) for name in ("ablation", "neighbours")
     )
     page["study quality"] = quality_table(studies["recommended"], studies["czech"])
+    page["study text"] = text_table()
     page["study together"] = together_tables(Study(STUDIES / "together.yaml"))
     page["study scenes"] = curves_table(studies["scenes"]) + "\n" + settings_table(studies["scenes"])
     return {

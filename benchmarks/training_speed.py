@@ -97,7 +97,8 @@ def step_side(kind: str) -> dict:
     args = dict(
         per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=1e-4, lr_scheduler_type="constant", seed=0,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(), dataloader_drop_last=True, remove_unused_columns=False, dataloader_pin_memory=False,
+        use_cpu=not torch.accelerator.is_available(), dataloader_drop_last=True, dataloader_pin_memory=False,
+        remove_unused_columns=False,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         ours = NrccrTrainingArguments(

@@ -65,6 +65,18 @@ def test_there_is_one_for_each_published_setting():
     assert set(RECIPES) == PICTURES | VIDEOS
 
 
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs/neighbours").glob("*.yaml")), ids=lambda path: path.stem)
+def test_neighbours_say_what_is_theirs_and_are_read(path):
+    script, model, args = parse_arguments(["--config", str(path)])
+    assert (
+        args.output_dir != "outputs/demo" and f"--config examples/configs/neighbours/{path.name}" in path.read_text()
+    )
+    if path.stem != "cl2cm_teacher":  # it is told of in cl2cm.yaml
+        assert all(word in path.read_text() for word in ("arXiv", "Theirs:", "Ours:", "Left out:"))
+    assert args.needed_views() and model.adapter_settings()
+    assert args.needs_teacher() or script.teacher is None
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_values_are_the_published_ones_each_with_its_source(name):
     settings = yaml.safe_load(RECIPES[name].read_text())

@@ -62,9 +62,33 @@ def test_the_folder_is_whole_and_holds_no_pickled_file(space):
 
 def test_requirements_are_those_of_the_package():
     setup = (SPACE.parents[1] / "setup.py").read_text(encoding="utf-8")
-    lists = [re.search(rf"{name} ?= ?\[(.*?)\]", setup, re.DOTALL)[1] for name in ("install_requires", "RETRIEVAL")]
+    lists = [
+        re.search(rf"{name} ?= ?\[(.*?)\]", setup, re.DOTALL)[1] for name in ("install_requires", "RETRIEVAL", "LORA")
+    ]
     required = {requirement for text in lists for requirement in re.findall(r'"(.+?)"', text)}
     assert required == set((SPACE / "requirements.txt").read_text(encoding="utf-8").split())
+
+
+def test_several_languages_in_one_space(checkpoint, packages, tmp_path, monkeypatch):  # noqa: F811
+    from modeling_nrccr import NrccrModel
+
+    monkeypatch.setattr(cldr_emoji, "draw_emoji", lambda emoji, font: picture(3))
+    model = NrccrModel.from_dual_encoder(str(checkpoint))
+    for code in ("ca", "es"):
+        adapter = model.add_language(code)
+        torch.nn.init.normal_(adapter.update.weight, std=0.3)
+        model.save_language(code, tmp_path / code)
+    arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "space"), "--data_dir", str(packages)]
+    arguments += ["--no_clips", "--language", f"ca={tmp_path}/ca", "--language", f"es={tmp_path}/es"]
+    build_space.main(arguments)
+    app = pytest.importorskip("app")
+    assert app.spoken(tmp_path / "space/model", {"target_language": "gl"}) == ["ca", "es", "en"]
+    found = finder.Finder(tmp_path / "space", ["ca", "es", "en"], packages)
+    catalan, spanish, english = (found.embed_texts(["gato"], code)[0] for code in ("ca", "es", "en"))
+    torch.testing.assert_close(english, encode_texts(model.set_language(None), ["gato"], found.processor)[0])
+    assert not torch.allclose(catalan, english, atol=1e-3) and not torch.allclose(catalan, spanish, atol=1e-3)
+    with pytest.raises(SystemExit, match="name a code and a folder"):
+        build_space.main([*arguments, "--language", "gl"])
 
 
 def test_another_folder_is_left_alone(checkpoint, tmp_path):  # noqa: F811

@@ -25,11 +25,23 @@ class Language:
     examples: tuple[str, ...]
 
 
-LANGUAGES = {  # by code, the first one first; each needs names in CLDR, and for the noise view an Apertium pair
+# by code, the first one first; each needs names in CLDR, and for the noise view an Apertium pair; shown are English
+# and what the model has learned
+LANGUAGES = {
     "gl": Language(
         "Galego",
         "Galician",
         ("un gato que sorrí", "igrexa", "unha flor vermella", "instrumento musical", "libro azul", "barco de vela"),
+    ),
+    "ca": Language(
+        "Català",
+        "Catalan",
+        ("un gat que somriu", "església", "una flor vermella", "instrument musical", "llibre blau", "vaixell de vela"),
+    ),
+    "es": Language(
+        "Español",
+        "Spanish",
+        ("un gato que sonríe", "iglesia", "una flor roja", "instrumento musical", "libro azul", "barco de vela"),
     ),
     "en": Language(
         "English",
@@ -154,7 +166,8 @@ def discard(files: list[str]):
 
 def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
     """The page over a finder; `weight`: of the translation in query fusion."""
-    page, first = Page(finder, weight), next(iter(LANGUAGES))
+    page, shown = Page(finder, weight), {code: LANGUAGES[code] for code in finder.languages}
+    first = next(iter(shown))
     kinds = [PICTURES, *([CLIPS] if finder.clips else []), OWN]
     accepted = {"file_types": list(SUFFIXES), "show_label": False}
     # by default what is asked while an answer is under way would be dropped
@@ -162,7 +175,8 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
 
     with gr.Blocks(title="Search pictures in your language", delete_cache=(600, 1800)) as demo:
         query, own = gr.State(None, time_to_live=3600), gr.State(None, time_to_live=3600)
-        names = " or ".join(language.english for language in LANGUAGES.values())
+        *others, last = (language.english for language in shown.values())
+        names = f"{', '.join(others)} or {last}"
         gr.HTML(
             f"<h1>Search pictures in your language</h1><p>Ask in {names}, or with a picture. The model learned from "
             "English captions and their machine translation alone, noise and all.</p>",
@@ -175,7 +189,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
             max_plain_text_length=10_000, **accepted,
         )  # fmt: skip
         with gr.Row(elem_id="options"):
-            languages = [(language.name, code) for code, language in LANGUAGES.items()]
+            languages = [(language.name, code) for code, language in shown.items()]
             language = gr.Radio(
                 languages, value=first, label="Language", show_label=False, container=False, min_width=180, scale=0
             )
@@ -246,12 +260,19 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
     return demo
 
 
+def spoken(model: Path, settings: dict) -> list[str]:
+    """English and the languages that the model has learned, as far as this page knows them."""
+    added = json.loads((model / "config.json").read_text(encoding="utf-8")).get("languages")
+    learned = {"en", *(added or [settings.get("target_language", "gl")])}
+    return [code for code in LANGUAGES if code in learned]
+
+
 def main():
     folder = Path(__file__).resolve().parent
     metrics = folder / "model/metrics.json"
     settings = json.loads(metrics.read_text(encoding="utf-8"))["settings"] if metrics.exists() else {}
     gr.set_static_paths([folder / "clips"])
-    build(Finder(folder, LANGUAGES), settings.get("source_query_weight", 0.5)).launch(
+    build(Finder(folder, spoken(folder / "model", settings)), settings.get("source_query_weight", 0.5)).launch(
         theme=THEME,
         css_paths=folder / "style.css",
         max_file_size=MAX_BYTES,

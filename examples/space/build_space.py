@@ -2,6 +2,10 @@
 
 python examples/space/build_space.py --model outputs/demo --output outputs/space
 python outputs/space/app.py
+
+Several languages, that examples/add_language.py has added to a model:
+
+python examples/space/build_space.py --model outputs/english --language gl=outputs/gl --language ca=outputs/ca
 """
 
 import argparse
@@ -46,6 +50,7 @@ def main(argv: list[str] | None = None):
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", default="outputs/demo", help="folder of a trained model")
+    parser.add_argument("--language", action="append", default=[], help="CODE=FOLDER, a language added to the model")
     parser.add_argument("--output", default="outputs/space", help="replaced, if it is a Space already")
     parser.add_argument("--data_dir", help="folder with the contents of the Debian packages; by default fetched")
     parser.add_argument("--clips_dir", help="folder of animated emoji (1f600.webp); by default fetched with npm")
@@ -74,6 +79,8 @@ def build_space(args: argparse.Namespace):
             source = Path(package.__file__).parent
             shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         copy_model(model_dir, folder / "model")
+        if args.language:
+            add_languages(model_dir, args.language, folder / "model")
         (folder / "clips").mkdir()
         if not args.no_clips:
             copy_clips(Path(args.clips_dir) if args.clips_dir else fetch_clips(), folder / "clips")
@@ -90,6 +97,18 @@ def copy_model(source: Path, target: Path):
     for pattern in MODEL_FILES:
         for file in source.glob(pattern):
             shutil.copy(file, target)
+
+
+def add_languages(source: Path, languages: list[str], target: Path):
+    """Saves the model with what `add_language.py` wrote, each file under its code. Raises ValueError for a file of
+    another model."""
+    model = NrccrModel.from_dual_encoder(str(source))
+    for language in languages:
+        code, _, folder = language.partition("=")
+        if not folder:
+            raise ValueError(f"--language {language}: name a code and a folder, gl=outputs/gl")
+        model.load_language(code, folder)
+    model.save_pretrained(target)
 
 
 def copy_clips(source: Path, target: Path):
