@@ -10,9 +10,13 @@ from accelerate.utils import str_to_bool
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
+from transformers.utils import logging
 
 from .discriminator import KINDS
 from .losses import NrccrLossArguments
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -110,6 +114,10 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         if launched_processes() > 1 and not torch.accelerator.is_available():
             self.use_cpu = True  # else accelerate makes no group of them, and each trains alone
         super().__post_init__()
+        if self.bf16 and self.device.type == "cpu" and not cpu_has_bf16():
+            logger.warning(
+                "bf16=True, but this CPU has no instructions for it: expect eight times the time of float32"
+            )
         if self.discriminator_kind not in KINDS:
             raise ValueError(f"discriminator_kind={self.discriminator_kind!r}: one of {', '.join(KINDS)}")
         if self.adversarial_loss_weight > 0 and self.trained_text_layers == 0 and self.train_language is None:
@@ -162,6 +170,11 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
                     f"train_vision_tower=True with {self.world_size} processes: the BatchNorm of this vision tower "
                     "would see each process's part of a batch. Leave the tower frozen, or train in one process"
                 )
+
+
+def cpu_has_bf16() -> bool:
+    """Whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def launched_processes() -> int:

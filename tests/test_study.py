@@ -44,6 +44,10 @@ def write_study(folder: Path, towers: Path) -> Path:
             "mt": {"label": "M"},
             "student": {"label": "S", "teacher": "english_only", "start_from": "english_only",
                         "settings": only_features},
+            "together": {"label": "T", "start_from": "english_only", "adapter": True, "trained_in": "gl",
+                         "one_to_k": True,
+                         "languages": ["gl", "ca"], "learns_from": {"gl": "apertium", "ca": "apertium"},
+                         "settings": only_features | {"per_device_train_batch_size": 4}},
         },
         "comparisons": [["mt:target", "english_only:target"], ["student:english", "english_only:english"]],
     }  # fmt: skip
@@ -96,7 +100,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     monkeypatch.setattr(bench, "RESULTS", folder / "results")
     monkeypatch.setattr(bench, "WORK", folder / "work")
     study = bench.Study(path)
-    assert 2 <= len(before) < 12 and all(file.read_bytes() == content for file, content in before.items())
+    assert 2 <= len(before) < 20 and all(file.read_bytes() == content for file, content in before.items())
     runs = [*study.grid_runs(), *study.runs()]
     assert sorted(file.stem for file in study.results.glob("*.json")) == sorted(run.name for run in runs)
     assert not list(folder.rglob("*.tmp"))
@@ -107,6 +111,11 @@ def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     # a student's English is its teacher's, and its pictures are too
     student, teacher = (reports[f"gl-split0-seed0-{row}"]["test"] for row in ("student", "english_only"))
     assert student["english"] == teacher["english"] and student["target"] != teacher["target"]
+    # what learned two languages at once is trained in the first, and asked in the other; English is the base's
+    first, other = (reports[f"{language}-split0-seed0-together"] for language in ("gl", "ca"))
+    assert first["steps"] > 0 and other["steps"] == 0 and first["test"] == other["test"]  # one toy for all languages
+    assert first["test"]["english"] == teacher["english"] and first["test"]["target"] != teacher["target"]
+    assert set(first["fusion"]) == {f"{share / 10:g}" for share in range(11)}
     # statistics come from the ranks that the metrics come from
     from study_statistics import compare
 

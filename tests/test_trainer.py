@@ -141,3 +141,10 @@ def test_a_loss_can_be_overridden(tmp_path):
     trainer = Louder(tiny_model(), arguments(tmp_path, max_steps=2), toy_rows(16), toy_rows(8), data_collator=collator)
     trainer.train()
     assert json.loads(json.dumps(trainer.state.log_history))[0]["back_translation_loss"] == pytest.approx(123.0)
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_bf16_on_a_cpu_without_it_is_warned_of(supported, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("modeling_nrccr.training_args.cpu_has_bf16", lambda: supported)
+    NrccrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True)
+    assert ("no instructions for it" in caplog.text) == (not supported)
