@@ -41,7 +41,7 @@ from datasets_scripts.debian import FetchError
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.checkpoints import last_complete_checkpoint
-from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.data_collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
@@ -223,7 +223,7 @@ class Experiment:
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
         """Of all splits; the first process of each machine computes them, the others read what it wrote."""
-        key = (model.text_tower.num_trained_layers, model.cached_text_pooling)
+        key = (model.text_tower.num_trained_layers, model.cached_text_pooling, self.args.needed_views())
         if key not in self.caches:
             self.caches[key] = self.compute_cache(model, processor)
         return self.caches[key]
@@ -237,9 +237,10 @@ class Experiment:
             if shared is not None and state.is_local_main_process:  # of a killed run
                 shutil.rmtree(shared, ignore_errors=True)
             cache = FeatureCache(model, processor, kept or shared)
-            columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
+            views = [COLUMNS[view] for view in (*self.args.needed_views(), "target")]  # the target is asked too
+            columns = [*views, "source_caption", "reference_source_caption"]
             cache.add_texts(caption for rows in self.rows.values() for name in columns for caption in rows[name])
-            cache.add_texts(row[name] for row in self.lexicon for name in columns[:3])
+            cache.add_texts(row[name] for row in self.lexicon for name in (*views, "source_caption"))
             for split, rows in self.rows.items():
                 index, _ = picture_rows(rows["image_id"])
                 if self.media != "visual_feats":
