@@ -136,7 +136,7 @@ def main():
         folder.mkdir()
         found = measure(folder)
     report = machine() | {
-        "seconds": {name: {count: round(value, 3) for count, value in points.items()} for name, points in found.items()},
+        "seconds": {name: {x: round(y, 3) for x, y in points.items()} for name, points in found.items()},
         "slopes": {name: round(slope(points), 3) for name, points in found.items()},
         "on_paper": on_paper(found), "peak_gb": round(peak_gigabytes(), 2), "threads": torch.get_num_threads(),
     }  # fmt: skip
