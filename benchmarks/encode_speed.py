@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from atomic import write_file  # noqa: E402
-from machine import bandwidth, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes  # noqa: E402
+from machine import bandwidth, best_time, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes  # noqa: E402
 
 
 LANGUAGES = ("en", "de", "fr", "cs")
@@ -32,6 +33,8 @@ PICTURE_SIDES = ["pictures", "dataloader 0", "dataloader 2"]
 def prepare(captions: str | None, count: int, folder: Path):
     """Writes what both sides read: captions as JSON, and pictures as files."""
     from data import load_caption_dataset
+    from encoders import find_encoder
+    from multi30k_text import text_model
 
     from datasets_scripts.multi30k import Multi30k
 
@@ -45,6 +48,12 @@ def prepare(captions: str | None, count: int, folder: Path):
         rows.download_and_prepare()
         texts += rows.as_dataset()["train"][: count // len(LANGUAGES)]["target_caption"]
     (folder / "captions.json").write_text(json.dumps(texts))
+    model, processor = text_model(find_encoder("multilingual-e5-small"))
+    model.save_pretrained(folder / "text")
+    processor.save_pretrained(folder / "text")
+    model, processor = picture_side()
+    model.save_pretrained(folder / "dual")
+    processor.save_pretrained(folder / "dual")
     (folder / "pictures").mkdir()
     dataset = load_caption_dataset("tuxpaint+cldr_emoji")
     images = [image for split in dataset.values() for image in split["image"]]
@@ -52,23 +61,22 @@ def prepare(captions: str | None, count: int, folder: Path):
         image.save(folder / "pictures" / f"{number:04}.png")
 
 
-def timed(run) -> tuple[float, torch.Tensor]:
-    """Seconds and result of the second call: the first one warms up."""
-    run()
+def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
+    """Seconds and result of `run(items)`, after a first call that warms up."""
+    run(items[:96])
     start = time.perf_counter()
-    embeds = run()
+    embeds = run(items)
     return time.perf_counter() - start, embeds
 
 
 def captions_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
-    from encoders import find_encoder
-    from multi30k_text import text_model
+    from search import load_model
 
     from modeling_nrccr import encode_texts
 
     texts = json.loads((folder / "captions.json").read_text())
-    model, processor = text_model(find_encoder("multilingual-e5-small"))
-    seconds, embeds = timed(lambda: encode_texts(model, texts, processor))
+    model, processor = load_model(str(folder / "text"))
+    seconds, embeds = timed(lambda part: encode_texts(model, part, processor), texts)
     lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
     operations = encoder_operations(lengths, 384, 12)
     floor = operations / matmul_rate(1024, 384)
@@ -85,7 +93,7 @@ def captions_of_peer(folder: Path, batch_size: int) -> tuple[float, torch.Tensor
     pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
     model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
     seconds, embeds = timed(
-        lambda: model.encode(texts, prompt="query: ", batch_size=batch_size, convert_to_tensor=True)
+        lambda part: model.encode(part, prompt="query: ", batch_size=batch_size, convert_to_tensor=True), texts
     )
     return seconds, embeds, {}
 
@@ -100,55 +108,56 @@ def picture_model():
     return AutoModel.from_pretrained(encoder).eval(), AutoImageProcessor.from_pretrained(encoder), encoder
 
 
-def pictures_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+def picture_side():
+    """A model of ours that gives the tower's features, normalised."""
     from encoders import find_encoder
     from transformers import AutoTokenizer
 
-    from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images
+    from modeling_nrccr import NrccrModel, NrccrProcessor
 
-    tower, image_processor, encoder = picture_model()
+    _, image_processor, encoder = picture_model()
     text_encoder = find_encoder("multilingual-e5-small")
     model = NrccrModel.from_encoders(
         text_encoder, encoder, text_head="pooling", visual_head="pooling", projection_dim=1280, teacher_view="source"
-    ).eval()
+    )
     torch.nn.init.eye_(model.visual_projection.dense.weight)
     torch.nn.init.zeros_(model.visual_projection.dense.bias)
-    processor = NrccrProcessor(AutoTokenizer.from_pretrained(text_encoder), image_processor, pad_to_square=False)
+    return model, NrccrProcessor(AutoTokenizer.from_pretrained(text_encoder), image_processor, pad_to_square=False)
+
+
+def pictures_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+    from search import load_model
+
+    from modeling_nrccr import encode_images
+
+    tower, image_processor, _ = picture_model()
+    model, processor = load_model(str(folder / "dual"))
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
-    seconds, embeds = timed(lambda: encode_images(model, files, processor))
+    seconds, embeds = timed(lambda part: encode_images(model, part, processor), files)
     pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")
     with torch.inference_mode():
-        tower_alone, _ = timed(lambda: tower(**pixels).pooler_output)
+        tower_alone = best_time(lambda: tower(**pixels))
     return seconds, embeds, {"floor_seconds": tower_alone * len(files) / 32, "pictures": len(files)}
 
 
 def pictures_of_peer(folder: Path, workers: int) -> tuple[float, torch.Tensor, dict]:
-    from PIL import Image
     from torch.utils.data import DataLoader
+
+    from modeling_nrccr.processing_nrccr import load_image  # the same pixels
 
     model, processor, _ = picture_model()
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
-    loader = DataLoader(
-        files, batch_size=32, num_workers=workers,
-        collate_fn=lambda batch: processor(
-            images=[flat(Image.open(name)) for name in batch], return_tensors="pt"
-        ),
-    )  # fmt: skip
 
-    def run() -> torch.Tensor:
+    def collate(batch: list[str]):
+        return processor(images=[load_image(name) for name in batch], return_tensors="pt")
+
+    def run(part: list[str]) -> torch.Tensor:
+        loader = DataLoader(part, batch_size=32, num_workers=workers, collate_fn=collate)
         with torch.inference_mode():
             parts = [model(**batch).pooler_output for batch in loader]
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
-    return *timed(run), {}
-
-
-def flat(image):
-    """On white, as our processor sees a picture with transparency."""
-    from PIL import Image
-
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return *timed(run, files), {}
 
 
 def run_side(side: str, folder: Path):

@@ -3,12 +3,13 @@
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -60,7 +61,9 @@ def machine() -> dict:
 
 
 def peak_gigabytes() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes on Linux
+    """Of this process since it began. (`ru_maxrss` would count what the process that started it held.)"""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def in_turns(script: str, sides: list[str], rounds: int = 2, arguments: tuple[str, ...] = ()) -> dict[str, dict]:
