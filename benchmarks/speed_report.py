@@ -96,8 +96,8 @@ def tables() -> str:
         f"{encode['machine']}, no accelerator, {encode['threads']} threads; products at "
         f"{encode['matmul_gflop_s']:.0f} GFLOP/s, copies at {encode['bandwidth_gb_s']:.0f} GB/s; {encode['date']}.\n\n"
         + markdown_table(head, list(lines()))
-        + f"\n\n{equal}\n\nSlopes on logarithmic axes (1: linear): {slopes}. At the measured rates 10 million pictures "
-        f"take {paper['pictures_hours_on_one']:.0f} hours of such a machine, 100 million captions "
+        + f"\n\n{equal}\n\nSlopes on logarithmic axes (1: linear): {slopes}. At the measured rates 10 million "
+        f"pictures take {paper['pictures_hours_on_one']:.0f} hours of such a machine, 100 million captions "
         f"{paper['captions_hours_on_one']:.0f}: {paper['machines_for_a_day']} machines for a day. The index is "
         f"{paper['index_gigabytes']:.0f} GB (512 numbers, float32), cached states of the captions "
         f"{paper['cached_states_gigabytes']:.0f} GB.\n"
