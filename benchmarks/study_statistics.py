@@ -86,8 +86,8 @@ def compare(study):
     for (condition, language, row), of_row in runs.items():
         for gallery in galleries:
             for query in QUERIES:
-                if query not in study.load(of_row[0])["test"]:
-                    continue  # a language without a translator
+                if gallery not in study.load(of_row[0])["test"].get(query, {}):
+                    continue  # a language without a translator, or without stamps
                 sums = np.stack([bootstrap.sums(run, gallery, query) for run in of_row])
                 place = {"condition": condition, "language": language, "row": row, "gallery": gallery, "query": query}
                 rows.append(place | summary(sums))
@@ -101,6 +101,11 @@ def compare(study):
                     *({(run.split_seed, run.seed) for run in runs[condition, language, row]} for row, _ in sides)
                 )
                 for gallery in galleries:
+                    runs_of = [runs[condition, language, row][0] for row, _ in sides]
+                    if not all(
+                        gallery in study.load(run)["test"].get(query, {}) for run, (_, query) in zip(runs_of, sides)
+                    ):
+                        continue
                     means = [
                         np.stack([
                             bootstrap.sums(run, gallery, query)
