@@ -135,7 +135,8 @@ class Study:
     def grid_runs_of(self, row: str) -> list[Run]:
         if len(self.grid) == 1:
             return []
-        first = (next(iter(self.conditions)), self.languages[0], self.split_seeds[0], self.seeds[0])
+        language = self.rows[row].trained_in or self.languages[0]
+        first = (next(iter(self.conditions)), language, self.split_seeds[0], self.seeds[0])
         return [Run(*first, self.rows[row].tuned_as or row, point) for point in range(len(self.grid))]
 
     def runs(self) -> Iterator[Run]:

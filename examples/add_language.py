@@ -239,7 +239,7 @@ def main(arguments: list[str] | None = None):
     rivals = RIVALS if script.rivals == "all" else tuple(filter(None, script.rivals.replace("none", "").split(",")))
     if unknown := set(rivals) - set(RIVALS):
         raise ValueError(f"no rivals {', '.join(sorted(unknown))}: all, none, or some of {', '.join(RIVALS)}")
-    output, languages = Path(args.output_dir), script.target_language.split(",")
+    output, languages = Path(args.output_dir), [code.strip() for code in script.target_language.split(",")]
     if script.eval and len(languages) > 1:
         raise ValueError(f"--eval {script.eval} has captions of one language, but {script.target_language} are added")
     work = Path(f"{output}-checkpoints")
@@ -286,11 +286,14 @@ def main(arguments: list[str] | None = None):
     trainer = train(model, cache, rows, args)
     model.eval().save_language(name, output)
 
-    tested = {
-        language: examine(language, list(examined[language]), model, processor, base, base_processor, script, rivals,
-                          rows, args, work)
-        for language in languages if len(examined.get(language, ()))
-    }  # fmt: skip
+    rows_of_test = {language: list(examined[language]) for language in languages if len(examined.get(language, ()))}
+    others = {}
+    if rows_of_test:
+        others = {rival_name: rival(rival_name, base, base_processor, name, rows, args, work) for rival_name in rivals}
+    tested = {}
+    for language, asked in rows_of_test.items():
+        exam = Examination(asked, base, base_processor, script, language)
+        tested[language] = examine(exam, (model, name, processor), others) | {"queries": len(asked)}
     report = {
         "verdict": "not tested", "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
         "found": {}, "queries": 0, "language": script.target_language,
@@ -298,7 +301,7 @@ def main(arguments: list[str] | None = None):
         "adapter": script.adapter_settings(), "captions": len(captions), "seed": args.seed,
         "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
     }  # fmt: skip
-    report |= merge_reports(tested)
+    report |= merge_reports(tested) if len(languages) > 1 else tested.get(name, {})
     write_file(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_file(output / "README.md", read_me(report, script, output, languages))
     if report["found"]:
@@ -324,7 +327,7 @@ def translators(script: LanguageArguments, language: str) -> list[str]:
     none."""
     if "=" not in script.translator.split(":")[0]:
         return script.translator.split(",")
-    own = dict(part.strip().split("=", 1) for part in script.translator.split(";"))
+    own = dict(part.strip().split("=", 1) for part in script.translator.split(";") if "=" in part)
     if language not in own:
         raise ValueError(
             f"--translator {script.translator!r} names no engine for {language}: add ';{language}=ENGINE'"
@@ -332,23 +335,20 @@ def translators(script: LanguageArguments, language: str) -> list[str]:
     return own[language].split(",")
 
 
-def examine(
-    language: str, asked: list[dict], model, processor, base, base_processor, script, rivals, rows, args, work: Path
-) -> dict:
-    """What human captions of a language find, and whether to use it."""
-    exam = Examination(asked, base, base_processor, script, language)
-    found = exam.of_base() | exam.of_model("this language", model, args.train_language, processor)
+def examine(exam: Examination, ours: tuple, rivals: dict[str, tuple]) -> dict:
+    """What human captions of a language find, and whether to use it. `ours`, and each of `rivals`: as of
+    `Examination.of_model`."""
+    found = exam.of_base() | exam.of_model("this language", *ours)
     word, reasons = verdict(found, "this language")
-    for name in rivals:
-        rival_model, spoken = rival(name, base, base_processor, args.train_language, rows, args, work)
-        found |= exam.of_model(name, rival_model, spoken)
-    return {"verdict": word, "reasons": reasons, "found": found, "queries": len(asked)}
+    for name, model in rivals.items():
+        found |= exam.of_model(name, *model)
+    return {"verdict": word, "reasons": reasons, "found": found}
 
 
 def merge_reports(tested: dict[str, dict]) -> dict:
-    """Of one language its own; of several all, each line and reason with its language, the sterner verdict."""
-    if len(tested) < 2:
-        return next(iter(tested.values()), {})
+    """All of several languages, each line and reason with its language, and the sterner verdict."""
+    if not tested:
+        return {}
     return {
         "verdict": min((part["verdict"] for part in tested.values()), key=["do not use", "use"].index),
         "reasons": [f"{language}: {reason}" for language, part in tested.items() for reason in part["reasons"]],

@@ -298,12 +298,14 @@ def lexicon_rows(
 
 
 def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
-    """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed."""
+    """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed; in
+    an order that mixes them."""
     size, draw = max(map(len, languages)), random.Random(seed)
     rows = []
     for of_language in languages:
         again, rest = divmod(size, len(of_language))
         rows += of_language * again + draw.sample(of_language, rest)
+    draw.shuffle(rows)
     return rows
 
 

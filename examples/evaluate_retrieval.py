@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -78,8 +79,10 @@ def evaluate_dataset(
             "`images` of --data_dir (videos into `videos`, features into `FeatureData`)."
         )
     # by the adapter of the captions' language, where the model has one
-    language = dataset[0].get("target_language")
-    with model.using_language(language if language in model.language_adapters else model.language):
+    language = None
+    if caption_column == "target_caption" and "target_language" in dataset.column_names:
+        language = dataset["target_language"][0]
+    with model.using_language(language) if language in getattr(model, "language_adapters", ()) else nullcontext():
         text_embeds = encode_texts(model, captions, processor, batch_size, show_progress)
     collator = DataCollatorForCrossLingualRetrieval(processor, load_video=partial(read_frames, num_frames=num_frames))
 
@@ -147,8 +150,10 @@ def mean_and_worst(languages: dict[str, dict[str, float]]) -> tuple[dict[str, fl
 
 def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[str, float]:
     """Mean rank variance in both directions, over the pictures that all languages have a caption of. `languages`: the
-    two ranks of each picture."""
+    two ranks of each picture. Empty where no picture has."""
     shared = set.intersection(*map(set, languages.values()))
+    if not shared:
+        return {}
     ranks = torch.tensor([[ranks[name] for name in sorted(shared)] for ranks in languages.values()])
     return {f"{way}_mean_rank_variance": mean_rank_variance(ranks[..., i]) for i, way in enumerate(WAYS)}
 
@@ -233,7 +238,7 @@ def evaluate(args: argparse.Namespace):
         table |= {f"mean of {len(languages)}": mean, f"worst: {worst}": table[worst]}
     print(f"\n{args.model}: {args.split} split of {args.dataset}, human {args.target} queries, split seed {seed}\n")
     print(format_table(table))
-    if len(languages) > 1:
+    if f"{WAYS[0]}_mean_rank_variance" in report:
         print("mean rank variance: " + ", ".join(f"{way} {report[f'{way}_mean_rank_variance']:.1f}" for way in WAYS))
     if args.output:
         settings = {key: getattr(args, key) for key in ("model", "dataset", "target", "split")} | {"split_seed": seed}

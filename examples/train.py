@@ -28,7 +28,7 @@ from arguments import option, parse_fields
 from atomic import write_file
 from card import training_settings, write_model_card
 from data import check_lexicon, find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
-from datasets import DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from encoders import encoder_label, find_encoder
 from evaluate_retrieval import metrics_by_source, split_seed
 from search import load_model
@@ -171,6 +171,7 @@ class Experiment:
         check_lexicon(script.lexicon, args.text_only)
         with PartialState().main_process_first():
             self.dataset, self.translator = self.load(script.target, script.translator)
+            self.kept: set[str] | None = None  # captions of training, where not all are
             if script.train_captions >= 0:
                 self.keep_captions(script.train_captions)
             if script.human_captions:
@@ -207,13 +208,18 @@ class Experiment:
         captions = list(dict.fromkeys(train["caption_id"]))
         if not 2 <= count <= len(captions):
             raise ValueError(f"train_captions={count}, but there are {len(captions)}: 2 or more, or -1 for all")
-        kept = set(random.Random(self.script.split_seed).sample(captions, count))
-        self.dataset["train"] = train.select([i for i, name in enumerate(train["caption_id"]) if name in kept])
+        self.kept = set(random.Random(self.script.split_seed).sample(captions, count))
+        self.dataset["train"] = self.of_kept(train)
+
+    def of_kept(self, rows: Dataset) -> Dataset:
+        if self.kept is None:
+            return rows
+        return rows.select([i for i, name in enumerate(rows["caption_id"]) if name in self.kept])
 
     def add_human_captions(self, count: int):
         """Of so many training captions (-1: all), drawn by the split seed, the human target caption; beside the
         translated ones, or with `target="human"` alone."""
-        rows = self.load("human", self.script.translator.split(",")[0])[0]["train"]
+        rows = self.of_kept(self.load("human", self.script.translator.split(",")[0])[0]["train"])
         if count > len(rows):
             raise ValueError(f"human_captions={count}, but there are {len(rows)}: -1 takes all")
         if count >= 0:
@@ -289,7 +295,7 @@ class Experiment:
     def base(self) -> NrccrTrainer:
         """Of `base` as it is, to be asked in English and to teach."""
         args = copy(self.args)
-        args.train_language, args.trained_text_layers = None, 0
+        args.train_language, args.trained_text_layers, args.distillation_relation = None, 0, "picture"
         self.english = self.trainer(args)
         self.english.model.set_language(None)
         return self.english
@@ -303,6 +309,8 @@ class Experiment:
         teacher = None
         if self.script.teacher is not None and args.needs_teacher():
             teacher, _ = load_model(self.script.teacher)
+            if args.trained_text_layers >= 0:  # it reads what is cached for the model
+                teacher.set_trained_layers(args.trained_text_layers, False)
         trainer = self.trainer(args, teacher=teacher)
         trainer.train(resume_from_checkpoint=self.checkpoint(directory))
         return trainer
@@ -475,6 +483,7 @@ def main(arguments: list[str] | None = None):
             "target_language": script.target_language,
             "translator": experiment.translator.name,
             "target": script.target,
+            "train_captions": script.train_captions,
             "human_captions": script.human_captions,
             "lexicon": script.lexicon,
             "base": script.base and Path(script.base).name,

@@ -26,9 +26,15 @@ def encode_texts(
     [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
     """
     unique = sorted(set(texts), key=lambda text: (len(text), text))
+    # published: padding is pooled too, so that an embedding depends on the batch, and batches stay as they are
+    as_they_are = getattr(getattr(model, "config", None), "pool_padding", False)
+    # of a cache, which gives states in the place of ids, one batch at a time: they take a thousand times the memory
+    passes = 1 if as_they_are or hasattr(processor, "boundary_states") else PASSES
 
     def embed(inputs: BatchFeature) -> torch.Tensor:
         inputs = inputs.to(model.device)
+        if as_they_are:
+            return model.get_text_features(**inputs).pooler_output
         mask = inputs.get("attention_mask")
         lengths = row_lengths(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
         groups, parts = length_groups(lengths, batch_size), []
@@ -41,7 +47,7 @@ def encode_texts(
     def prepare(chunk: Sequence[str]) -> BatchFeature:
         return processor(text=list(chunk), return_tensors="pt")
 
-    embeds = encode(model, unique, prepare, embed, PASSES * batch_size, "texts" if show_progress else None)
+    embeds = encode(model, unique, prepare, embed, passes * batch_size, "texts" if show_progress else None)
     row = {text: i for i, text in enumerate(unique)}
     return embeds[[row[text] for text in texts]]
 
@@ -72,20 +78,23 @@ def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor
 
 
 def ahead(chunks: Iterable, prepare: Callable[[Any], Any], workers: int = 2) -> Iterator:
-    """What `prepare(chunk)` gives, in order; threads prepare the next chunks while the caller is busy with one
-    (reading, decoding and tokenizing leave Python's lock). A single chunk is prepared here."""
+    """What `prepare(chunk)` gives, in order; threads prepare the next `workers` chunks while the caller is busy with
+    one (reading, decoding and tokenizing leave Python's lock). A single chunk is prepared here."""
     chunks = iter(chunks)
     waiting = list(itertools.islice(chunks, 2))
     if len(waiting) < 2:
         yield from map(prepare, waiting)
         return
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         pending = deque(pool.submit(prepare, chunk) for chunk in waiting)
         for chunk in chunks:
             pending.append(pool.submit(prepare, chunk))
             yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @torch.no_grad()

@@ -3,10 +3,16 @@
 import torch
 
 
-# On a CPU passes of this size are the fastest: their states stay in cache between one operation and the next, and
-# matrices are large enough (benchmarks/NOTES.md).
-TOKENS_A_PASS = 384
+# On a CPU passes of this size for each thread are the fastest: their states stay in cache between one operation and
+# the next, and matrices are large enough (benchmarks/NOTES.md).
+TOKENS_A_THREAD = 512
+TOKENS_ELSEWHERE = 16_384  # where memory alone limits a pass
 MANY = 2**31
+
+
+def pass_tokens(device: torch.device) -> int:
+    """How many tokens, with padding, go through an encoder at a time."""
+    return TOKENS_A_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_ELSEWHERE
 
 
 def length_groups(
@@ -19,7 +25,7 @@ def length_groups(
         lengths: Tokens of each row, `(batch_size,)`.
         max_rows: Of a group; default: any number.
         max_tokens: Of a group, with its padding (a row that is longer has a group of its own). By default
-            `TOKENS_A_PASS` on a CPU; elsewhere any number, and without `max_rows` four groups, or one where that would
+            [`pass_tokens`] on a CPU; elsewhere any number, and without `max_rows` four groups, or one where that would
             save little.
     """
     on_cpu = lengths.device.type == "cpu"
@@ -27,7 +33,7 @@ def length_groups(
         if len(lengths) < 32 or lengths.max() <= 1.5 * lengths.float().mean():
             return [torch.arange(len(lengths), device=lengths.device)]
         return list(lengths.argsort(stable=True, descending=True).chunk(4))
-    max_tokens = max_tokens or (TOKENS_A_PASS if on_cpu else MANY)
+    max_tokens = max_tokens or (pass_tokens(lengths.device) if on_cpu else MANY)
     order = lengths.argsort(stable=True, descending=True)
     ordered, sizes, start = lengths[order].tolist(), [], 0
     while start < len(ordered):

@@ -85,12 +85,13 @@ def agreement_weights(source: torch.Tensor, back_translation: torch.Tensor) -> t
     return ((cosines.diagonal() - unrelated) / (1 - unrelated).clamp(min=1e-6)).clamp(0, 1).square().detach()
 
 
+@torch.no_grad()
 def transport_weights(
     anchors: Sequence[torch.Tensor], target: torch.Tensor, ignored: torch.Tensor, temperature: float = 0.1
 ) -> torch.Tensor:
     """`(n,)` in 0..1: the share of each target caption that the best transport of the batch's anchors to its target
-    captions, all `(n, dim)`, leaves in its own place; averaged over the kinds of anchors, sources and pictures. From
-    the student's own embeddings, so that confidence grows with what it has learned. After DCOT (arXiv 2309.05451),
+    captions, all `(n, dim)`, leaves in its own place; averaged over the kinds of anchors, sources and pictures. By
+    embeddings that are being learned, so that confidence grows with them. After DCOT (arXiv 2309.05451),
     whose costs and schedule of the two views are its own."""
     shares = []
     for anchor in anchors:
@@ -98,7 +99,7 @@ def transport_weights(
         for _ in range(SINKHORN_STEPS):  # Sinkhorn's, in logarithms: rows and columns that sum to 1
             plan = plan.log_softmax(0).log_softmax(1)
         shares.append(plan.diagonal().exp())
-    return torch.stack(shares).mean(0).detach()
+    return torch.stack(shares).mean(0)
 
 
 def contrastive_loss(
@@ -281,7 +282,7 @@ class NrccrLoss:
         if self.settings.pair_weighting == "none":
             return None
         if self.settings.pair_weighting == "transport":
-            source = outputs.text_embeds if outputs.teacher_text_embeds is None else outputs.teacher_text_embeds
+            source = outputs.teacher_text_embeds if outputs.text_embeds is None else outputs.text_embeds
             anchors = [embeds for embeds in (source, outputs.image_embeds) if embeds is not None]
             return transport_weights(anchors, self.embeds(outputs, "target_text_embeds"), ignored)
         views = ("text_embeds", "back_translation_text_embeds")

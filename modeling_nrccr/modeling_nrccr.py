@@ -30,7 +30,7 @@ from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
-from .length_groups import TOKENS_A_PASS, length_groups, row_lengths
+from .length_groups import length_groups, pass_tokens, row_lengths
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 
 
@@ -250,6 +250,10 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config)
 
 
+class Reached(Exception):
+    """A boundary, by a pass that ends there."""
+
+
 class NrccrTextTower(nn.Module):
     """Any `AutoModel` text encoder. Its lower layers may be frozen, and their output computed once and reused.
 
@@ -313,10 +317,7 @@ class NrccrTextTower(nn.Module):
         if self.num_trained_layers == 0:
             return self(input_ids, attention_mask)
 
-        class Reached(Exception):  # that ends the pass: what is above the boundary is not computed
-            pass
-
-        def stop(_, args, kwargs):
+        def stop(_, args, kwargs):  # what is above the boundary is not computed
             raise Reached(args[0] if args else kwargs["hidden_states"])
 
         handle = self.first_trained_layer().register_forward_pre_hook(stop, with_kwargs=True)
@@ -629,8 +630,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         gives for cut-off padding is 0. `language`: whose LoRA is in it."""
         lengths = row_lengths(mask)
         # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0
+        recompute = self.recompute_passes and torch.is_grad_enabled()
         whole = self.config.pool_padding or (name == "boundary_states" and self.text_tower.num_trained_layers == 0)
-        groups = [] if whole else length_groups(lengths, max_tokens=TOKENS_A_PASS if self.recompute_passes else None)
+        groups = [] if whole else length_groups(lengths, max_tokens=pass_tokens(mask.device) if recompute else None)
         if len(groups) < 2:
             return self.run_tower(name, inputs, mask, language)
         parts = []

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -38,6 +39,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+# Of threads that prepare batches: Python's warning filters, and a fast tokenizer's truncation, are one for all.
+OPENING, TOKENIZING = Lock(), Lock()
+
+
 def load_image(path: str | Path) -> Image.Image:
     """
     Decodes a picture (the first frame of an animation) to upright RGB of at most `MAX_SIDE` pixels a side.
@@ -47,11 +52,12 @@ def load_image(path: str | Path) -> Image.Image:
             `PIL.Image.MAX_IMAGE_PIXELS` pixels.
         OSError and others: if it is corrupt; Pillow's decoders raise many kinds.
     """
-    with warnings.catch_warnings():
+    with OPENING, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes a large JPEG at a half, a quarter or an eighth
-            image = to_rgb(image)
+        opened = Image.open(path, formats=IMAGE_FORMATS)
+    with opened as image:
+        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes a large JPEG at a half, a quarter or an eighth
+        image = to_rgb(image)
     image.thumbnail((MAX_SIDE, MAX_SIDE))
     return image
 
@@ -191,16 +197,17 @@ class NrccrTextProcessor(ProcessorMixin):
 
         # first without truncation, since truncating tokenizers do not tell; verbose=False: this says it better
         length = {"max_length": self.max_text_length}
-        encoded = encode(truncation=False, verbose=False, **(length if padding == "max_length" else {}))
-        num_truncated = sum(sum(mask) > self.max_text_length for mask in encoded["attention_mask"])
-        if num_truncated:
-            encoded = encode(truncation=True, **length)
-            if not self.num_truncated:
-                logger.warning(
-                    f"captions longer than max_text_length={self.max_text_length} tokens are truncated; "
-                    "their number is kept in the processor's `num_truncated`"
-                )
-            self.num_truncated += num_truncated
+        with TOKENIZING:
+            encoded = encode(truncation=False, verbose=False, **(length if padding == "max_length" else {}))
+            num_truncated = sum(sum(mask) > self.max_text_length for mask in encoded["attention_mask"])
+            if num_truncated:
+                encoded = encode(truncation=True, **length)
+                if not self.num_truncated:
+                    logger.warning(
+                        f"captions longer than max_text_length={self.max_text_length} tokens are truncated; "
+                        "their number is kept in the processor's `num_truncated`"
+                    )
+                self.num_truncated += num_truncated
         masks = encoded["attention_mask"]
         if self.text_padding == "max_length":
             masks = [[1] * len(mask) for mask in masks]

@@ -136,8 +136,9 @@ class NrccrRetriever:
         skip_existing: bool = False,
     ) -> list[Skipped]:
         """
-        Encodes pictures or videos and adds them to the gallery; decodes `batch_size` at a time and stores about a
-        thousand at a time, so that little is lost if it is interrupted: call it again with `skip_existing`.
+        Encodes pictures or videos and adds them to the gallery. Two threads read and decode the next batches; about a
+        thousand are stored at a time, so that little is lost if it is interrupted: call it again with
+        `skip_existing`.
 
         Args:
             images: a folder (searched with its sub-folders), a sequence of files and `PIL.Image`s, or a
@@ -149,7 +150,7 @@ class NrccrRetriever:
                 set's row. A video also gets `num_frames` and `frame`, the number of the frame that is most like it.
             strict: raise for what cannot be read, rather than skip it.
             videos: instead of `images`: lists of frames, or whatever `read_frames` takes.
-            read_frames: the frames of a video, such as `datasets_scripts.videos.read_frames`.
+            read_frames: the frames of a video, such as `datasets_scripts.videos.read_frames`; called in threads.
             skip_existing: leave out ids that the gallery has, rather than raise.
 
         Returns:
@@ -217,7 +218,7 @@ class NrccrRetriever:
         on_progress: Callable[[int], Any] = lambda count: None,
     ) -> Encoded:
         """
-        What [`add`] stores, without storing it; reads and decodes `batch_size` at a time.
+        What [`add`] stores, without storing it; two threads read and decode what comes next.
 
         Args:
             kind: "images", "videos" or "visual_feats".

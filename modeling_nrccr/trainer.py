@@ -76,6 +76,9 @@ class NrccrTrainer(Trainer):
         args.check_processes(model)
         if model.visual_head is None and not args.text_only:
             raise ValueError("this model embeds texts alone (NrccrConfig.visual_feat_dim is None): set text_only=True")
+        groups = isinstance(train_dataset, list) and train_dataset and isinstance(train_dataset[0], list)
+        if groups and args.world_size > 1:
+            raise ValueError(f"groups of rows differ in size: train them in one process, not {args.world_size}")
         args = copy(args)
         # old checkpoints go when the new one is complete, which is later than the Trainer would do it
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None

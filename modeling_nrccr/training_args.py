@@ -1,6 +1,7 @@
 """`NrccrTrainingArguments`: those of the Trainer, and every weight, margin, temperature and switch of the loss."""
 
 import os
+import platform
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -174,7 +175,8 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
 
 def cpu_has_bf16() -> bool:
     """Whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    known = platform.machine() in ("x86_64", "AMD64")  # of others nothing is said here
+    return not known or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def launched_processes() -> int:

@@ -118,7 +118,7 @@ def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
         mask = mask.flip(1) if side == "left" else mask
         ids = torch.randint(5, 20, mask.shape, generator=generator) * mask
         batch |= {f"{prefix}input_ids": ids, f"{prefix}attention_mask": mask}
-    monkeypatch.setattr(length_groups_module, "TOKENS_A_PASS", 60)
+    monkeypatch.setattr(length_groups_module, "pass_tokens", lambda device: 60)
     groups = module.length_groups(lengths)
     assert len(groups) > 4 and torch.cat(groups).sort().values.equal(torch.arange(len(lengths)))
     assert all(lengths[rows].max() * len(rows) <= 60 for rows in groups)
@@ -137,8 +137,8 @@ def test_a_gradient_cache_gives_the_same_gradients(heads, lora, monkeypatch):
     from modeling_nrccr import length_groups as length_groups_module
     from modeling_nrccr import modeling_nrccr
 
-    monkeypatch.setattr(length_groups_module, "TOKENS_A_PASS", 40)
-    monkeypatch.setattr(modeling_nrccr, "TOKENS_A_PASS", 40)
+    monkeypatch.setattr(length_groups_module, "pass_tokens", lambda device: 40)
+    monkeypatch.setattr(modeling_nrccr, "pass_tokens", lambda device: 40)
     torch.manual_seed(0)
     model = tiny_model(**HEADS[heads], projection_norm="batch_norm", projection_dropout=0.2)
     if lora:

@@ -108,6 +108,7 @@ def add_languages(source: Path, languages: list[str], target: Path):
         if not folder:
             raise ValueError(f"--language {language}: name a code and a folder, gl=outputs/gl")
         model.load_language(code, folder)
+    model.config.dual_encoder = None  # a path here
     model.save_pretrained(target)
 
 
