@@ -96,6 +96,7 @@ def test_another_folder_is_left_alone(checkpoint, tmp_path):  # noqa: F811
     for arguments in (["--model", str(checkpoint), "--output", str(tmp_path / "thesis")], ["--model", str(tmp_path)]):
         with pytest.raises(SystemExit, match="holds something else|holds no model"):
             build_space.main(arguments)
+    assert build_space.LANGUAGES == tuple(f"{code}=outputs/gl-ca-es" for code in ("gl", "ca", "es"))
 
 
 def test_search_explains_itself(found):

@@ -1,11 +1,13 @@
 """Writes the folder that is the Space (model, index, clips, code), to be tried here and pushed as it is:
 
-python examples/space/build_space.py --model outputs/demo --output outputs/space
+python examples/space/build_space.py
 python outputs/space/app.py
 
-Several languages, that examples/add_language.py has added to a model:
+By default Galician, Catalan and Spanish, as examples/add_language.py adds them to outputs/english (docs/languages.md).
+Of one model as it is, such as that of `make demo`, or with other languages:
 
-python examples/space/build_space.py --model outputs/english --language gl=outputs/gl --language ca=outputs/ca
+python examples/space/build_space.py --model outputs/demo
+python examples/space/build_space.py --model outputs/english --language gl=outputs/gl
 """
 
 import argparse
@@ -42,6 +44,7 @@ APP_FILES = (
     "requirements.txt",
     "packages.txt",
 )
+MODEL, LANGUAGES = "outputs/english", tuple(f"{code}=outputs/gl-ca-es" for code in ("gl", "ca", "es"))
 MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "README.md")  # nothing pickled
 
 
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", default="outputs/demo", help="folder of a trained model")
+    parser.add_argument("--model", help=f"folder of a trained model; default: {MODEL}, with {', '.join(LANGUAGES)}")
     parser.add_argument("--language", action="append", default=[], help="CODE=FOLDER, a language added to the model")
     parser.add_argument("--output", default="outputs/space", help="replaced, if it is a Space already")
     parser.add_argument("--data_dir", help="folder with the contents of the Debian packages; by default fetched")
@@ -64,9 +67,11 @@ def main(argv: list[str] | None = None):
 
 
 def build_space(args: argparse.Namespace):
-    model_dir, output = Path(args.model), Path(args.output)
+    model_dir, output, languages = Path(args.model or MODEL), Path(args.output), args.language
+    if args.model is None and not languages:
+        languages = list(LANGUAGES)
     if not (model_dir / "config.json").exists():
-        raise ValueError(f"{model_dir} holds no model: `make demo` trains outputs/demo")
+        raise ValueError(f"{model_dir} holds no model: --model outputs/demo takes that of `make demo`")
     if output.exists() and not (output / "app.py").exists():
         raise ValueError(f"{output} holds something else: name another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +84,8 @@ def build_space(args: argparse.Namespace):
             source = Path(package.__file__).parent
             shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
         copy_model(model_dir, folder / "model")
-        if args.language:
-            add_languages(model_dir, args.language, folder / "model")
+        if languages:
+            add_languages(model_dir, languages, folder / "model")
         (folder / "clips").mkdir()
         if not args.no_clips:
             copy_clips(Path(args.clips_dir) if args.clips_dir else fetch_clips(), folder / "clips")
