@@ -126,7 +126,8 @@ def settings_table(study: Study) -> str:
         runs = [study.load(run) for run in study.runs() if run.row == name]
         point = study.grid[runs[0]["grid_point"]]
         chosen = ", ".join(f"{key} {spec.settings.get(key, value):g}" for key, value in point.items())
-        seconds = sorted(sum(run["seconds"].values()) for run in runs)
+        trained = [run for run in runs if run["steps"]] or runs
+        seconds = sorted(sum(run["seconds"].values()) for run in trained)
         weights = sorted({run["source_query_weight"] for run in runs})
         lines.append([
             spec.label, chosen or "–", f"{weights[0]:g} to {weights[-1]:g}", f"{seconds[len(seconds) // 2]:.0f}",
@@ -402,14 +403,14 @@ def ablation_figure(plt, save):
         shares = [float(share) for share in curves[0]]
         values = [sum(curve[share] for curve in curves) / len(curves) for share in curves[0]]
         left.plot(shares, values, marker=marker, label=study.rows[row].label)
-    left.set_xlabel("share of the translated query in the fusion (test; chosen on validation elsewhere)")
+    left.set_xlabel("share of the translated query in the fusion")
     left.set_ylabel("SumR of human Galician queries")
     place = {"language": study.languages[0], "gallery": "all", "query": "target"}
     names = ("captions_100", "captions_350", "captions_700", "captions_all")
     values = [find(report["rows"], row=name, **place)[0] for name in names]
     right.errorbar(range(4), [v["mean"] for v in values], yerr=reach(values), marker="o", capsize=3)
     right.set_xticks(range(4), ["100", "350", "700", "all"])
-    right.set_xlabel("captions trained on (cosine, linear adapter), 95 % interval")
+    right.set_xlabel("captions trained on, 95 % interval")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
