@@ -120,7 +120,7 @@ def figure(found: dict[str, dict[int, float]], path: Path):
     axes.set_xlabel("how many")
     axes.set_ylabel("seconds, two cores")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
     drawn.savefig(path.with_suffix(".tmp.png"), dpi=150, bbox_inches="tight")
     os.replace(path.with_suffix(".tmp.png"), path)
 
