@@ -112,8 +112,8 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     )
 
     def __post_init__(self):
-        if launched_processes() > 1 and not torch.accelerator.is_available():
-            self.use_cpu = True  # else accelerate makes no group of them, and each trains alone
+        if not torch.accelerator.is_available() and (launched_processes() > 1 or self.bf16):
+            self.use_cpu = True  # else accelerate makes no group of processes, each trains alone; and bf16 is refused
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and not cpu_has_bf16():
             logger.warning(

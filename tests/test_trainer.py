@@ -146,5 +146,6 @@ def test_a_loss_can_be_overridden(tmp_path):
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_on_a_cpu_without_it_is_warned_of(supported, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("modeling_nrccr.training_args.cpu_has_bf16", lambda: supported)
-    NrccrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    NrccrTrainingArguments(output_dir=str(tmp_path), bf16=True)
     assert ("no instructions for it" in caplog.text) == (not supported)
