@@ -3,14 +3,15 @@
 
     python benchmarks/encode_speed.py --captions ../shared/data/multi30k --output benchmarks/results/speed/encode.json
 
-Captions: the first training captions of Multi30K in four languages. Pictures: stamps and emoji as PNG files.
+Captions: the first training captions of Multi30K in four languages. Pictures: stamps and emoji as PNG files. On an
+accelerator: `--bf16`, of both sides, and `--count 8000`; `--folder` keeps what was prepared for a machine without
+network.
 """
 
 import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,21 +22,41 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from atomic import write_file  # noqa: E402
-from machine import bandwidth, best_time, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes  # noqa: E402
+from machine import (  # noqa: E402
+    bandwidth,
+    best_time,
+    clock,
+    device,
+    encoder_operations,
+    in_turns,
+    machine,
+    matmul_rate,
+    peak_gigabytes,
+    peak_rate,
+)
 
 
 LANGUAGES = ("en", "de", "fr", "cs")
-# each peer at both sizes that its users meet: the faster one counts
+# each peer at the sizes that its users meet: the fastest one counts
 CAPTION_SIDES = ["captions", "sentence-transformers 32", "sentence-transformers 128"]
 PICTURE_SIDES = ["pictures", "dataloader 0", "dataloader 2"]
+if device().type != "cpu":
+    CAPTION_SIDES += ["sentence-transformers 1024"]
+    PICTURE_SIDES += ["dataloader 8"]
 
 
 def prepare(captions: str | None, count: int, folder: Path):
-    """Writes what both sides read: captions as JSON, and pictures as files."""
-    from data import load_caption_dataset
-    from encoders import find_encoder
-    from multi30k_text import text_model
+    """Writes what both sides read, where it is not there yet: captions as JSON, pictures as files, and models."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "captions.json").exists():
+        prepare_captions(captions, count, folder)
+    if not (folder / "pictures").is_dir():
+        prepare_pictures(count, folder)
+    if not (folder / "dual").is_dir():
+        prepare_models(folder)
 
+
+def prepare_captions(captions: str | None, count: int, folder: Path):
     from datasets_scripts.multi30k import Multi30k
 
     texts = []
@@ -48,12 +69,11 @@ def prepare(captions: str | None, count: int, folder: Path):
         rows.download_and_prepare()
         texts += rows.as_dataset()["train"][: count // len(LANGUAGES)]["target_caption"]
     (folder / "captions.json").write_text(json.dumps(texts))
-    model, processor = text_model(find_encoder("multilingual-e5-small"))
-    model.save_pretrained(folder / "text")
-    processor.save_pretrained(folder / "text")
-    model, processor = picture_side()
-    model.save_pretrained(folder / "dual")
-    processor.save_pretrained(folder / "dual")
+
+
+def prepare_pictures(count: int, folder: Path):
+    from data import load_caption_dataset
+
     (folder / "pictures").mkdir()
     dataset = load_caption_dataset("tuxpaint+cldr_emoji")
     images = [image for split in dataset.values() for image in split["image"]]
@@ -61,29 +81,45 @@ def prepare(captions: str | None, count: int, folder: Path):
         image.save(folder / "pictures" / f"{number:04}.png")
 
 
+def prepare_models(folder: Path):
+    from encoders import find_encoder
+    from multi30k_text import text_model
+
+    for name, (model, processor) in (
+        ("text", text_model(find_encoder("multilingual-e5-small"))),
+        ("dual", picture_side()),
+    ):
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+
+
 def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
     """Seconds and result of `run(items)`, after a first call that warms up."""
-    run(items[:96])
-    start = time.perf_counter()
+    run(items[:96] if device().type == "cpu" else items)
+    start = clock()
     embeds = run(items)
-    return time.perf_counter() - start, embeds
+    return clock() - start, embeds.float().cpu()
 
 
-def captions_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
     from search import load_model
 
     from modeling_nrccr import encode_texts
 
     texts = json.loads((folder / "captions.json").read_text())
     model, processor = load_model(str(folder / "text"))
+    model.to(device(), dtype)
     seconds, embeds = timed(lambda part: encode_texts(model, part, processor), texts)
     lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
     operations = encoder_operations(lengths, 384, 12)
-    floor = operations / matmul_rate(1024, 384)
-    return seconds, embeds, {"floor_seconds": floor, "tokens": int(lengths.sum()), "captions": len(texts)}
+    return seconds, embeds, {
+        "floor_seconds": operations / matmul_rate(384, dtype), "tokens": int(lengths.sum()), "captions": len(texts),
+        "tokens_per_second": round(int(lengths.sum()) / seconds),
+        "utilisation": round(operations / seconds / peak_rate(dtype), 4),
+    }  # fmt: skip
 
 
-def captions_of_peer(folder: Path, batch_size: int) -> tuple[float, torch.Tensor, dict]:
+def captions_of_peer(folder: Path, dtype: torch.dtype, batch_size: int) -> tuple[float, torch.Tensor, dict]:
     from encoders import find_encoder
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
@@ -91,7 +127,7 @@ def captions_of_peer(folder: Path, batch_size: int) -> tuple[float, torch.Tensor
     texts = json.loads((folder / "captions.json").read_text())
     transformer = Transformer(find_encoder("multilingual-e5-small"))
     pooling = Pooling(transformer.get_word_embedding_dimension(), "mean")
-    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device="cpu")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()], device=str(device())).to(dtype)
     seconds, embeds = timed(
         lambda part: model.encode(part, prompt="query: ", batch_size=batch_size, convert_to_tensor=True), texts
     )
@@ -105,7 +141,8 @@ def picture_model():
     import modeling_nrccr  # noqa: F401  (registers the tower)
 
     encoder = find_encoder("efficientnet-lite0")
-    return AutoModel.from_pretrained(encoder).eval(), AutoImageProcessor.from_pretrained(encoder), encoder
+    tower = AutoModel.from_pretrained(encoder).eval().to(device())
+    return tower, AutoImageProcessor.from_pretrained(encoder), encoder
 
 
 def picture_side():
@@ -125,27 +162,34 @@ def picture_side():
     return model, NrccrProcessor(AutoTokenizer.from_pretrained(text_encoder), image_processor, pad_to_square=False)
 
 
-def pictures_of_ours(folder: Path) -> tuple[float, torch.Tensor, dict]:
+def pictures_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
     from search import load_model
 
     from modeling_nrccr import encode_images
 
     tower, image_processor, _ = picture_model()
     model, processor = load_model(str(folder / "dual"))
+    model.to(device(), dtype)
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
     seconds, embeds = timed(lambda part: encode_images(model, part, processor), files)
-    pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")
+    pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")["pixel_values"]
+    pixels = pixels.to(device(), dtype)
+    tower.to(dtype)
     with torch.inference_mode():
-        tower_alone = best_time(lambda: tower(**pixels))
-    return seconds, embeds, {"floor_seconds": tower_alone * len(files) / 32, "pictures": len(files)}
+        tower_alone = min(best_time(lambda size=size: tower(pixels[:size])) / size for size in (8, 16, 32))
+    return seconds, embeds, {
+        "floor_seconds": tower_alone * len(files), "pictures": len(files),
+        "pictures_per_second": round(len(files) / seconds),
+    }  # fmt: skip
 
 
-def pictures_of_peer(folder: Path, workers: int) -> tuple[float, torch.Tensor, dict]:
+def pictures_of_peer(folder: Path, dtype: torch.dtype, workers: int) -> tuple[float, torch.Tensor, dict]:
     from torch.utils.data import DataLoader
 
     from modeling_nrccr.processing_nrccr import load_image  # the same pixels
 
     model, processor, _ = picture_model()
+    model.to(dtype)
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
 
     def collate(batch: list[str]):
@@ -154,24 +198,24 @@ def pictures_of_peer(folder: Path, workers: int) -> tuple[float, torch.Tensor, d
     def run(part: list[str]) -> torch.Tensor:
         loader = DataLoader(part, batch_size=32, num_workers=workers, collate_fn=collate)
         with torch.inference_mode():
-            parts = [model(**batch).pooler_output for batch in loader]
+            parts = [model(**batch.to(device(), dtype)).pooler_output for batch in loader]
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
     return *timed(run, files), {}
 
 
-def run_side(side: str, folder: Path):
+def run_side(side: str, folder: Path, dtype: torch.dtype):
     name, _, size = side.partition(" ")
     run = {"captions": captions_of_ours, "sentence-transformers": captions_of_peer,
            "pictures": pictures_of_ours, "dataloader": pictures_of_peer}[name]  # fmt: skip
-    seconds, embeds, more = run(folder, *([int(size)] if size else []))
+    seconds, embeds, more = run(folder, dtype, *([int(size)] if size else []))
     torch.save(embeds, folder / f"{side}.pt")
     print(json.dumps({"seconds": seconds, "peak_gb": peak_gigabytes()} | more))
 
 
-def compare(sides: list[str], folder: Path, rounds: int) -> dict:
+def compare(sides: list[str], folder: Path, rounds: int, bf16: bool) -> dict:
     ours, *peers = sides
-    found = in_turns(__file__, sides, rounds, ("--folder", str(folder)))
+    found = in_turns(__file__, sides, rounds, ("--folder", str(folder), *(["--bf16"] if bf16 else [])))
     peer = min(peers, key=lambda side: found[side]["seconds"])
     embeds = [torch.load(folder / f"{side}.pt", weights_only=True) for side in (ours, peer)]
     return {
@@ -190,20 +234,22 @@ def main():
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3, help="the fastest of so many processes counts")
     parser.add_argument("--only", choices=("captions", "pictures"))
+    parser.add_argument("--bf16", action="store_true", help="of both sides")
+    parser.add_argument("--folder", type=Path, help="of what is encoded; prepared where it is not there, and kept")
     parser.add_argument("--output", help="JSON")
     parser.add_argument("--side", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
     if args.side:
-        return run_side(args.side, args.folder)
+        return run_side(args.side, args.folder, dtype)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+        folder = args.folder or Path(scratch)
         prepare(args.captions, args.count, folder)
-        report = machine() | {"bandwidth_gb_s": round(bandwidth() / 1e9, 1),
-                              "matmul_gflop_s": round(matmul_rate(1024, 384) / 1e9, 1)}  # fmt: skip
+        report = machine() | {"dtype": str(dtype), "bandwidth_gb_s": round(bandwidth() / 1e9, 1),
+                              "matmul_gflop_s": round(matmul_rate(384, dtype) / 1e9, 1)}  # fmt: skip
         for name, sides in (("captions", CAPTION_SIDES), ("pictures", PICTURE_SIDES)):
             if args.only in (None, name):
-                report[name] = compare(sides, folder, args.rounds)
+                report[name] = compare(sides, folder, args.rounds, args.bf16)
     print(json.dumps(report, indent=1))
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)

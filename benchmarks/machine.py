@@ -14,27 +14,48 @@ from pathlib import Path
 import torch
 
 
+def device() -> torch.device:
+    """The accelerator, where there is one; else the CPU."""
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def clock() -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def best_time(call: Callable, repeats: int = 3) -> float:
     """Seconds of the fastest of some calls, after one that is not counted."""
     call()
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)
 
 
-def matmul_rate(rows: int, width: int, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of the matrix products that a Transformer of that width is made of: `(rows, width)` by
-    `(width, 4 * width)`. The floor of everything that computes."""
-    a, b = torch.randn(rows, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype).t()
-    return 2 * rows * width * 4 * width / best_time(lambda: a @ b, 20)
+def matmul_rate(width: int, dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of the matrix products that a Transformer of that width is made of, of shape
+    `(rows, width)` by `(width, 4 * width)`, as many rows as fill the device. The floor of everything that computes."""
+    rows = 1024 if device().type == "cpu" else 65_536
+    a, b = (torch.randn(size, width, dtype=dtype, device=device()) for size in (rows, 4 * width))
+    return 2 * rows * width * 4 * width / best_time(lambda: a @ b.t(), 20)
+
+
+def peak_rate(dtype: torch.dtype = torch.float32) -> float:
+    """Operations a second of a product large enough for any device: what model FLOPs utilisation is measured against
+    (a datasheet promises more)."""
+    size = 2048 if device().type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device())
+    return 2 * size**3 / best_time(lambda: a @ b, 10)
 
 
 def bandwidth() -> float:
     """Bytes a second of a copy that no cache holds, read and written. The floor of everything that moves."""
-    a, b = torch.randn(2, 64_000_000)
+    a, b = torch.randn(2, 64_000_000, device=device())
     return 2 * a.nbytes / best_time(lambda: b.copy_(a))
 
 
@@ -53,7 +74,7 @@ def machine() -> dict:
         has = set()
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {', '.join(flag for flag in flags if flag in has)}",
-        "accelerator": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none",
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(device()),
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "date": time.strftime("%Y-%m-%d"),
@@ -61,7 +82,10 @@ def machine() -> dict:
 
 
 def peak_gigabytes() -> float:
-    """Of this process since it began. (`ru_maxrss` would count what the process that started it held.)"""
+    """Of this process since it began, on the accelerator where there is one. (`ru_maxrss` would count what the process
+    that started it held.)"""
+    if torch.accelerator.is_available():
+        return torch.accelerator.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 

@@ -269,7 +269,7 @@ def results(study: Study) -> str:
         ("English only", "english_only", "target"),
         ("translated query: English only, asked in machine-translated English", "english_only", "translated"),
         ("MT, plain", "mt_plain", "target"),
-        ("MT + similarity view (the demo)", "demo", "target"),
+        ("MT + similarity view (joint.yaml)", "demo", "target"),
         ("the same, fused with the translated query", "demo", "fused"),
         ("plain distillation from the English-only model", "distillation", "target"),
         ("the same, fused with the translated query", "distillation", "fused"),

@@ -5,7 +5,8 @@
 `step`: a BERT of mBERT's size (12 layers, vocabulary 119,547, random weights), top 9 layers trained, 128 captions in
 three views of 10 to 22 tokens, 2048-d features, dropout 0. Stock: `AutoModel` under `Trainer`, dynamic padding, a pass
 for each view. Both have the same heads, rows, order and loss. `contrast`: 2,048 pairs through all of e5-small, one
-forward and backward with the gradient of the whole batch, in the memory of a small one.
+forward and backward with the gradient of the whole batch, in the memory of a small one. On an accelerator:
+`--batch 1024 --steps 20`, which stock runs in bf16 too, and `--texts FILE` where there is no network.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import json
 import random
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -23,13 +23,24 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from atomic import write_file  # noqa: E402
-from machine import encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes  # noqa: E402
+from machine import (  # noqa: E402
+    clock,
+    device,
+    encoder_operations,
+    in_turns,
+    machine,
+    matmul_rate,
+    peak_gigabytes,
+    peak_rate,
+)
 
 
 VIEWS = ("", "target_", "back_translation_")
-STEPS, BATCH, TRAINED, WIDTH, LAYERS = 3, 128, 9, 768, 12
+TRAINED, WIDTH = 9, 768
 PAIRS = 2048
 STEP_SIDES = ["ours", "ours recompute", "ours bf16", "stock"]
+if device().type != "cpu":
+    STEP_SIDES += ["stock bf16"]
 CONTRAST_SIDES = ["cached", "sentence-transformers 32", "sentence-transformers 128"]
 
 
@@ -46,14 +57,14 @@ class Tokens:
         return BatchFeature({"input_ids": ids, "attention_mask": (ids > 0).long()})
 
 
-def training_rows() -> list[dict]:
+def training_rows(count: int) -> list[dict]:
     draw = random.Random(0)
     generator = torch.Generator().manual_seed(0)
     names = ("source_caption", "target_caption", "back_translation")
     return [
         {name: " ".join(str(draw.randrange(100, 119_000)) for _ in range(draw.randint(10, 22))) for name in names}
         | {"image_id": str(i), "visual_feats": torch.randn(1, 2048, generator=generator)}
-        for i in range(STEPS * BATCH)
+        for i in range(count)
     ]
 
 
@@ -68,7 +79,7 @@ def build_model():
     return NrccrModel(config)
 
 
-def step_side(kind: str) -> dict:
+def step_side(kind: str, steps: int, batch: int) -> dict:
     """Seconds a step, from the second one on, and the loss of each."""
     from transformers import TrainerCallback
 
@@ -84,36 +95,36 @@ def step_side(kind: str) -> dict:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            times.append(-time.perf_counter())
+            times.append(-clock())
 
         def on_step_end(self, *args, **kwargs):
-            times[-1] += time.perf_counter()
+            times[-1] += clock()
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if "loss" in logs:
                 losses.append(logs["loss"])
 
-    stock, rows, model = kind == "stock", training_rows(), build_model()
+    stock, rows, model = kind.startswith("stock"), training_rows(steps * batch), build_model().to(device())
     args = dict(
-        per_device_train_batch_size=BATCH, max_steps=STEPS, learning_rate=1e-4, lr_scheduler_type="constant", seed=0,
+        per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", seed=0,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(), dataloader_drop_last=True, dataloader_pin_memory=False,
-        remove_unused_columns=False,
+        remove_unused_columns=False, bf16="bf16" in kind,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         ours = NrccrTrainingArguments(
             output_dir=scratch, eval_strategy="no", load_best_model_at_end=False, trained_text_layers=TRAINED,
-            bf16="bf16" in kind, gradient_cache="recompute" in kind, **args,
+            gradient_cache="recompute" in kind, **args,
         )  # fmt: skip
         model.set_trained_layers(TRAINED)
         filled, processor = 0.0, Tokens()
         if not stock:
-            start = time.perf_counter()
+            start = clock()
             processor = FeatureCache(model, Tokens())
             processor.add_texts(
                 row[name] for row in rows for name in ("source_caption", "target_caption", "back_translation")
             )
-            filled = time.perf_counter() - start
+            filled = clock() - start
         collator = DataCollatorForCrossLingualRetrieval(processor)
         if stock:
             trainer = stock_trainer(model, scratch, args, rows, collator, NrccrLoss.from_arguments(ours))
@@ -124,10 +135,13 @@ def step_side(kind: str) -> dict:
     lengths = torch.tensor(
         [len(row[n].split()) for row in rows for n in ("source_caption", "target_caption", "back_translation")]
     )
-    operations = encoder_operations(lengths, WIDTH, TRAINED) / STEPS * 3  # forward, and twice that backward
+    operations = encoder_operations(lengths, WIDTH, TRAINED) / steps * 3  # forward, and twice that backward
+    seconds, peak_gb, dtype = min(times[1:]), peak_gigabytes(), torch.bfloat16 if "bf16" in kind else torch.float32
     return {
-        "seconds": min(times[1:]), "peak_gb": peak_gigabytes(), "losses": losses, "cache_seconds": filled,
-        "floor_seconds": operations / matmul_rate(1024, WIDTH),
+        "seconds": seconds, "peak_gb": peak_gb, "losses": losses, "cache_seconds": filled,
+        "floor_seconds": operations / matmul_rate(WIDTH, dtype),
+        "tokens_per_second": round(int(lengths.sum()) / steps / seconds),
+        "utilisation": round(operations / seconds / peak_rate(dtype), 4),
     }  # fmt: skip
 
 
@@ -177,18 +191,18 @@ def pairs() -> tuple[list[str], list[str]]:
     )
 
 
-def contrast_side(kind: str) -> dict:
+def contrast_side(kind: str, texts: Path) -> dict:
     """Forward and backward of one large batch."""
     from encoders import find_encoder
 
-    encoder, (sources, targets) = find_encoder("multilingual-e5-small"), pairs()
+    encoder, (sources, targets) = find_encoder("multilingual-e5-small"), json.loads(texts.read_text())
     if kind == "cached":
         from multi30k_text import text_model
 
         from modeling_nrccr import NrccrLoss
 
         model, processor = text_model(encoder)
-        model.set_trained_layers(None).train()
+        model.to(device()).set_trained_layers(None).train()
         model.recompute_passes = True
         loss_of = NrccrLoss(
             contrastive_loss_weight=0.0, target_contrastive_loss_weight=1.0, distillation_loss_weight=0.0,
@@ -198,6 +212,7 @@ def contrast_side(kind: str) -> dict:
         def step(sources, targets):
             batch = dict(processor(text=sources, return_tensors="pt"))
             batch |= {f"target_{key}": value for key, value in processor(text=targets, return_tensors="pt").items()}
+            batch = {key: value.to(device()) for key, value in batch.items()}
             loss = loss_of(model(**batch, return_teacher=False))["loss"]
             loss.backward()
             return loss
@@ -209,12 +224,13 @@ def contrast_side(kind: str) -> dict:
         transformer = Transformer(encoder)
         model = SentenceTransformer(
             modules=[transformer, Pooling(transformer.get_word_embedding_dimension(), "mean"), Normalize()],
-            device="cpu",
+            device=str(device()),
         ).train()
         loss_of = CachedMultipleNegativesRankingLoss(model, mini_batch_size=int(kind.split()[1]))
 
         def step(sources, targets):
             features = [model.tokenize([f"query: {text}" for text in texts]) for texts in (sources, targets)]
+            features = [{k: v.to(device()) if hasattr(v, "to") else v for k, v in side.items()} for side in features]
             loss = loss_of(features, None)
             loss.backward()
             return loss
@@ -222,9 +238,9 @@ def contrast_side(kind: str) -> dict:
     torch.manual_seed(0)
     step(sources[:64], targets[:64])  # warms up
     model.zero_grad()
-    start = time.perf_counter()
+    start = clock()
     loss = step(sources, targets)
-    return {"seconds": time.perf_counter() - start, "peak_gb": peak_gigabytes(), "loss": loss.item()}
+    return {"seconds": clock() - start, "peak_gb": peak_gigabytes(), "loss": loss.item()}
 
 
 def ratios(found: dict[str, dict], ours: str, peer: str) -> dict:
@@ -247,18 +263,31 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=("step", "contrast"))
     parser.add_argument("--output", help="JSON")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128, help="captions of a step, in three views each")
+    parser.add_argument(
+        "--texts", type=Path, help="JSON of the pairs of `contrast`; prepared where it is not there, and kept"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.side in STEP_SIDES:
+        return print(json.dumps(step_side(args.side, args.steps, args.batch)))
     if args.side:
-        side = step_side if args.side in STEP_SIDES else contrast_side
-        print(json.dumps(side(args.side)))
-        return
-    report = machine() | {"matmul_gflop_s": round(matmul_rate(1024, WIDTH) / 1e9, 1)}
+        return print(json.dumps(contrast_side(args.side, args.texts)))
+    report = machine() | {"matmul_gflop_s": round(matmul_rate(WIDTH) / 1e9, 1)}
     if args.only in (None, "step"):
-        found = in_turns(__file__, STEP_SIDES, args.rounds)
-        report["step"] = {side: ratios(found, side, "stock") for side in STEP_SIDES[:-1]} | {"sides": found}
+        found = in_turns(__file__, STEP_SIDES, args.rounds, ("--steps", str(args.steps), "--batch", str(args.batch)))
+        report["step"] = {side: ratios(found, side, "stock") for side in STEP_SIDES if side != "stock"} | {
+            "sides": found
+        }
+        if "stock bf16" in found:
+            report["step"]["ours bf16"]["ratio_to_bf16"] = ratios(found, "ours bf16", "stock bf16")["ratio"]
     if args.only in (None, "contrast"):
-        found = in_turns(__file__, CONTRAST_SIDES, args.rounds)
+        with tempfile.TemporaryDirectory() as scratch:
+            texts = args.texts or Path(scratch, "pairs.json")
+            if not texts.exists():
+                texts.write_text(json.dumps(pairs()))
+            found = in_turns(__file__, CONTRAST_SIDES, args.rounds, ("--texts", str(texts)))
         peer = min(CONTRAST_SIDES[1:], key=lambda side: found[side]["seconds"])
         report["contrast"] = ratios(found, "cached", peer) | {"sides": found}
     print(json.dumps(report, indent=1))

@@ -1,5 +1,6 @@
 """Fields of a YAML file that are flags too."""
 
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
@@ -28,7 +29,9 @@ def parse_fields(classes: Sequence[type], arguments: list[str], default_config: 
         ValueError: for a field that nobody knows.
     """
     parser = HfArgumentParser(tuple(classes))
-    path = Path(arguments[arguments.index("--config") + 1] if "--config" in arguments else default_config)
+    named = ArgumentParser(add_help=False, allow_abbrev=False)
+    named.add_argument("--config", type=Path, default=default_config)
+    path = named.parse_known_args(arguments)[0].config
     settings = read_settings(path) | settings
     known = {action.dest for action in parser._actions}
     if unknown := settings.keys() - known:

@@ -31,7 +31,7 @@ ENCODER_NOTES = {
 }
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
 STUDIES = [ROOT / "benchmarks" / "results" / "study" / name for name in ("real", "czech")]
-STUDY_CONFIG = ROOT / "examples" / "configs" / "demo.yaml"
+STUDY_CONFIG = ROOT / "examples" / "configs" / "joint.yaml"
 NOISE = ROOT / "docs" / "translation.json"
 
 
@@ -49,8 +49,8 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
     names = {side: language_name(settings[f"{side}_language"]) for side in ("source", "target")}
     human, origin = human_captions(settings, output_dir), "captions that people wrote"
     if human:
-        what = "a linear adapter" if settings.get("adapter") else "the same"  # as that study has it
-        rows = rows | {f"{what}, trained on human {settings['target_language']} captions": human}
+        what, metrics = human
+        rows = rows | {f"{what}, trained on human {settings['target_language']} captions": metrics}
     if machine_translated := settings["target"] != "human":
         origin = f"machine translation by {settings['translator']}"
         if count := settings.get("human_captions"):
@@ -133,9 +133,9 @@ def reported_metrics() -> dict[str, str]:
     return recalls | {"sum_recall": "SumR"}
 
 
-def human_captions(settings: dict, output_dir: Path) -> dict[str, float] | None:
-    """Metrics of the study's model that was trained on human captions, with this run's data, encoders, heads, split
-    and seed; None where there is none."""
+def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, float]] | None:
+    """What the study's model is beside this one, and the metrics of what was trained there on human captions, with
+    this run's data, encoders, heads, split and seed; None where there is none."""
     run = "{target_language}-split{split_seed}-seed{seed}-human.json".format(**settings)
     found = next((folder / run for folder in STUDIES if (folder / run).is_file()), None)
     if settings["target"] == "human" or found is None:
@@ -146,20 +146,25 @@ def human_captions(settings: dict, output_dir: Path) -> dict[str, float] | None:
     same = ("dataset", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
-    return json.loads(found.read_text(encoding="utf-8"))["test"]["target"]["all"]
+    what = "the same"
+    if settings.get("adapter"):
+        what = "a linear adapter" if found.parent.name == "czech" else "a new model"
+    return what, json.loads(found.read_text(encoding="utf-8"))["test"]["target"]["all"]
 
 
 def noise_of(settings: dict) -> str:
     """What is known of a translator's errors, from `docs/translation.json`."""
     # of a dictionary the name says which: dictionary-freedict-eng-ces
-    pair = "{} {source_language}-{target_language}".format(settings["translator"].partition("-")[0], **settings)
+    first, *others = settings["translator"].split(", ")
+    pair = "{} {source_language}-{target_language}".format(first.partition("-")[0], **settings)
     measured = json.loads(NOISE.read_text(encoding="utf-8"))["pictures"].get(pair) if NOISE.is_file() else None
     if measured is None or measured["data"] != settings["dataset"] or measured["reference_chrf"] is None:
         return "Its errors on these captions were not measured; `examples/noise_report.py` does that."
+    whose = "the first engine's" if others else "its"
     return (
-        f"On {measured['captions']:,} of them\nits translations score chrF {measured['reference_chrf']:.1f} and BLEU "
-        f"{measured['reference_bleu']:.1f} against captions that people wrote; {measured['copied']:.0f} % it left as "
-        "they were."
+        f"On {measured['captions']:,} of them\n{whose} translations score chrF {measured['reference_chrf']:.1f} and "
+        f"BLEU {measured['reference_bleu']:.1f} against captions that people wrote; {measured['copied']:.0f} % it left "
+        "as they were."
     )
 
 

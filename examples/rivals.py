@@ -77,8 +77,8 @@ def embed_distillation(
     own = Arguments(
         output_dir=f"{args.output_dir}-embed-distill", num_train_epochs=args.num_train_epochs, seed=args.seed,
         per_device_train_batch_size=args.per_device_train_batch_size, learning_rate=args.learning_rate,
-        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True, logging_strategy="no",
-        dataloader_pin_memory=False,
+        save_strategy="no", report_to="none", use_cpu=True, bf16=args.bf16, disable_tqdm=True,
+        logging_strategy="no", dataloader_pin_memory=False,
     )  # fmt: skip
     SentenceTransformerTrainer(student, own, train_dataset=data, loss=EmbedDistillLoss(student, "cosine")).train()
     adapter = model.add_language(language, kind="linear")

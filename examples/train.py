@@ -2,9 +2,9 @@
 
     accelerate launch examples/train.py --config examples/configs/demo.yaml
 
-Without arguments it runs the same file. Every field of the YAML file is also a flag, and a flag wins:
+Without --config it runs joint.yaml beside that file. Every field of the YAML file is also a flag, and a flag wins:
 
-    accelerate launch examples/train.py --target_language ca --output_dir outputs/demo-ca
+    accelerate launch examples/train.py --target_language ca --output_dir outputs/joint-ca
 
 Writes into `output_dir`: the model (safetensors), its processor and card, `metrics.json`, `search.html`, `search.png`.
 Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` goes on from the last one of each part.
@@ -50,21 +50,29 @@ from modeling_nrccr.sentence_transformers_files import write_sentence_transforme
 from modeling_nrccr.translation import Translator
 
 
-DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "joint.yaml"
+# what a base that is trained first has of the run that it is for, beside all of ModelArguments
+SHARED = (
+    "dataset", "dataset_options", "data_dir", "visual_feature", "media_dir", "num_frames", "source_language",
+    "target_language", "translator", "split_seed", "feature_cache_dir", "strict", "overwrite", "seed", "use_cpu",
+    "bf16", "disable_tqdm",
+)  # fmt: skip
 
 
 @dataclass
 class ScriptArguments:
     """What is trained on, and what is written."""
 
-    config: str = option(str(DEMO_CONFIG), "YAML file with any of these fields.")
+    config: str = option(str(DEFAULT_CONFIG), "YAML file with any of these fields.")
     dataset: str = option("tuxpaint+cldr_emoji", "Builders of datasets_scripts, joined by '+'.")
     dataset_options: str | None = option(None, "More of a builder's options, as JSON: '{\"num_train\": 500}'.")
     data_dir: str | None = option(None, "Folder of the data; Debian packages are fetched where it is not given.")
     visual_feature: str | None = option(None, "Features: a folder, a name in data_dir/FeatureData, or none.")
     media_dir: str | None = option(None, "Folder of pictures or videos; default: images or videos in data_dir.")
     base: str | None = option(
-        None, "A model of ours, as english.yaml trains one: train_language is added to it, and it answers in English."
+        None,
+        "A model of ours, which answers in English: target_language is added to it. Or the YAML file that trains one, "
+        "which is done first, on the same data.",
     )
     teacher: str | None = option(None, "A model of ours over the same frozen text encoder, whose embeddings teach.")
     num_frames: int = option(8, "Frames of each video, sampled uniformly.")
@@ -160,7 +168,20 @@ def parse_arguments(
     arguments: list[str], **settings
 ) -> tuple[ScriptArguments, ModelArguments, NrccrTrainingArguments]:
     """The YAML file's fields, then `settings`, then the flags. Raises ValueError for a field that nobody knows."""
-    return parse_fields((ScriptArguments, ModelArguments, NrccrTrainingArguments), arguments, DEMO_CONFIG, **settings)
+    classes = (ScriptArguments, ModelArguments, NrccrTrainingArguments)
+    return parse_fields(classes, arguments, DEFAULT_CONFIG, **settings)
+
+
+def train_base(script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments) -> str:
+    """Runs the YAML file that `base` names, which stands beside the run's own; the folder of what it trained. A run
+    that is resumed finds it there."""
+    folder = Path(f"{args.output_dir}-base")
+    if not (args.resume_from_checkpoint and (folder / "metrics.json").exists()):
+        settings = {name: getattr(script if hasattr(script, name) else args, name) for name in SHARED} | vars(model)
+        flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        print(f"{folder}: {script.base}", flush=True)
+        main([f"--config={Path(script.config).parent / script.base}", *flags, f"--output_dir={folder}"])
+    return str(folder)
 
 
 class Experiment:
@@ -432,12 +453,18 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
 def main(arguments: list[str] | None = None):
     script, model_arguments, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
     args.check_processes()  # before anything is fetched
-    if args.train_language not in (None, script.target_language) or (args.train_language and script.base is None):
+    added = script.target_language if script.base else None
+    if args.train_language not in (None, added):
         raise ValueError(
             f"train_language={args.train_language!r} with target_language={script.target_language!r} and "
-            f"base={script.base!r}: name one language in both, and the model that it is added to"
+            f"base={script.base!r}: the target language is added to a base, and no other one"
         )
+    args.train_language = added
     start = time.perf_counter()
+    if script.base is not None and script.base.endswith(".yaml"):
+        # what frozen encoders give is computed once for both
+        script.feature_cache_dir = script.feature_cache_dir or f"{args.output_dir}-checkpoints/features"
+        script.base = train_base(script, model_arguments, args)
     experiment = Experiment(script, model_arguments, args)
     fetched = time.perf_counter() - start
 
@@ -490,6 +517,7 @@ def main(arguments: list[str] | None = None):
             "adapter": model_arguments.adapter_settings() if args.train_language else None,
             "note": script.note,
             "queries": query_origin(experiment.rows["test"]),
+            "views": args.needed_views(),
             "seed": args.seed,
             "split_seed": script.split_seed,
             "media": experiment.media,
@@ -534,14 +562,15 @@ def report_rows(report: dict) -> dict[str, dict]:
     """The table that a run prints: what was asked, and how well it was answered."""
     language = report["settings"]["target_language"]
     english = report["settings"]["source_language"]
+    model = "NRCCR" if "target" in report["settings"]["views"] else f"{english}-only model"
     asked = {
         "chance": report["chance"],
         f"{english}-only model, {language} query": report["baselines"].get("english_only"),
         f"{english}-only model, {language} query translated to {english}": report["baselines"].get("translated_query"),
-        f"NRCCR, {language} query": report["test"],
+        f"{model}, {language} query": report["test"],
         "- emoji alone": report.get("test_emoji"),
         "- stamps alone": report.get("test_stamps"),
-        f"NRCCR, {language} query fused with its translation": report.get("test_fused"),
+        f"{model}, {language} query fused with its translation": report.get("test_fused"),
         f"(for comparison) {english}-only model, human {english} query": report["baselines"].get("english_query"),
     }
     return {name: metrics for name, metrics in asked.items() if metrics}

@@ -1,6 +1,7 @@
 """Texts and pictures to embeddings, in batches: for evaluation and for search alike."""
 
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
-from .length_groups import length_groups, row_lengths
+from .length_groups import length_groups, pass_tokens, row_lengths
 from .modeling_nrccr import NrccrModel
 
 
@@ -18,13 +19,18 @@ PASSES = 16  # of which the texts are sorted by their tokens at a time
 
 
 def encode_texts(
-    model: NrccrModel, texts: Sequence[str], processor: Callable, batch_size: int = 64, show_progress: bool = False
+    model: NrccrModel,
+    texts: Sequence[str],
+    processor: Callable,
+    batch_size: int | None = None,
+    show_progress: bool = False,
 ) -> torch.Tensor:
     """Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
 
-    Equal texts are encoded once; a pass has at most `batch_size` texts, of like length. `processor`: a
-    [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
+    Equal texts are encoded once; a pass has at most `batch_size` texts (by default 64 on a CPU, 1,024 elsewhere), of
+    like length. `processor`: a [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
     """
+    batch_size = batch_size or (64 if model.device.type == "cpu" else 1024)
     unique = sorted(set(texts), key=lambda text: (len(text), text))
     # published: padding is pooled too, so that an embedding depends on the batch, and batches stay as they are
     as_they_are = getattr(getattr(model, "config", None), "pool_padding", False)
@@ -32,12 +38,12 @@ def encode_texts(
     passes = 1 if as_they_are or hasattr(processor, "boundary_states") else PASSES
 
     def embed(inputs: BatchFeature) -> torch.Tensor:
-        inputs = inputs.to(model.device)
         if as_they_are:
-            return model.get_text_features(**inputs).pooler_output
+            return model.get_text_features(**inputs.to(model.device)).pooler_output
         mask = inputs.get("attention_mask")
         lengths = row_lengths(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
-        groups, parts = length_groups(lengths, batch_size), []
+        groups, parts = length_groups(lengths, batch_size, pass_tokens(model.device)), []
+        inputs = inputs.to(model.device)
         for rows in groups:
             length = max(1, int(lengths[rows].max()))
             part = {name: value[rows, :length] for name, value in inputs.items()}
@@ -77,11 +83,13 @@ def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor
     return first_rows, torch.tensor([numbers[image_id] for image_id in image_ids])
 
 
-def ahead(chunks: Iterable, prepare: Callable[[Any], Any], workers: int = 2) -> Iterator:
-    """What `prepare(chunk)` gives, in order; threads prepare the next `workers` chunks while the caller is busy with
-    one (reading, decoding and tokenizing leave Python's lock). A single chunk is prepared here."""
+def ahead(chunks: Iterable, prepare: Callable[[Any], Any], device: torch.device) -> Iterator:
+    """What `prepare(chunk)` gives, in order; threads prepare the next chunks while the caller is busy with one on
+    `device` (reading, decoding and tokenizing leave Python's lock): two of them on a CPU, which they take from the
+    caller, else one for each core, up to eight. A single chunk is prepared here."""
+    workers = 2 if device.type == "cpu" else min(8, os.cpu_count() or 2)
     chunks = iter(chunks)
-    waiting = list(itertools.islice(chunks, 2))
+    waiting = list(itertools.islice(chunks, workers))
     if len(waiting) < 2:
         yield from map(prepare, waiting)
         return
@@ -108,7 +116,7 @@ def encode(
     bar = tqdm(total=len(items), desc=progress or "", unit="item", disable=progress is None)
     parts = []
     with bar:
-        for inputs in ahead(chunks, prepare):
+        for inputs in ahead(chunks, prepare, model.device):
             parts.append(embed(inputs).float().cpu())
             bar.update(len(parts[-1]))
     model.train(was_training)

@@ -238,7 +238,7 @@ class Store:
                 wanting = [key for key in keys if key not in self.rows]
                 lost = {key: held[key] for key in held.rows if key not in self.rows}
                 del held  # what it has in memory is copied and freed
-                batches = until_failure(self.batches(wanting, prepare, compute, batch_size, lost))
+                batches = until_failure(self.batches(wanting, prepare, compute, batch_size, lost, model.device))
                 if (first := next(batches, None)) is not None:  # else nothing is to be written
                     add = self.keep if self.path is None else self.write
                     add(itertools.chain([first], batches))
@@ -272,16 +272,18 @@ class Store:
         compute: Callable,
         batch_size: int,
         lost: dict[str, torch.Tensor],
+        device: torch.device,
     ) -> Iterator[tuple[dict[str, int], torch.Tensor]]:
         """The lengths of some sequences, and their vectors in a row. `lost`: what this process holds and the file no
-        longer has, because somebody removed it and another process began anew."""
+        longer has, because somebody removed it and another process began anew. `device`: where `compute` runs."""
         is_first = self.matrix is None
         if lost:
             yield {key: len(vectors) for key, vectors in lost.items()}, torch.cat(list(lost.values()))
         chunks = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         prepared = tqdm(
-            ahead(chunks, prepare), desc=f"frozen {self.kind}", unit="batch", total=len(chunks), disable=not keys
-        )
+            ahead(chunks, prepare, device),
+            desc=f"frozen {self.kind}", unit="batch", total=len(chunks), disable=not keys,
+        )  # fmt: skip
         for chunk in prepared:
             parts = compute(chunk)
             if not parts:

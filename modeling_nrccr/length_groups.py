@@ -7,12 +7,20 @@ import torch
 # the next, and matrices are large enough (benchmarks/NOTES.md).
 TOKENS_A_THREAD = 512
 TOKENS_ELSEWHERE = 16_384  # where memory alone limits a pass
+PIXELS = 2**18  # of a pass of a vision tower on a CPU, for the same reason: 16 pictures of 128 x 128
 MANY = 2**31
 
 
 def pass_tokens(device: torch.device) -> int:
     """How many tokens, with padding, go through an encoder at a time."""
     return TOKENS_A_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_ELSEWHERE
+
+
+def pass_pictures(pixel_values: torch.Tensor) -> int:
+    """How many pictures, of a batch of shape `(batch_size, ...)`, go through a vision tower at a time, where no
+    gradient is wanted."""
+    on_cpu = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return max(1, 3 * PIXELS // max(1, pixel_values[:1].numel())) if on_cpu else MANY
 
 
 def length_groups(

@@ -30,7 +30,7 @@ from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
-from .length_groups import length_groups, pass_tokens, row_lengths
+from .length_groups import length_groups, pass_pictures, pass_tokens, row_lengths
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 
 
@@ -394,19 +394,25 @@ class NrccrVisualTower(nn.Module):
             inputs |= {"pixel_attention_mask": pixel_attention_mask, "spatial_shapes": spatial_shapes}
         elif self.patch_size is not None:
             inputs = self.cut(frames)
+        whole = self.training or torch.is_grad_enabled()  # BatchNorm reads the batch; a graph keeps all of it anyway
+        size = len(frames) if whole else pass_pictures(frames)
+        parts = zip(*(value.split(size) for value in inputs.values()))
+        features = torch.cat([self.features(**dict(zip(inputs, part))) for part in parts])
+        return features.unflatten(0, (len(pixel_values), -1))
+
+    def features(self, **inputs) -> torch.Tensor:
+        """Of one pass, `(num_pictures, visual_feat_dim)`."""
         outputs = self.encoder(**inputs)
         if self.output == "projected":
-            features = outputs.image_embeds
-        elif self.output == "pooled":
-            features = outputs.pooler_output
-        else:
+            return outputs.image_embeds
+        if self.output != "pooled":
             how = "first" if self.output == "cls" else "mean"
-            features = pool(outputs.last_hidden_state, inputs.get("pixel_attention_mask"), how)
-        if features is None:
+            return pool(outputs.last_hidden_state, inputs.get("pixel_attention_mask"), how)
+        if outputs.pooler_output is None:
             raise ValueError(
                 f"{type(self.encoder).__name__} gives no pooled output: set visual_encoder_output to 'cls' or 'mean'"
             )
-        return features.unflatten(0, (len(pixel_values), -1))
+        return outputs.pooler_output
 
 
 def load_encoder(tower: NrccrTextTower | NrccrVisualTower, folder: str):

@@ -218,7 +218,7 @@ class NrccrRetriever:
         on_progress: Callable[[int], Any] = lambda count: None,
     ) -> Encoded:
         """
-        What [`add`] stores, without storing it; two threads read and decode what comes next.
+        What [`add`] stores, without storing it; threads read and decode what comes next.
 
         Args:
             kind: "images", "videos" or "visual_feats".
@@ -246,7 +246,7 @@ class NrccrRetriever:
             return rows, refused, self.processor(**{kind: batch}, return_tensors="pt") if batch else None
 
         chunks = iter(lambda: list(itertools.islice(media, batch_size)), [])
-        for rows, refused, inputs in ahead(chunks, prepare):
+        for rows, refused, inputs in ahead(chunks, prepare, self.model.device):
             kept += rows
             skipped += refused
             if inputs is not None:

@@ -11,7 +11,7 @@ from accelerate.utils import str_to_bool
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
-from transformers.utils import logging
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from .discriminator import KINDS
 from .losses import NrccrLossArguments
@@ -61,6 +61,9 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         metadata={"help": f"One of {', '.join(KINDS)}. Released code: strong for VATEX, else not-so-weak."},
     )
     discriminator_learning_rate: float = field(default=1e-3, metadata={"help": "Its own Adam. Released code: 1e-3."})
+    bf16_if_fast: bool = field(
+        default=False, metadata={"help": "bf16 on an accelerator or a CPU that has instructions for it."}
+    )
     eval_query_column: str = field(
         default="target_caption", metadata={"help": "Column whose captions are the queries of an evaluation."}
     )
@@ -112,10 +115,13 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     )
 
     def __post_init__(self):
+        if self.bf16_if_fast:
+            on_cpu = self.use_cpu or not torch.accelerator.is_available()
+            self.bf16 = self.bf16 or (cpu_has_bf16() is True if on_cpu else is_torch_bf16_gpu_available())
         if not torch.accelerator.is_available() and (launched_processes() > 1 or self.bf16):
             self.use_cpu = True  # else accelerate makes no group of processes, each trains alone; and bf16 is refused
         super().__post_init__()
-        if self.bf16 and self.device.type == "cpu" and not cpu_has_bf16():
+        if self.bf16 and self.device.type == "cpu" and cpu_has_bf16() is False:
             logger.warning(
                 "bf16=True, but this CPU has no instructions for it: expect eight times the time of float32"
             )
@@ -173,10 +179,12 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
                 )
 
 
-def cpu_has_bf16() -> bool:
-    """Whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16."""
-    known = platform.machine() in ("x86_64", "AMD64")  # of others nothing is said here
-    return not known or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def cpu_has_bf16() -> bool | None:
+    """Whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16. None of
+    processors that nothing is known of here."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def launched_processes() -> int:

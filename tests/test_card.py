@@ -48,7 +48,10 @@ def test_metadata_are_what_the_hub_reads(demo, tmp_path):
 
 def test_the_first_line_names_the_translator(demo, tmp_path):
     first = fill(tmp_path / "a", demo).text.strip().splitlines()[0]
-    assert first == "# Picture search in Galician and English, trained on machine translation by apertium"
+    assert (
+        first
+        == "# Picture search in Galician and English, trained on machine translation by apertium, apertium+es+apertium"
+    )
     demo["settings"] |= {"target": "human"}
     human = fill(tmp_path / "a", demo).text
     assert human.strip().splitlines()[0].endswith("trained on captions that people wrote")
@@ -67,7 +70,7 @@ def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path
         "NRCCR, gl query": demo["test"],
     }.items():
         assert rows[row].endswith(f"{metrics['sum_recall']:.1f} |")
-    assert rows["the same, trained on human gl captions"].endswith(f"{study:.1f} |")
+    assert rows["a new model, trained on human gl captions"].endswith(f"{study:.1f} |")
     assert "not measured in this run" in text and "Not measured beside" not in text
 
     # another recipe, or no study at hand: the row is left out, and the card says so

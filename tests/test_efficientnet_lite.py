@@ -4,13 +4,15 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from modeling_nrccr.configuration_nrccr import EfficientNetLiteConfig
+from modeling_nrccr import length_groups
+from modeling_nrccr.configuration_nrccr import EfficientNetLiteConfig, NrccrConfig
 from modeling_nrccr.modeling_efficientnet_lite import (
     STAGES,
     EfficientNetLiteConv,
     EfficientNetLiteModel,
     scale_channels,
 )
+from modeling_nrccr.modeling_nrccr import NrccrVisualTower
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +85,17 @@ def test_every_parameter_gets_a_gradient(model):
     trained = deepcopy(model).train()
     trained(torch.randn(4, 3, 64, 64)).pooler_output.pow(2).sum().backward()
     assert not [name for name, parameter in trained.named_parameters() if not parameter.grad.abs().sum() > 0]
+
+
+def test_a_large_batch_goes_through_in_passes(model, monkeypatch):
+    tower = NrccrVisualTower(NrccrConfig(vision_config=model.config)).eval()
+    sizes = []
+    tower.encoder.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])),
+                                            with_kwargs=True)  # fmt: skip
+    monkeypatch.setattr(length_groups, "PIXELS", 2 * 64 * 64)
+    videos = torch.randn(3, 3, 3, 64, 64)
+    with torch.no_grad():
+        parts = tower(videos)
+    whole = tower(videos)  # with a gradient
+    assert sizes == [2, 2, 2, 2, 1, 9] and parts.shape == (3, 3, 37)
+    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=0)

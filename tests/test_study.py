@@ -36,7 +36,7 @@ def write_study(folder: Path, towers: Path) -> Path:
         "feature_distillation_loss_weight": 1.0, "text_only": True, "train_visual_head": False,
     }  # fmt: skip
     loaded = {
-        "config": "examples/configs/demo.yaml", "conditions": {"": {}}, "languages": ["gl"], "split_seeds": [0],
+        "config": "examples/configs/joint.yaml", "conditions": {"": {}}, "languages": ["gl"], "split_seeds": [0],
         "seeds": [0, 1], "settings": settings, "grid": [{"learning_rate": 1e-2}, {"learning_rate": 1e-9}],
         "rows": {
             "english_only": {"label": "E", "settings": {

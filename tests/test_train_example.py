@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,34 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
     assert not torch.allclose(target, english, atol=1e-4)
     report = json.loads((tmp_path / "gl/metrics.json").read_text())
     assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
+
+
+def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
+    config = Path(train.__file__).parent / "configs/demo.yaml"
+    flags = [
+        "--split_seed",
+        "3",
+        "--text_head",
+        "linear",
+        "--output_dir",
+        str(tmp_path / "gl"),
+        "--bf16_if_fast",
+        "no",
+    ]
+    script, model, args = train.parse_arguments(["--config", str(config), *flags])
+    calls = []
+    monkeypatch.setattr(train, "main", calls.append)
+    folder = train.train_base(script, model, args)
+    of_base, its_model, its_args = train.parse_arguments(calls.pop())
+    assert (folder, its_args.output_dir) == (str(tmp_path / "gl-base"),) * 2
+    assert (of_base.split_seed, of_base.translator, its_model.text_head) == (3, script.translator, "linear")
+    assert of_base.base is None and its_args.needed_views() == ("source",) and not its_args.text_only
+    assert its_args.per_device_train_batch_size > args.per_device_train_batch_size  # its own recipe otherwise
+    (tmp_path / "gl-base").mkdir()
+    (tmp_path / "gl-base/metrics.json").write_text("{}")
+    args.resume_from_checkpoint = "true"
+    train.train_base(script, model, args)
+    assert not calls  # what is there is not trained again
 
 
 @pytest.mark.parametrize("target, count, rows", [("translated", 5, 45), ("translated", -1, 80), ("human", 5, 5)])
