@@ -163,8 +163,8 @@ def noise_of(settings: dict) -> str:
     whose = "the first engine's" if others else "its"
     return (
         f"On {measured['captions']:,} of them\n{whose} translations score chrF {measured['reference_chrf']:.1f} and "
-        f"BLEU {measured['reference_bleu']:.1f} against captions that people wrote; {measured['copied']:.0f} % it left "
-        "as they were."
+        f"BLEU {measured['reference_bleu']:.1f} against captions that people wrote; "
+        f"{measured['copied']:.0f} % it left as they were."
     )
 
 
