@@ -16,11 +16,12 @@ def pass_tokens(device: torch.device) -> int:
     return TOKENS_A_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_ELSEWHERE
 
 
-def pass_pictures(pixel_values: torch.Tensor) -> int:
+def pass_pictures(pixel_values: torch.Tensor) -> int | None:
     """How many pictures, of a batch of shape `(batch_size, ...)`, go through a vision tower at a time, where no
-    gradient is wanted."""
-    on_cpu = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
-    return max(1, 3 * PIXELS // max(1, pixel_values[:1].numel())) if on_cpu else MANY
+    gradient is wanted. None: all of them, elsewhere than on a CPU, and in a graph that is exported."""
+    if pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return max(1, 3 * PIXELS // max(1, pixel_values[:1].numel()))
 
 
 def length_groups(

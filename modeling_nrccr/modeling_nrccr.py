@@ -395,9 +395,11 @@ class NrccrVisualTower(nn.Module):
         elif self.patch_size is not None:
             inputs = self.cut(frames)
         whole = self.training or torch.is_grad_enabled()  # BatchNorm reads the batch; a graph keeps all of it anyway
-        size = len(frames) if whole else pass_pictures(frames)
-        parts = zip(*(value.split(size) for value in inputs.values()))
-        features = torch.cat([self.features(**dict(zip(inputs, part))) for part in parts])
+        if whole or (size := pass_pictures(frames)) is None:
+            features = self.features(**inputs)
+        else:
+            parts = zip(*(value.split(size) for value in inputs.values()))
+            features = torch.cat([self.features(**dict(zip(inputs, part))) for part in parts])
         return features.unflatten(0, (len(pixel_values), -1))
 
     def features(self, **inputs) -> torch.Tensor:
