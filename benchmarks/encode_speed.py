@@ -32,7 +32,7 @@ from machine import (  # noqa: E402
     machine,
     matmul_rate,
     peak_gigabytes,
-    peak_rate,
+    rates,
 )
 
 
@@ -111,12 +111,8 @@ def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Ten
     model.to(device(), dtype)
     seconds, embeds = timed(lambda part: encode_texts(model, part, processor), texts)
     lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
-    operations = encoder_operations(lengths, 384, 12)
-    return seconds, embeds, {
-        "floor_seconds": operations / matmul_rate(384, dtype), "tokens": int(lengths.sum()), "captions": len(texts),
-        "tokens_per_second": round(int(lengths.sum()) / seconds),
-        "utilisation": round(operations / seconds / peak_rate(dtype), 4),
-    }  # fmt: skip
+    reached = rates(seconds, lengths, encoder_operations(lengths, 384, 12), 384, dtype)
+    return seconds, embeds, reached | {"tokens": int(lengths.sum()), "captions": len(texts)}
 
 
 def captions_of_peer(folder: Path, dtype: torch.dtype, batch_size: int) -> tuple[float, torch.Tensor, dict]:

@@ -65,6 +65,15 @@ def encoder_operations(lengths: torch.Tensor, width: int, layers: int) -> float:
     return float((2 * 12 * width**2 * layers * tokens + 4 * width * layers * tokens**2).sum())
 
 
+def rates(seconds: float, lengths: torch.Tensor, operations: float, width: int, dtype: torch.dtype) -> dict:
+    """How fast texts of such lengths in tokens went through an encoder of that width, and what the device allows."""
+    return {
+        "floor_seconds": operations / matmul_rate(width, dtype),
+        "tokens_per_second": round(int(lengths.sum()) / seconds),
+        "utilisation": round(operations / seconds / peak_rate(dtype), 4),
+    }
+
+
 def machine() -> dict:
     flags = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     try:

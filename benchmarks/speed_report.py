@@ -24,13 +24,14 @@ def gpu_table() -> str:
     encode, training = load("gpu/encode"), load("gpu/training")
     captions, pictures, step = encode["captions"], encode["pictures"], training["step"]
     sides = step["sides"]
+    ours = captions["sides"]["captions"], pictures["sides"]["pictures"]
     rows = [
-        ["encode 8,000 captions, bf16", captions["peer"], seconds(captions, "captions", captions["peer"]),
-         f"{captions['ratio']:.2f}", f"{captions['sides']['captions']['tokens_per_second']:,} tokens/s",
-         f"{captions['sides']['captions']['utilisation']:.1%}"],
-        [f"encode {pictures['sides']['pictures']['pictures']:,} pictures, bf16", pictures["peer"],
+        [f"encode {ours[0]['captions']:,} captions, bf16", captions["peer"],
+         seconds(captions, "captions", captions["peer"]), f"{captions['ratio']:.2f}",
+         f"{ours[0]['tokens_per_second']:,} tokens/s", f"{ours[0]['utilisation']:.1%}"],
+        [f"encode {ours[1]['pictures']:,} pictures, bf16", pictures["peer"],
          seconds(pictures, "pictures", pictures["peer"]), f"{pictures['ratio']:.2f}",
-         f"{pictures['sides']['pictures']['pictures_per_second']:,} pictures/s", "–"],
+         f"{ours[1]['pictures_per_second']:,} pictures/s", "–"],
     ]  # fmt: skip
     for ours, peer in (("ours", "stock"), ("ours bf16", "stock bf16")):
         rows.append([
@@ -39,9 +40,10 @@ def gpu_table() -> str:
             f"{sides[ours]['tokens_per_second']:,} tokens/s", f"{sides[ours]['utilisation']:.0%}",
         ])  # fmt: skip
     return (
-        f"{encode['accelerator']}, 16 cores, torch {encode['versions']['torch']}; a bf16 product at "
-        f"{encode['matmul_gflop_s'] / 1000:.0f} TFLOP/s (width 384), copies at {encode['bandwidth_gb_s'] / 1000:.1f} "
-        f"TB/s; {encode['date']}, one round. A step: {training['batch']:,} captions in three views.\n\n"
+        f"{encode['accelerator']}, {encode['threads']} threads, torch {encode['versions']['torch']}; a bf16 product "
+        f"at {encode['matmul_gflop_s'] / 1000:.0f} TFLOP/s (width 384), copies at "
+        f"{encode['bandwidth_gb_s'] / 1000:.1f} TB/s; {encode['date']}, one round. A step: {training['batch']:,} "
+        "captions in three views.\n\n"
         + markdown_table(["work", "peer", "ours / peer", "time", "rate", "model FLOPs utilisation"], rows)
         + "\n"
     )

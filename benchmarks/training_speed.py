@@ -23,16 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
 from atomic import write_file  # noqa: E402
-from machine import (  # noqa: E402
-    clock,
-    device,
-    encoder_operations,
-    in_turns,
-    machine,
-    matmul_rate,
-    peak_gigabytes,
-    peak_rate,
-)
+from machine import clock, device, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes, rates  # noqa: E402
 
 
 VIEWS = ("", "target_", "back_translation_")
@@ -137,12 +128,8 @@ def step_side(kind: str, steps: int, batch: int) -> dict:
     )
     operations = encoder_operations(lengths, WIDTH, TRAINED) / steps * 3  # forward, and twice that backward
     seconds, peak_gb, dtype = min(times[1:]), peak_gigabytes(), torch.bfloat16 if "bf16" in kind else torch.float32
-    return {
-        "seconds": seconds, "peak_gb": peak_gb, "losses": losses, "cache_seconds": filled,
-        "floor_seconds": operations / matmul_rate(WIDTH, dtype),
-        "tokens_per_second": round(int(lengths.sum()) / steps / seconds),
-        "utilisation": round(operations / seconds / peak_rate(dtype), 4),
-    }  # fmt: skip
+    reached = rates(seconds, lengths / steps, operations, WIDTH, dtype)
+    return {"seconds": seconds, "peak_gb": peak_gb, "losses": losses, "cache_seconds": filled} | reached
 
 
 def stock_trainer(model, scratch: str, args: dict, rows: list[dict], collator, loss):
@@ -274,7 +261,7 @@ def main():
         return print(json.dumps(step_side(args.side, args.steps, args.batch)))
     if args.side:
         return print(json.dumps(contrast_side(args.side, args.texts)))
-    report = machine() | {"matmul_gflop_s": round(matmul_rate(WIDTH) / 1e9, 1)}
+    report = machine() | {"batch": args.batch, "matmul_gflop_s": round(matmul_rate(WIDTH) / 1e9, 1)}
     if args.only in (None, "step"):
         found = in_turns(__file__, STEP_SIDES, args.rounds, ("--steps", str(args.steps), "--batch", str(args.batch)))
         report["step"] = {side: ratios(found, side, "stock") for side in STEP_SIDES if side != "stock"} | {

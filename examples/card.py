@@ -146,10 +146,10 @@ def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, flo
     same = ("dataset", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
-    what = "the same"
+    trained, what = json.loads(found.read_text(encoding="utf-8")), "the same"
     if settings.get("adapter"):
-        what = "a linear adapter" if found.parent.name == "czech" else "a new model"
-    return what, json.loads(found.read_text(encoding="utf-8"))["test"]["target"]["all"]
+        what = "a linear adapter" if trained["settings"].get("text_only") else "a new model"
+    return what, trained["test"]["target"]["all"]
 
 
 def noise_of(settings: dict) -> str:

@@ -177,10 +177,12 @@ def train_base(script: ScriptArguments, model: ModelArguments, args: NrccrTraini
     that is resumed finds it there."""
     folder = Path(f"{args.output_dir}-base")
     if not (args.resume_from_checkpoint and (folder / "metrics.json").exists()):
-        settings = {name: getattr(script if hasattr(script, name) else args, name) for name in SHARED} | vars(model)
+        own = vars(args) | vars(script)
+        settings = {name: own[name] for name in SHARED} | vars(model)
         flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
         print(f"{folder}: {script.base}", flush=True)
         main([f"--config={Path(script.config).parent / script.base}", *flags, f"--output_dir={folder}"])
+        PartialState().wait_for_everyone()  # the first process writes it, all read it
     return str(folder)
 
 

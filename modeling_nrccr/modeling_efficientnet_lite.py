@@ -65,7 +65,9 @@ class EfficientNetLiteConv(nn.Module):
         # As TensorFlow's "same", under which the weights were trained: the odd pixel goes right and below. A kernel
         # that begins with zeros does the same as a copy of all states with that pixel, and costs a quarter of it.
         around = {"padding": ((height + 1) // 2, (width + 1) // 2), "stride": stride, "groups": convolution.groups}
-        weight = nn.functional.pad(convolution.weight, (width % 2, 0, height % 2, 0))
+        weight = convolution.weight
+        if height % 2 or width % 2:
+            weight = nn.functional.pad(weight, (width % 2, 0, height % 2, 0))
         if norm.training:
             return self.activation(norm(nn.functional.conv2d(hidden_states, weight, **around)))
         # its statistics are constants: they go into the convolution, which saves a walk through all states

@@ -159,16 +159,7 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
 
 def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
     config = Path(train.__file__).parent / "configs/demo.yaml"
-    flags = [
-        "--split_seed",
-        "3",
-        "--text_head",
-        "linear",
-        "--output_dir",
-        str(tmp_path / "gl"),
-        "--bf16_if_fast",
-        "no",
-    ]
+    flags = "--split_seed 3 --text_head linear --bf16_if_fast no --output_dir".split() + [str(tmp_path / "gl")]
     script, model, args = train.parse_arguments(["--config", str(config), *flags])
     calls = []
     monkeypatch.setattr(train, "main", calls.append)
