@@ -102,13 +102,13 @@ def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
 
 
 def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
-    from search import load_model
+    from transformers import AutoProcessor
 
-    from modeling_nrccr import encode_texts
+    from modeling_nrccr import NrccrModel, encode_texts
 
     texts = json.loads((folder / "captions.json").read_text())
-    model, processor = load_model(str(folder / "text"))
-    model.to(device(), dtype)
+    model = NrccrModel.from_pretrained(folder / "text").eval().to(device(), dtype)
+    processor = AutoProcessor.from_pretrained(folder / "text")
     seconds, embeds = timed(lambda part: encode_texts(model, part, processor), texts)
     lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
     reached = rates(seconds, lengths, encoder_operations(lengths, 384, 12), 384, dtype)
@@ -159,13 +159,13 @@ def picture_side():
 
 
 def pictures_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
-    from search import load_model
+    from transformers import AutoProcessor
 
-    from modeling_nrccr import encode_images
+    from modeling_nrccr import NrccrModel, encode_images
 
     tower, image_processor, _ = picture_model()
-    model, processor = load_model(str(folder / "dual"))
-    model.to(device(), dtype)
+    model = NrccrModel.from_pretrained(folder / "dual").eval().to(device(), dtype)
+    processor = AutoProcessor.from_pretrained(folder / "dual")
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
     seconds, embeds = timed(lambda part: encode_images(model, part, processor), files)
     pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")["pixel_values"]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -58,9 +59,10 @@ class FeatureCache:
         self.model, self.processor = model, processor
         # the whole frozen tower and where it is cut: any other weights or cut give other states
         self.pooling = model.cached_text_pooling
-        frozen = (model.text_tower, model.text_tower.num_trained_layers, self.pooling, processor)
+        settings = processor_settings(processor)
+        frozen = (model.text_tower, model.text_tower.num_trained_layers, self.pooling, settings)
         self.texts = Store(directory, "texts", frozen, dtype)
-        self.images = Store(directory, "images", (model.visual_tower, processor), dtype)
+        self.images = Store(directory, "images", (model.visual_tower, settings), dtype)
 
     def add_texts(self, captions: Iterable[str | None], batch_size: int = 128):
         """States of every new caption at the boundary, as one pooled state where nothing reads more; None is passed
@@ -398,6 +400,16 @@ def file_state(path: Path | None) -> tuple | None:
 def as_bytes(vectors: torch.Tensor):
     """Their memory, for writing; no copy."""
     return vectors.contiguous().view(torch.uint8).numpy()
+
+
+def processor_settings(processor) -> str:
+    """All that decides what a processor gives, wherever it was loaded from and whatever code it carries."""
+    settings = re.sub(r'"auto_map": \{[^}]*\},\s*', "", repr(processor))
+    backend = getattr(getattr(processor, "tokenizer", None), "backend_tokenizer", None)
+    if backend is None:  # of a slow tokenizer the folder alone tells the vocabulary
+        return settings
+    settings = re.sub(r"name_or_path='.*?', vocab_size", "vocab_size", settings)
+    return settings + backend.to_str().partition('"added_tokens"')[2]  # before it what the last call has set
 
 
 def fingerprint(*parts) -> str:

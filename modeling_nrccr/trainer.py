@@ -25,6 +25,7 @@ from .checkpoints import (
 from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval, single_rows
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
+from .feature_cache import FeatureCache
 from .losses import NrccrLoss
 from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
@@ -55,6 +56,8 @@ class NrccrTrainer(Trainer):
         teacher: A frozen model whose embeddings of the source captions are the teacher's, such as an English-only
             one that the target language is distilled from (arXiv 2004.09813). It reads what `model` reads, so with a
             [`FeatureCache`] it has the same frozen encoder.
+        base: The model that `args.train_language` is added to, without it, and a [`FeatureCache`] of all it reads of
+            the rows: the language is calibrated by them, instead of a pass through the encoder.
 
     `torchrun --nproc_per_node n` computes what one process does with the whole batch. Raises ValueError for what
     would not (`NrccrTrainingArguments.check_processes`).
@@ -71,6 +74,7 @@ class NrccrTrainer(Trainer):
         discriminator: LanguageDiscriminator | None = None,
         loss: NrccrLoss | None = None,
         teacher: NrccrModel | None = None,
+        base: tuple[NrccrModel, FeatureCache] | None = None,
         **kwargs,
     ):
         args.check_processes(model)
@@ -104,6 +108,7 @@ class NrccrTrainer(Trainer):
             # fused attention over short texts goes backward four times slower in bfloat16 than in its single steps
             model.text_tower.encoder.set_attn_implementation("eager")
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
+        self.base = base
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
         self.nrccr_loss.terms |= {
             "distillation_loss": self.similarity_distillation,
@@ -350,13 +355,15 @@ class NrccrTrainer(Trainer):
     @torch.no_grad()
     def calibrate_language(self):
         """The adapter's shift and the size of its noise, from the first training captions."""
-        model, processor = self.accelerator.unwrap_model(self.model), self.data_collator.processor
+        own = self.accelerator.unwrap_model(self.model)
+        model, processor = self.base or (own, self.data_collator.processor)
         rows = list(itertools.islice(single_rows(without_images(self.train_dataset)), CALIBRATION_ROWS))
         states = {}
         for column, language in (("source_caption", None), ("target_caption", self.args.train_language)):
-            row_of = {caption: row for row, caption in enumerate(dict.fromkeys(row[column] for row in rows))}
-            captions, size = list(row_of), self.args.per_device_eval_batch_size  # each once: of several engines, say
-            parts = []
+            language = language if model is own else None
+            captions = sorted({row[column] for row in rows}, key=lambda text: (len(text), text))  # each once
+            row_of = {caption: row for row, caption in enumerate(captions)}
+            parts, size = [], self.args.per_device_eval_batch_size
             for start in range(0, len(captions), size):
                 inputs = processor(text=captions[start : start + size], return_tensors="pt").to(model.device)
                 view = model.text_inputs(
@@ -365,7 +372,7 @@ class NrccrTrainer(Trainer):
                 with self.compute_loss_context_manager():  # bf16 where training is
                     parts.append(model.read_text(view, [language] * len(view[1]))[1].float())
             states[column] = torch.cat(parts)[[row_of[row[column]] for row in rows]]
-        model.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
+        own.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
 
     def set_initial_training_values(self, args, dataloader):
         """No epoch is left for a run that had ended: the Trainer would take another step before it notices."""

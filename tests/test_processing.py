@@ -13,6 +13,7 @@ from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokeniz
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_nrccr
+from modeling_nrccr.feature_cache import processor_settings
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor, to_rgb
 
 
@@ -228,6 +229,9 @@ def test_save_and_load(processor, tmp_path):
         inputs = {"text": ["a dog"], "images": [Image.new("LA", (9, 5), (3, 99))]}
         for key, value in processor(**inputs, return_tensors="pt").items():
             assert value.equal(loaded(**inputs, return_tensors="pt")[key])
+        assert processor_settings(loaded) == processor_settings(processor)  # what caches tell encoders apart by
+        loaded.text_prefix = ""
+        assert processor_settings(loaded) != processor_settings(processor)
     saved = json.loads((tmp_path / "processor_config.json").read_text())
     assert saved["auto_map"] == {"AutoProcessor": "processing_nrccr.NrccrProcessor"}
     assert "num_truncated" not in saved

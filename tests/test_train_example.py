@@ -133,9 +133,19 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
         "contrastive_loss_weight": 0, "target_contrastive_loss_weight": 0, "distillation_loss_weight": 0,
         "feature_distillation_loss_weight": 1, "num_train_epochs": 2, "per_device_train_batch_size": 10,
         "eval_strategy": "epoch", "save_strategy": "epoch", "search_page": "none", "disable_tqdm": True,
+        "feature_cache_dir": tmp_path / "features",
     }  # fmt: skip
     arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    calibrate, shifts = train.NrccrTrainer.calibrate_language, []
+
+    def calibrated(trainer):
+        for base in (None, trainer.base):
+            trainer.base = base
+            calibrate(trainer)
+            shifts.append(trainer.model.adapter("gl").shift.clone())
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.NrccrTrainer, "calibrate_language", calibrated)
         patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
         train.main(arguments)
         with pytest.raises(ValueError, match="was trained with split seed 0"):
@@ -143,10 +153,14 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
         with pytest.raises(ValueError, match="has no pictures: set text_only"):
             patch.setattr(train, "lexicon_rows", lambda *args: toy_dataset()["train"].to_list())
             train.main([*arguments, "--lexicon", "wordnet:9", "--text_only", "false"])
+    assert shifts[1].any()  # what is known of the base calibrates as a pass of the new model does
+    torch.testing.assert_close(shifts[0], shifts[1], atol=1e-6, rtol=0)
     base, model = AutoModel.from_pretrained(published).eval(), AutoModel.from_pretrained(tmp_path / "gl").eval()
     processor = AutoProcessor.from_pretrained(tmp_path / "gl")
     inputs = processor(text=["o left red"], return_tensors="pt")
     assert model.language == "gl"
+    cached = {path.name.split("-")[0] for path in (tmp_path / "features").glob("*.safetensors")}
+    assert len(list((tmp_path / "features").glob("*.safetensors"))) == 3 and cached == {"images", "texts"}
     with torch.no_grad():
         before, english = (m.get_text_features(**inputs, languages=[None]).pooler_output for m in (base, model))
         target = model.get_text_features(**inputs).pooler_output
