@@ -12,6 +12,7 @@ EXPORT = ["onnx>=1.17", "onnxruntime>=1.20,<2", "onnxscript>=0.5"]
 MILVUS = [*RETRIEVAL, "pymilvus>=3.0,<4", "milvus-lite>=3.2,<4"]
 NOISE = ["sacrebleu>=2.5,<3", "py3langid>=0.4,<0.5"]  # measures of translations
 MTEB = ["mteb>=2.26,<3"]  # without its extra `image`, which brings torchvision
+BENCHMARKS = ["torchmetrics>=1.9,<2", "ranx>=0.3.21,<0.4"]  # peers of the metrics, which CI does without
 
 setup(
     name="modeling_nrccr",
@@ -50,6 +51,7 @@ setup(
         "export": EXPORT,
         "lora": LORA,
         "mteb": MTEB,
+        "benchmarks": BENCHMARKS,
         "dev": [
             "pytest>=8",
             "ruff>=0.9",

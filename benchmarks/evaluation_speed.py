@@ -1,6 +1,6 @@
 """Our metrics beside the bare similarity product, and beside `torchmetrics` and `ranx` where these can be run:
 
-    pip install torchmetrics ranx
+    pip install -c constraints.txt -e ".[benchmarks]"
     python benchmarks/evaluation_speed.py --output benchmarks/results/speed/evaluation.json
 
 5,000 pictures x 25,000 captions (COCO's test), both directions, all metrics, fused queries too; CPU time, and memory
