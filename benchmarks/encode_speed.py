@@ -101,14 +101,20 @@ def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
     return clock() - start, embeds.float().cpu()
 
 
-def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
+def load_ours(folder: Path, dtype: torch.dtype):
+    """As who only encodes loads it: `search.load_model` brings the retriever, whose imports would count as memory."""
     from transformers import AutoProcessor
 
-    from modeling_nrccr import NrccrModel, encode_texts
+    from modeling_nrccr import NrccrModel
+
+    return NrccrModel.from_pretrained(folder).eval().to(device(), dtype), AutoProcessor.from_pretrained(folder)
+
+
+def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
+    from modeling_nrccr import encode_texts
 
     texts = json.loads((folder / "captions.json").read_text())
-    model = NrccrModel.from_pretrained(folder / "text").eval().to(device(), dtype)
-    processor = AutoProcessor.from_pretrained(folder / "text")
+    model, processor = load_ours(folder / "text", dtype)
     seconds, embeds = timed(lambda part: encode_texts(model, part, processor), texts)
     lengths = torch.tensor([len(processor.tokenizer(f"query: {text}")["input_ids"]) for text in set(texts)])
     reached = rates(seconds, lengths, encoder_operations(lengths, 384, 12), 384, dtype)
@@ -159,13 +165,10 @@ def picture_side():
 
 
 def pictures_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Tensor, dict]:
-    from transformers import AutoProcessor
-
-    from modeling_nrccr import NrccrModel, encode_images
+    from modeling_nrccr import encode_images
 
     tower, image_processor, _ = picture_model()
-    model = NrccrModel.from_pretrained(folder / "dual").eval().to(device(), dtype)
-    processor = AutoProcessor.from_pretrained(folder / "dual")
+    model, processor = load_ours(folder / "dual", dtype)
     files = [str(path) for path in sorted((folder / "pictures").iterdir())]
     seconds, embeds = timed(lambda part: encode_images(model, part, processor), files)
     pixels = image_processor(images=[torch.zeros(3, 128, 128)] * 32, return_tensors="pt")["pixel_values"]

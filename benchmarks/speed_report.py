@@ -58,7 +58,9 @@ def seconds(report: dict, ours: str, peer: str) -> str:
     return f"{found[ours]['seconds']:.2f} s / {found[peer]['seconds']:.2f} s"
 
 
-def verdict(value: float, wanted: float) -> str:
+def verdict(value: float, wanted: float | None) -> str:
+    if wanted is None:
+        return f"{value:.2f}"
     return f"{value:.2f} ({'wanted' if value <= wanted else '**missed**: wanted'} {wanted:g})"
 
 
@@ -71,8 +73,8 @@ def lines() -> Iterator[list[str]]:
             part["peer"],
             seconds(part, name, part["peer"]),
             verdict(part["ratio"], wanted),
-            verdict(part["memory_ratio"], memory) if memory else f"{part['memory_ratio']:.2f}",
-            verdict(part["over_floor"], floor) if floor else f"{part['over_floor']:.2f}",
+            verdict(part["memory_ratio"], memory),
+            verdict(part["over_floor"], floor),
         ]
     for side, wanted, memory in (("ours", 0.6, 1), ("ours recompute", 1, 0.5), ("ours bf16", 0.4, 1)):
         part = training["step"][side]

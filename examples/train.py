@@ -370,13 +370,12 @@ class Experiment:
         )
         rows = self.rows if cached else self.dataset
         train = rows["train"].to_list() + self.lexicon if self.lexicon else rows["train"]
+        base = None
         if self.english is not None:
             base = self.english.model, self.english.data_collator.processor
-            if isinstance(base[1], FeatureCache):  # what the language is calibrated by is there
-                kwargs["base"] = base
             if args.text_only:  # else every step embeds the source captions again
                 train = teach([dict(row) for row in train], *base)
-        return NrccrTrainer(model, args, train, rows["validation"], processor, collator, **kwargs)
+        return NrccrTrainer(model, args, train, rows["validation"], processor, collator, base=base, **kwargs)
 
     def checkpoint(self, directory: Path) -> str | None:
         resume = self.args.resume_from_checkpoint

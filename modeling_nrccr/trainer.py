@@ -2,6 +2,7 @@
 
 import itertools
 from collections import defaultdict
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from .checkpoints import (
 from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval, single_rows
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
-from .feature_cache import FeatureCache
 from .losses import NrccrLoss
 from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
@@ -56,8 +56,8 @@ class NrccrTrainer(Trainer):
         teacher: A frozen model whose embeddings of the source captions are the teacher's, such as an English-only
             one that the target language is distilled from (arXiv 2004.09813). It reads what `model` reads, so with a
             [`FeatureCache`] it has the same frozen encoder.
-        base: The model that `args.train_language` is added to, without it, and a [`FeatureCache`] of all it reads of
-            the rows: the language is calibrated by them, instead of a pass through the encoder.
+        base: The model that `args.train_language` is added to, without it, and its processor: the language is
+            calibrated by them. Over a [`FeatureCache`] of the rows' captions that takes no pass through the encoder.
 
     `torchrun --nproc_per_node n` computes what one process does with the whole batch. Raises ValueError for what
     would not (`NrccrTrainingArguments.check_processes`).
@@ -74,7 +74,7 @@ class NrccrTrainer(Trainer):
         discriminator: LanguageDiscriminator | None = None,
         loss: NrccrLoss | None = None,
         teacher: NrccrModel | None = None,
-        base: tuple[NrccrModel, FeatureCache] | None = None,
+        base: tuple[NrccrModel, Callable] | None = None,
         **kwargs,
     ):
         args.check_processes(model)
@@ -355,12 +355,12 @@ class NrccrTrainer(Trainer):
     @torch.no_grad()
     def calibrate_language(self):
         """The adapter's shift and the size of its noise, from the first training captions."""
-        own = self.accelerator.unwrap_model(self.model)
-        model, processor = self.base or (own, self.data_collator.processor)
+        adapted = self.accelerator.unwrap_model(self.model)
+        model, processor = self.base or (adapted, self.data_collator.processor)
+        own_language = None if self.base else self.args.train_language  # which the base has not
         rows = list(itertools.islice(single_rows(without_images(self.train_dataset)), CALIBRATION_ROWS))
         states = {}
-        for column, language in (("source_caption", None), ("target_caption", self.args.train_language)):
-            language = language if model is own else None
+        for column, language in (("source_caption", None), ("target_caption", own_language)):
             captions = sorted({row[column] for row in rows}, key=lambda text: (len(text), text))  # each once
             row_of = {caption: row for row, caption in enumerate(captions)}
             parts, size = [], self.args.per_device_eval_batch_size
@@ -372,7 +372,7 @@ class NrccrTrainer(Trainer):
                 with self.compute_loss_context_manager():  # bf16 where training is
                     parts.append(model.read_text(view, [language] * len(view[1]))[1].float())
             states[column] = torch.cat(parts)[[row_of[row[column]] for row in rows]]
-        own.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
+        adapted.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
 
     def set_initial_training_values(self, args, dataloader):
         """No epoch is left for a run that had ended: the Trainer would take another step before it notices."""

@@ -104,14 +104,15 @@ def look(page, name):
 
 def test_search(page):
     look(page, "search")
-    assert "igrexa" in ask(page, "igrexa")  # among ten; never seen in training, as its dot says
+    assert "igrexa" in ask(page, "igrexa")[:5]  # never seen in training, as its dot says
     assert page.locator("#results li", has_text="church").first.locator(".frame.unseen").count() == 1
     assert "libro azul" in ask(page, "libro azul")[:5]  # the first, whatever the seed and the machine
 
     page.get_by_label("English").check()
     page.get_by_role("button", name="church").click()  # an example
     sync_api.expect(page.locator("#results h2")).to_have_text("church")
-    assert "church" in ask(page, "church")
+    assert "church" in ask(page, "church")  # fifth or sixth, by the machine that trained
+    assert "blue book" in ask(page, "blue book")[:5]
     assert "grinning cat" in ask(page, "a smiling cat")[:5]
 
     page.get_by_label("Only what training never saw").check()
