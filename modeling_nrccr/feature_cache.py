@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,19 +16,24 @@ import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
 from .encoding import ahead
-from .length_groups import length_groups, row_lengths
+from .length_groups import length_groups, pad_right, row_lengths
 from .modeling_nrccr import NrccrModel, pool
 
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-VERSION = 2  # of what is computed; 1 let captions attend to padding, where heads were new over shared towers
+# Of what is computed: 1 let captions attend to padding, where heads were new over shared towers; 2 kept padding on the
+# side of the tokenizer
+VERSION = 3
+EXACT, ABOUT = 1e-4, 2e-2  # differences of embeddings, of norm 1, by float32 and by half precision
+SAMPLE = 8  # captions, by which cached states are compared with a full pass
 HEADER_SIZE = 512  # of a file, with the 8 bytes that say how long it is
 
 
@@ -42,6 +48,9 @@ class FeatureCache:
             the frozen weights and of the processor's settings, and hold it, so a cache of another encoder is never
             read. They are mapped, not read into memory. Several processes may fill one directory.
         dtype: Of what is stored; `torch.bfloat16` halves it. Batches come in the model's own.
+
+    Where a text encoder cannot go on from cached states to what a full pass gives (its layers share what they compute,
+    say), captions are not cached: `cache(text=[...])` gives `input_ids`, and a warning says so.
 
     Raises:
         ValueError: `pool_padding`, another dtype, or a file in `directory` that is damaged or another encoder's.
@@ -63,14 +72,68 @@ class FeatureCache:
         frozen = (model.text_tower, model.text_tower.num_trained_layers, self.pooling, settings)
         self.texts = Store(directory, "texts", frozen, dtype)
         self.images = Store(directory, "images", (model.visual_tower, settings), dtype)
+        self.ids: dict[str, torch.Tensor] = {}  # of captions whose states are below trained layers
+        self.is_exact: bool | None = None  # not known before there are captions
 
     def add_texts(self, captions: Iterable[str | None], batch_size: int = 128):
         """States of every new caption at the boundary, as one pooled state where nothing reads more; None is passed
         over."""
-        new = sorted({c for c in captions if c} - self.texts.rows.keys(), key=lambda caption: (len(caption), caption))
-        self.texts.fill(
-            new, lambda chunk: dict(zip(chunk, self.boundary_states(chunk), strict=True)), batch_size, self.model
+        captions = sorted({c for c in captions if c}, key=lambda caption: (len(caption), caption))
+        if captions and self.is_exact is None:
+            self.is_exact = self.compare(captions[:-1][:: -(-len(captions) // SAMPLE)] + captions[-1:])
+        if not self.is_exact:
+            return
+
+        def compute(chunk: list[str]) -> dict[str, torch.Tensor]:
+            return dict(zip(chunk, self.boundary_states(chunk), strict=True))
+
+        new = [caption for caption in captions if caption not in self.texts.rows]
+        self.texts.fill(new, compute, batch_size, self.model)
+
+    def tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and mask, each `(len(captions), sequence_length)`, padded on the right; of captions whose layers
+        are trained the ids are kept."""
+        inputs = self.processor(text=captions, return_tensors="pt")
+        ids, mask = pad_right(inputs["input_ids"], inputs["attention_mask"])
+        if self.model.text_tower.num_trained_layers:
+            self.ids |= {caption: row[kept.bool()] for caption, row, kept in zip(captions, ids, mask)}
+        return ids, mask
+
+    @torch.no_grad()
+    def compare(self, captions: list[str]) -> bool:
+        """Whether embeddings from cached states are those of a full pass."""
+        model, was_training = self.model, self.model.training
+
+        def embed(inputs: BatchFeature) -> torch.Tensor:
+            return model.get_text_features(**inputs.to(model.device), languages=[None] * len(captions)).pooler_output
+
+        model.eval()
+        try:
+            full = embed(self.processor(text=captions, return_tensors="pt"))
+            try:
+                states = [states.to(self.texts.dtype) for states in self.boundary_states(captions)]
+                mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in states], batch_first=True)
+                cached = self.batch(captions, pad_sequence(states, batch_first=True), mask)
+                difference = (embed(cached) - full).abs().max().item()
+            except (
+                AttributeError,
+                IndexError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ):  # layers that want more than states
+                difference = torch.inf
+        finally:
+            model.train(was_training)
+        if math.isnan(difference):  # the fill names the caption
+            return True
+        if difference <= (EXACT if {model.dtype, self.texts.dtype} <= {torch.float32, torch.float64} else ABOUT):
+            return True
+        logger.warning(
+            f"{type(model.text_tower.encoder).__name__} does not go on from cached states to what a full pass gives "
+            f"(embeddings differ by {difference:.2g}): captions are not cached, and training takes longer"
         )
+        return False
 
     def add_images(
         self, image_ids: Iterable[str], load: Callable, batch_size: int = 16, skip_broken: bool = False
@@ -112,9 +175,9 @@ class FeatureCache:
         return broken
 
     def boundary_states(self, captions: list[str]) -> list[torch.Tensor]:
-        inputs = self.processor(text=captions, return_tensors="pt").to(self.model.device)
-        ids, mask, result = inputs["input_ids"], inputs["attention_mask"], {}
-        lengths = row_lengths(mask)
+        """Return the states of each caption at the boundary, `(sequence_length, hidden_size)`; pooled, `(1, ...)`."""
+        ids, mask = (part.to(self.model.device) for part in self.tokenize(captions))
+        result, lengths = {}, row_lengths(mask)
         for rows in length_groups(lengths):
             length = max(1, int(lengths[rows].max()))
             of_ids, of_mask = ids[rows, :length], mask[rows, :length]
@@ -127,16 +190,28 @@ class FeatureCache:
             result |= zip(rows.tolist(), parts)
         return [result[row] for row in range(len(captions))]
 
+    def batch(self, captions: list[str], states: torch.Tensor, mask: torch.Tensor) -> BatchFeature:
+        """Return states and mask, and below trained layers the ids, `(len(captions), sequence_length, ...)`."""
+        batch = BatchFeature({"boundary_states": states.to(self.model.dtype), "attention_mask": mask})
+        if self.model.text_tower.num_trained_layers:
+            if wanting := [caption for caption in captions if caption not in self.ids]:  # their states are of a file
+                self.tokenize(wanting)
+            ids = [self.ids[caption] for caption in captions]
+            batch["input_ids"] = pad_sequence(ids, batch_first=True, padding_value=self.model.pad_token_id)
+        return batch
+
     def __call__(
         self, text: list[str] | None = None, images: list[str] | None = None, visual_feats=None, **kwargs
     ) -> BatchFeature:
-        """`boundary_states (batch_size, sequence_length, hidden_size)` and `attention_mask`, or
+        """Return `boundary_states (batch_size, sequence_length, hidden_size)` and `attention_mask` (below trained
+        layers with the `input_ids`, which some encoders read in every layer), or
         `visual_feats (batch_size, num_frames, visual_feat_dim)`, of videos with `visual_attention_mask`. Pre-extracted
         `visual_feats` need no cache: they go to the processor."""
         batch, dtype = BatchFeature(), self.model.dtype
-        if text is not None:
-            states, batch["attention_mask"] = self.texts.batch(text)
-            batch["boundary_states"] = states.to(dtype)
+        if text is not None and self.is_exact is False:
+            batch.update(self.processor(text=text, **kwargs))
+        elif text is not None:
+            batch.update(self.batch(text, *self.texts.batch(text)))
         if images is not None:
             feats, mask = self.images.batch(images)
             batch["visual_feats"] = feats.to(dtype)

@@ -52,6 +52,26 @@ def length_groups(
     return list(order.split(sizes))
 
 
+def pad_right(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, each `(batch_size, sequence_length)`, with the padding before a row's first token moved
+    behind its last: its positions, and its first token, are then those that it has alone."""
+    if not torch.compiler.is_compiling() and mask[:, 0].all():
+        return ids, mask
+    start = mask.bool().int().argmax(1, keepdim=True)
+    place = (torch.arange(mask.shape[1], device=mask.device) + start) % mask.shape[1]
+    return ids.gather(1, place), mask.gather(1, place)
+
+
+def up_to_end_of_text(ids: torch.Tensor, end: int | None) -> torch.Tensor:
+    """Return the mask, `(batch_size, sequence_length)`, of ids that came without one: up to the first token `end` of
+    each row, as CLIP looks for it (with 2 in its config, which was a mistake: the greatest id; see
+    https://github.com/huggingface/transformers/pull/24773); of all where there is none."""
+    last = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
+    found = torch.ones_like(last).bool() if end == 2 else (ids == end).any(1)
+    last = torch.where(found, last, ids.shape[1])
+    return (torch.arange(ids.shape[1], device=ids.device) <= last[:, None]).long()
+
+
 def row_lengths(mask: torch.Tensor) -> torch.Tensor:
     """The place after each row's last token, `(batch_size,)`, wherever its padding is."""
     return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)

@@ -30,11 +30,12 @@ from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
-from .length_groups import length_groups, pass_pictures, pass_tokens, row_lengths
+from .length_groups import length_groups, pad_right, pass_pictures, pass_tokens, row_lengths, up_to_end_of_text
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 
 
 VIEWS = ("source", "target", "back_translation")
+END_OF_TEXT = ("clip_text_model", "metaclip_2_text_model")  # they look for that token, and want no mask
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
@@ -84,7 +85,7 @@ def clip_loss(logits: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor]
 
 def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Tensor:
     """`(batch_size, length, width)` and its mask `(batch_size, length)` -> `(batch_size, width)`; no mask: all."""
-    if how == "first":
+    if how == "first":  # texts are padded on the right
         return states[:, 0]
     if mask is None:
         mask = states.new_ones(states.shape[:2])
@@ -244,9 +245,11 @@ class NrccrPoolingHead(nn.Module):
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """What `AutoModel` builds; also the towers of dual encoders that it does not know, such as `SiglipTextModel`."""
+    """Build what `AutoModel` builds, of an encoder-decoder its encoder; also the towers of dual encoders that it does
+    not know, such as `SiglipTextModel`."""
     if type(config) in MODEL_MAPPING:
-        return AutoModel.from_config(config)
+        model = AutoModel.from_config(config)
+        return model.get_encoder() if config.is_encoder_decoder else model
     return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config)
 
 
@@ -269,6 +272,7 @@ class NrccrTextTower(nn.Module):
         if isinstance(getattr(self.encoder, "head", None), nn.Linear):
             self.encoder.head = nn.Identity()  # of SigLIP, after pooling: it is the model's projection
         self.num_trained_layers: int | None = None
+        self.given_beside: int | None = None  # how much a layer gives beside states; -1: no tuple; see `resume`
 
     def layer_list(self) -> tuple[nn.Module, str]:
         """The parent and the attribute name of the encoder's list of layers."""
@@ -305,52 +309,79 @@ class NrccrTextTower(nn.Module):
         attention_mask: torch.Tensor | None = None,
         boundary_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """States of all tokens, `(batch_size, sequence_length, hidden_size)`, from ids or from the boundary."""
+        """Return the states of all tokens, `(batch_size, sequence_length, hidden_size)`, from ids, or from those at
+        the boundary and the ids that they were computed of (some encoders read them in every layer)."""
         if boundary_states is None:
             return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         if self.num_trained_layers == 0:
             return boundary_states
-        return self.resume(boundary_states, attention_mask)
+        return self.resume(boundary_states, input_ids, attention_mask)
 
     def at_boundary(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What the first trained layer reads, of shape `(batch_size, sequence_length, hidden_size)`."""
+        """Return what the first trained layer reads, of shape `(batch_size, sequence_length, hidden_size)`."""
         if self.num_trained_layers == 0:
             return self(input_ids, attention_mask)
+        states, _ = self.stop_before(self.layers()[-self.num_trained_layers], input_ids, attention_mask)
+        return states[:, : input_ids.shape[1]]  # Longformer pads to whole windows
 
-        def stop(_, args, kwargs):  # what is above the boundary is not computed
-            raise Reached(args[0] if args else kwargs["hidden_states"])
-
-        handle = self.first_trained_layer().register_forward_pre_hook(stop, with_kwargs=True)
-        try:
-            self(input_ids, attention_mask)
-        except Reached as reached:
-            return reached.args[0]
-        finally:
-            handle.remove()
-
-    def first_trained_layer(self) -> nn.Module:
+    def layers(self) -> nn.ModuleList:
+        """Return the encoder's layers. Raises ValueError where nothing of it is frozen."""
         if self.num_trained_layers is None:
             raise ValueError("nothing of the text encoder is frozen: set the number of trained layers first")
-        parent, name = self.layer_list()
-        return getattr(parent, name)[-self.num_trained_layers]
+        return getattr(*self.layer_list())
 
-    def resume(self, boundary_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        # The encoder's own forward runs with the frozen layers taken out, so that its masks, positions and final
-        # norm are its own; what its embeddings give is replaced by the boundary's states.
-        def replace(_, args, kwargs):
-            return (
-                ((boundary_states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": boundary_states})
-            )
+    @torch.no_grad()
+    def stop_before(self, layer: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple:
+        """Return what `layer` reads, and what the layer before it gave; nothing above is computed."""
+        given = []
 
-        parent, name = self.layer_list()
-        layers = getattr(parent, name)
-        handle = layers[-self.num_trained_layers].register_forward_pre_hook(replace, with_kwargs=True)
-        setattr(parent, name, layers[-self.num_trained_layers :])
+        def stop(_, args, kwargs):
+            raise Reached(args[0] if args else kwargs["hidden_states"])
+
+        handles = [layer.register_forward_pre_hook(stop, with_kwargs=True)]
+        keep = lambda _, args, output: given.append(output)  # noqa: E731
+        handles += [below.register_forward_hook(keep) for below in self.layers()]
         try:
-            return self.encoder(inputs_embeds=boundary_states, attention_mask=attention_mask).last_hidden_state
+            self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        except Reached as reached:
+            return reached.args[0], given[-1] if given else None
         finally:
-            setattr(parent, name, layers)
+            for handle in handles:
+                handle.remove()
+
+    def resume(
+        self, boundary_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the states of all tokens, from those at the boundary."""
+        # The encoder's own forward runs, so that its masks, positions, final norm, and what it does by the number of a
+        # layer, are its own. Frozen layers hand on what they read, and the first trained one reads the boundary.
+        if input_ids is None:
+            raise ValueError("boundary_states below trained layers need the input_ids that they were computed of")
+
+        def replace(_, args, kwargs):
+            longer = (args[0] if args else kwargs["hidden_states"]).shape[1] - boundary_states.shape[1]
+            states = F.pad(boundary_states, (0, 0, 0, longer))
+            return ((states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": states})
+
+        layers = self.layers()
+        frozen = layers[: -self.num_trained_layers]
+        if frozen and self.given_beside is None:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=input_ids.device)
+            given = self.stop_before(layers[len(frozen)], ids, torch.ones_like(ids))[1]
+            self.given_beside = len(given) - 1 if isinstance(given, tuple) else -1
+
+        def hand_on(hidden_states, *args, **kwargs):
+            return hidden_states if self.given_beside < 0 else (hidden_states, *[None] * self.given_beside)
+
+        handle = layers[len(frozen)].register_forward_pre_hook(replace, with_kwargs=True)
+        for layer in frozen:
+            layer.forward = hand_on
+        try:
+            return self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        finally:
             handle.remove()
+            for layer in frozen:
+                del layer.forward
 
 
 class NrccrVisualTower(nn.Module):
@@ -605,7 +636,6 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`.
         `languages`: of all rows of all views."""
         ids, masks, states = zip(*views)
-        cached = states[0] is not None
         sizes = [mask.shape for mask in masks]
         longest = max(length for _, length in sizes)
 
@@ -613,50 +643,61 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
             return torch.cat([F.pad(part, pad, value=value) for part, pad in zip(parts, padding)])
 
-        stacked = stack(states) if cached else stack(ids, self.pad_token_id)
-        name = "boundary_states" if cached else "input_ids"
-        encoded = self.encode_by_language(name, stacked, stack(masks), languages)
+        inputs = {}
+        if states[0] is not None:
+            inputs["boundary_states"] = stack(states)
+        if ids[0] is not None:
+            inputs["input_ids"] = stack(ids, self.pad_token_id)
+        encoded = self.encode_by_language(inputs, stack(masks), languages)
         parts = encoded.split([batch for batch, _ in sizes])
         return [part[:, :length] for part, (_, length) in zip(parts, sizes)]
 
     def encode_by_language(
-        self, name: str, inputs: torch.Tensor, mask: torch.Tensor, languages: list[str | None]
+        self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, languages: list[str | None]
     ) -> torch.Tensor:
         """[`encode_by_length`] once, or for the rows of each language that has LoRA inside the text tower."""
         inside = [language if self.has_lora(language) else None for language in languages]
         groups = {language: [i for i, of in enumerate(inside) if of == language] for language in dict.fromkeys(inside)}
+        if len(groups) == 1:
+            return self.encode_by_length(inputs, mask, inside[0])
         parts = []
         for language, rows in groups.items():
-            at = slice(None) if len(groups) == 1 else torch.tensor(rows, device=mask.device)
-            parts.append(self.encode_by_length(name, inputs[at], mask[at], language))
-        return parts[0] if len(groups) == 1 else torch.cat(parts)[torch.tensor(sum(groups.values(), [])).argsort()]
+            at = torch.tensor(rows, device=mask.device)
+            part = {name: value[at] for name, value in inputs.items()}
+            parts.append(self.encode_by_length(part, mask[at], language))
+        return torch.cat(parts)[torch.tensor(sum(groups.values(), [])).argsort()]
 
     def encode_by_length(
-        self, name: str, inputs: torch.Tensor, mask: torch.Tensor, language: str | None
+        self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, language: str | None
     ) -> torch.Tensor:
-        """The text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
+        """Run the text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
         gives for cut-off padding is 0. `language`: whose LoRA is in it."""
+        # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0;
+        # a graph that is exported has no look at its values
+        whole = self.config.pool_padding or torch.compiler.is_compiling()
+        whole = whole or ("boundary_states" in inputs and self.text_tower.num_trained_layers == 0)
+        if whole:
+            return self.run_tower(inputs, mask, language)
         lengths = row_lengths(mask)
-        # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0
         recompute = self.recompute_passes and torch.is_grad_enabled()
-        whole = self.config.pool_padding or (name == "boundary_states" and self.text_tower.num_trained_layers == 0)
-        groups = [] if whole else length_groups(lengths, max_tokens=pass_tokens(mask.device) if recompute else None)
+        groups = length_groups(lengths, max_tokens=pass_tokens(mask.device) if recompute else None)
         if len(groups) < 2:
-            return self.run_tower(name, inputs, mask, language)
+            return self.run_tower(inputs, mask, language)
         parts = []
         for rows in groups:
             length = max(1, int(lengths[rows].max()))
-            part = self.run_tower(name, inputs[rows, :length], mask[rows, :length], language)
-            parts.append(F.pad(part, (0, 0, 0, mask.shape[1] - length)))
+            part = {name: value[rows, :length] for name, value in inputs.items()}
+            states = self.run_tower(part, mask[rows, :length], language)
+            parts.append(F.pad(states, (0, 0, 0, mask.shape[1] - length)))
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
-    def run_tower(self, name: str, inputs: torch.Tensor, mask: torch.Tensor, language: str | None) -> torch.Tensor:
+    def run_tower(self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, language: str | None) -> torch.Tensor:
         """One pass of the text tower; with `recompute_passes` its states alone are kept for the backward pass, which
         computes the rest again with the same dropout."""
 
-        def run(inputs: torch.Tensor) -> torch.Tensor:
+        def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.lora(language):
-                return self.text_tower(attention_mask=mask, **{name: inputs})
+                return self.text_tower(attention_mask=mask, **inputs)
 
         if self.recompute_passes and torch.is_grad_enabled():
             return checkpoint(run, inputs, use_reentrant=False)
@@ -665,18 +706,25 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     def text_inputs(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Ids and mask as the text encoder reads them, each `(batch_size, sequence_length)`."""
+        """Return ids, mask and states as the text encoder reads them, each `(batch_size, sequence_length, ...)`:
+        padded on the right, so that a text's positions are those that it has alone."""
+        if ids is None and states is None:
+            raise ValueError("texts are read from input_ids (or, of frozen layers, boundary_states): got neither")
         if mask is None:
-            mask = torch.ones_like(ids) if ids is not None else states.new_ones(states.shape[:2], dtype=torch.long)
+            of = states if ids is None else ids
+            mask = torch.ones(of.shape[:2], dtype=torch.long, device=of.device)
+            if ids is not None and self.config.text_config.model_type in END_OF_TEXT:
+                mask = up_to_end_of_text(ids, self.config.text_config.eos_token_id)
+        if ids is not None and not self.config.pool_padding:
+            ids, mask = pad_right(ids, mask)
         length = self.config.text_length
         if length is None or ids is None:
             return ids, mask, states
         if ids.shape[1] > length:
             raise ValueError(f"{ids.shape[1]} tokens, but this model reads {length} (NrccrConfig.text_length)")
-        padding = ids[mask == 0]
-        pad = int(padding[0]) if len(padding) else self.pad_token_id
-        missing = length - ids.shape[1]
-        ids = F.pad(ids, (missing, 0) if (mask[:, 0] == 0).any() else (0, missing), value=pad)
+        if missing := length - ids.shape[1]:
+            padding = ids[mask == 0]  # of the tokenizer, whose config often says another
+            ids = F.pad(ids, (0, missing), value=int(padding[0]) if len(padding) else self.pad_token_id)
         return ids, torch.ones_like(ids), states
 
     @property

@@ -65,7 +65,7 @@ def test_resuming_at_the_boundary_equals_the_full_pass(trained_layers):
     ids, mask = batch["input_ids"], batch["attention_mask"]
     boundary = model.text_tower.at_boundary(ids, mask)
     full = model.get_text_features(ids, mask).pooler_output
-    resumed = model.get_text_features(attention_mask=mask, boundary_states=boundary).pooler_output
+    resumed = model.get_text_features(ids, mask, boundary).pooler_output
     torch.testing.assert_close(resumed, full, atol=1e-6, rtol=0)
     assert len(model.text_tower.encoder.encoder.layer) == 3  # put back
     layers = [all(p.requires_grad for p in layer.parameters()) for layer in model.text_tower.encoder.encoder.layer]

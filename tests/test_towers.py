@@ -276,15 +276,15 @@ def test_frozen_boundary(name, trained, tmp_path):
         model.get_text_features(attention_mask=mask, **inputs).pooler_output[:, 0].sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    full, resumed = gradients(input_ids=ids), gradients(boundary_states=states)
+    full, resumed = gradients(input_ids=ids), gradients(input_ids=ids, boundary_states=states)
     assert set(full) == set(resumed)
     for parameter, gradient in full.items():
         torch.testing.assert_close(resumed[parameter], gradient, atol=1e-12, rtol=1e-9)
     with torch.no_grad():
         for one, other in (
-            (model.text_tower(ids, mask), model.text_tower(attention_mask=mask, boundary_states=states)),
+            (model.text_tower(ids, mask), model.text_tower(ids, mask, states)),
             (model.get_text_features(ids, mask).pooler_output,
-             model.get_text_features(attention_mask=mask, boundary_states=states).pooler_output),
+             model.get_text_features(ids, mask, states).pooler_output),
         ):  # fmt: skip
             keep = mask.bool() if one.ndim == 3 else ...
             torch.testing.assert_close(one[keep], other[keep], atol=1e-12, rtol=0)
