@@ -93,6 +93,7 @@ class NrccrConfig(PreTrainedConfig):
         language (`str`, *optional*): The one that reads texts at first (`NrccrModel.set_language`); None: no adapter.
         dual_encoder (`dict`, *optional*): `name` and `revision` of what `NrccrModel.from_dual_encoder` started from.
         logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
+        logit_bias_init_value (`float`, *optional*): Initial bias of the logits, as in SigLIP; None: there is none.
     """
 
     model_type = "nrccr"
@@ -133,6 +134,7 @@ class NrccrConfig(PreTrainedConfig):
     language: str | None = None
     dual_encoder: dict[str, Any] | None = None
     logit_scale_init_value: float = 2.6592
+    logit_bias_init_value: float | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any):

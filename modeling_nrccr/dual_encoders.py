@@ -19,6 +19,7 @@ class Family:
         text_projection, visual_projection: The Linear after pooling, where there is one.
         fixed_length: The last position is pooled, padding or not, so every text has all positions.
         text_prefix, lower_case: What is done to a text first.
+        logit_bias: Its logits have a bias.
     """
 
     text_model: str = "text_model"
@@ -29,6 +30,7 @@ class Family:
     fixed_length: bool = False
     text_prefix: str = ""
     lower_case: bool = False
+    logit_bias: bool = False
 
 
 GEMMA_VOCABULARY = 256_000
@@ -37,8 +39,10 @@ FAMILIES = {
     "clip": Family(),
     "metaclip_2": Family(),
     "altclip": Family(pooling="first"),
-    "siglip": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True),
-    "siglip2": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True, lower_case=True),
+    "siglip": Family(text_projection="text_model.head", visual_projection=None, fixed_length=True, logit_bias=True),
+    "siglip2": Family(
+        text_projection="text_model.head", visual_projection=None, fixed_length=True, lower_case=True, logit_bias=True
+    ),
     # one backbone reads texts and pictures; pooled and projected as its documentation says
     "embedding_gemma2": Family(
         text_model="language_model",
@@ -78,6 +82,7 @@ def dual_encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
         "visual_projection": "linear" if family.visual_projection else "none",
         "text_length": text.max_position_embeddings if family.fixed_length else None,
         "teacher_view": "source",
+        "logit_bias_init_value": 0.0 if family.logit_bias else None,
     }
 
 
@@ -116,3 +121,5 @@ def load_dual_encoder(model: nn.Module, dual: PreTrainedModel):
                 projection.dense.bias.copy_(linear.bias)
     if hasattr(dual, "logit_scale"):
         model.logit_scale.copy_(dual.logit_scale.reshape(()))
+    if family.logit_bias:
+        model.logit_bias.copy_(dual.logit_bias.reshape(()))

@@ -1,5 +1,6 @@
 """What a language adds to a text side that stays as it is: a small residual that starts as the identity."""
 
+import math
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ class NrccrLanguageAdapter(nn.Module):
         super().__init__()
         if kind not in self.KINDS:
             raise ValueError(f"kind={kind!r} of a language adapter: one of {', '.join(self.KINDS)}")
+        for name, number, least in (("rank", rank, 1), ("layers", layers, -1)):
+            if type(number) is not int or number < least:
+                raise ValueError(f"{name}={number!r} of a language adapter: an integer, {least} or more")
+        if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
+            raise ValueError(f"noise={noise!r} of a language adapter: a number, 0 or more")
+        if type(center) is not bool:
+            raise ValueError(f"center={center!r} of a language adapter: true or false")
         self.kind, self.center, self.noise, self.rank, self.layers = kind, center, noise, rank, layers
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("deviation", torch.zeros(width))

@@ -3,22 +3,25 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import RLock
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
-from transformers.utils import cached_file
+from transformers.utils import ModelOutput, cached_file
 
 from .language_adapters import NrccrLanguageAdapter
 
 
 LANGUAGE_FILE = "language_adapter.safetensors"
-SAME_MODEL = 0.999  # cosine of probes: 1 up to the precision that a model runs in
+SAME_MODEL = 0.999  # cosine of probes: 1 up to the precision that weights are held in
+LORA = RLock()  # of peft's layers, which hold what is active: threads take turns through a tower that has any
 
 
 def load_peft():
@@ -33,7 +36,21 @@ def load_peft():
 
 def is_of(language: str, name: str) -> bool:
     """Whether a module or tensor of the text tower is of the language's LoRA: peft names its parts so."""
-    return language in name.split(".")
+    parts = name.split(".")
+    return any(before.startswith("lora_") and part == language for before, part in zip(parts, parts[1:]))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator:
+    """Leave the mode as it was, also after an error; a model that is not in training is not touched."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 class NrccrLanguagesMixin:
@@ -50,32 +67,62 @@ class NrccrLanguagesMixin:
         return self.language_adapters[language]
 
     def add_language(self, language: str, **settings) -> NrccrLanguageAdapter:
-        """A new adapter, which starts as the identity; `settings` as in [`NrccrLanguageAdapter`]. It replaces what
-        the language had."""
-        if not language or "." in language:
-            raise ValueError(f"a language is a code such as 'gl' or 'pt-BR', not {language!r}")
-        if hasattr(nn.ModuleDict, language):  # Tongan
-            raise ValueError(f"{language!r} is a name that torch keeps for itself: take another code, such as 'ton'")
-        self.remove_language(language)
+        """Add a new adapter, which starts as the identity; `settings` as in [`NrccrLanguageAdapter`]. It replaces what
+        the language had, and is active where that was.
+
+        Raises:
+            ValueError: a code or a setting that cannot be, before anything changes.
+        """
+        self.check_code(language)
         adapter = NrccrLanguageAdapter(self.text_head.output_size, **settings)
+        if adapter.kind == "lora":
+            load_peft()
+            self.lora_targets(adapter)
+        active = self.language == language
+        self.remove_language(language)
         adapter.reset()
         adapter.to(self.device, self.dtype).train(self.training)
         if adapter.kind == "lora":
             self.insert_lora(language, adapter)
         self.language_adapters[language] = adapter
         self.list_languages()
+        if active:
+            self.set_language(language)
         return adapter
 
+    def check_code(self, language: str):
+        """Raise ValueError for what cannot name a language."""
+        if not isinstance(language, str) or not language or "." in language:
+            raise ValueError(f"a language is a code such as 'gl' or 'pt-BR', not {language!r}")
+        if language == "base":
+            raise ValueError("'base' names the model's own text side: take the language's code")
+        # Tongan's is "to"; of peft's modules, in which a code is a name too, these are the same
+        if hasattr(nn.ModuleDict(), language):
+            raise ValueError(f"{language!r} is a name that torch keeps for itself: take another code, such as 'ton'")
+
     def remove_language(self, language: str):
-        if language in self.language_adapters:
-            if self.has_lora(language):
-                with warnings.catch_warnings():  # that another becomes active: `lora` chooses anew for every batch
-                    warnings.filterwarnings("ignore", "Adapter .* was active")
-                    for layer in self.lora_layers():
+        """Take a language out whole, where it is there: the text tower is then as if it had never been."""
+        if language not in self.language_adapters:
+            return
+        if self.has_lora(language):
+            with LORA, warnings.catch_warnings():  # that another becomes active: `lora` chooses anew for every batch
+                warnings.filterwarnings("ignore", "Adapter .* was active")
+                for layer in self.lora_layers():
+                    if language in layer.r:
                         layer.delete_adapter(language)
-            self.language_adapters.pop(language)
-            self.set_language(None if self.language == language else self.language)
-            self.list_languages()
+                self.unwrap(lambda layer: not layer.r)
+            self.text_tower.peft_config.pop(language, None)
+        self.language_adapters.pop(language)
+        self.set_language(None if self.language == language else self.language)
+        self.list_languages()
+
+    def unwrap(self, chosen: Callable[[nn.Module], bool]):
+        """Put the encoder's own layer in the place of each of peft's that is `chosen`."""
+        wrapped = set(self.lora_layers())
+        for name, module in list(self.text_tower.named_modules()):
+            if module in wrapped and chosen(module):
+                parent, _, attribute = name.rpartition(".")
+                setattr(self.text_tower.get_submodule(parent), attribute, module.get_base_layer())
 
     def list_languages(self):
         settings = {name: adapter.settings() for name, adapter in self.language_adapters.items()}
@@ -140,53 +187,62 @@ class NrccrLanguagesMixin:
         _, wrapper = load_peft()
         return [module for module in self.text_tower.modules() if isinstance(module, wrapper)]
 
+    def lora_targets(self, adapter: NrccrLanguageAdapter) -> dict[str, nn.Linear]:
+        """Return the Linear layers that its LoRA is put into, by their names in the text tower. Raises ValueError for
+        a number of layers that the encoder does not have."""
+        layers = getattr(*self.text_tower.layer_list())
+        count = len(layers) if adapter.layers == -1 else adapter.layers
+        if not 0 < count <= len(layers):
+            raise ValueError(f"layers={adapter.layers}, but the text encoder has {len(layers)}")
+        top = {module for layer in layers[len(layers) - count :] for module in layer.modules()}
+        # a language that came before has wrapped them already
+        return {
+            name.removesuffix(".base_layer"): module
+            for name, module in self.text_tower.named_modules()
+            if module in top and isinstance(module, nn.Linear) and ".lora_" not in name
+        }
+
     def insert_lora(self, language: str, adapter: NrccrLanguageAdapter):
         peft, _ = load_peft()
-        parent, name = self.text_tower.layer_list()
-        layers = getattr(parent, name)
+        targets = self.lora_targets(adapter)
         if adapter.layers == -1:
-            adapter.layers = len(layers)
-        if not 0 < adapter.layers <= len(layers):
-            raise ValueError(f"layers={adapter.layers}, but the text encoder has {len(layers)}")
-        top = set(layers[len(layers) - adapter.layers :].modules())
-        linear = [n for n, m in self.text_tower.named_modules() if m in top and isinstance(m, nn.Linear)]
-        # a language that came before has wrapped them already
-        linear = sorted({n.removesuffix(".base_layer") for n in linear if ".lora_" not in n})
-        config = peft.LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules=linear)
-        frozen = [p for p in self.text_tower.parameters() if not p.requires_grad]
-        with warnings.catch_warnings():  # of a language that is there already, which is the purpose
+            adapter.layers = len(getattr(*self.text_tower.layer_list()))
+        config = peft.LoraConfig(r=adapter.rank, lora_alpha=2 * adapter.rank, target_modules=sorted(targets))
+        before = [(parameter, parameter.requires_grad) for parameter in self.text_tower.parameters()]
+        with LORA, warnings.catch_warnings():  # of a language that is there already, which is the purpose
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             peft.inject_adapter_in_model(config, self.text_tower, adapter_name=language)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter, requires_grad in before:  # peft freezes all but the new
+            parameter.requires_grad_(requires_grad)
 
     @contextmanager
     def lora(self, language: str | None) -> Iterator:
-        """The text tower with this language's LoRA alone inside it."""
+        """The text tower with this language's LoRA alone inside it, for one thread at a time."""
         layers = self.lora_layers()
-        trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
-        for layer in layers:
-            layer.enable_adapters(language in layer.r)
-            if language in layer.r:
-                layer.set_adapter(language)
-        try:
+        if not layers:
             yield
-        finally:
+            return
+        with nullcontext() if torch.compiler.is_compiling() else LORA:
+            trained = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
+            for layer in layers:
+                layer.enable_adapters(language in layer.r)
+                if language in layer.r:
+                    layer.set_adapter(language)
             for parameter, requires_grad in trained:  # peft changes it with every switch
                 parameter.requires_grad_(requires_grad)
+            yield
 
     def merge_language(self, language: str):
         """Folds the language's LoRA into the text tower, for good: the model then reads that language alone, and
         loads where there is no peft."""
         if not self.has_lora(language):
             raise ValueError(f"{language!r} has no LoRA to merge: save_pretrained keeps its adapter as it is")
-        wrapped = set(self.lora_layers())
-        for name, module in list(self.text_tower.named_modules()):
-            if module in wrapped:
-                if language in module.r:
-                    module.merge(adapter_names=[language])
-                parent = self.text_tower.get_submodule(name.rpartition(".")[0])
-                setattr(parent, name.rpartition(".")[2], module.get_base_layer())
+        with LORA:
+            for layer in self.lora_layers():
+                if language in layer.r:
+                    layer.merge(adapter_names=[language])
+            self.unwrap(lambda layer: True)
+        del self.text_tower.peft_config
         for other in [name for name in self.language_adapters if name != language]:
             self.language_adapters.pop(other)
         self.language_adapters[language].kind = "linear"
@@ -211,14 +267,21 @@ class NrccrLanguagesMixin:
 
     @torch.no_grad()
     def probe(self) -> torch.Tensor:
-        """Embeddings of four fixed texts by the model's own text side, `(4, projection_dim)`: they tell text towers,
-        and revisions of one, apart, in any precision and on any device."""
-        was_training, size = self.training, self.config.text_config.vocab_size
-        self.eval()
-        ids = (torch.arange(4 * 12) * 7919 + 13) % size
-        embeds = self.get_text_features(ids.view(4, 12).to(self.device), languages=[None] * 4).pooler_output
-        self.train(was_training)
-        return embeds.float().cpu()
+        """Return embeddings of four fixed texts by the model's own text side, computed in float32, of shape
+        `(4, projection_dim)`: they tell text towers, and revisions of one, apart, in any precision, on any device."""
+        ids = ((torch.arange(4 * 12) * 7919 + 13) % self.config.text_config.vocab_size).view(4, 12).to(self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "languages": [None] * 4}
+        with evaluating(self):
+            return self.in_float32(**inputs).text_embeds.float().cpu()
+
+    def in_float32(self, **inputs) -> ModelOutput:
+        """Return what `forward` gives with the weights, in whatever precision they are held, as float32: what was
+        computed elsewhere in another precision is compared with that."""
+        weights = {name: value for name, value in self.state_dict(keep_vars=True).items() if value.is_floating_point()}
+        half = {name: value.float() for name, value in weights.items() if value.dtype in (torch.bfloat16, torch.half)}
+        if any(value.is_meta for value in half.values()):  # offloaded
+            half = {}
+        return functional_call(self, half, kwargs=inputs)
 
     def made_for(self) -> dict[str, str | None]:
         """Name and revision of the model that languages are added to."""
@@ -244,34 +307,71 @@ class NrccrLanguagesMixin:
             ValueError: for a file that is damaged, or was made for another model or another revision of this one.
         """
         path = cached_file(str(directory), LANGUAGE_FILE, **hub_options)
-        try:
-            with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["about"])
-                weights = {key: file.get_tensor(key) for key in file.keys()}
-            probe, settings, model = weights.pop("probe"), about["settings"], about["model"]
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no language file, or damaged ({error}): get it again") from error
-        self.check_made_for(path, model, probe)
-        adapter = self.add_language(language, **settings)
-        names = self.language_weights(language)
-        wanted = {name.replace(f".{language}.", f".{about['language']}."): name for name in names}
-        if wanted.keys() != weights.keys():
-            self.remove_language(language)
-            raise ValueError(f"{path} lacks {sorted(wanted.keys() - weights.keys())}: it is of another version")
-        inside = {wanted[k].removeprefix("text_tower."): v for k, v in weights.items() if k.startswith("text_tower.")}
-        adapter.load_state_dict({k: v for k, v in weights.items() if not k.startswith("text_tower.")})
-        if inside:
-            self.text_tower.load_state_dict(inside, strict=False)
+        about, weights = read_language_file(path)
+        self.check_code(language)
+        self.check_made_for(path, about["model"], weights.pop("probe"))
+        wanted = self.shapes_of(path, about["settings"])
+        weights = {name.replace(f".{about['language']}.", ".*."): value for name, value in weights.items()}
+        if differing := sorted(wanted.keys() ^ weights.keys()):
+            here = "lacks" if differing[0] in wanted else "has, and this version does not know,"
+            raise ValueError(f"{path} {here} {differing[0]}: get it again, or add the language again")
+        for name, value in weights.items():
+            if value.shape != wanted[name] or not value.is_floating_point() or not value.isfinite().all():
+                what = f"shape {tuple(value.shape)}, not {tuple(wanted[name])}"
+                what = what if value.shape != wanted[name] else "values that are not finite"
+                raise ValueError(f"{path}: {name} has {what}: it is damaged, get it again")
+        adapter = self.add_language(language, **about["settings"])
+        inside = {name: value for name, value in weights.items() if name.startswith("text_tower.")}
+        adapter.load_state_dict({name: value for name, value in weights.items() if name not in inside})
+        inside = {name.removeprefix("text_tower.").replace(".*.", f".{language}."): v for name, v in inside.items()}
+        self.text_tower.load_state_dict(inside, strict=False)
         return adapter
 
+    def shapes_of(self, path: str, settings: dict) -> dict[str, torch.Size]:
+        """Return the shape of each tensor that a language of these settings has, with "*" for its code. Raises
+        ValueError, that names `path`, for settings that cannot be."""
+        try:
+            with torch.device("meta"):  # nothing is allocated, whatever the file asks for
+                adapter = NrccrLanguageAdapter(self.text_head.output_size, **settings)
+            targets = self.lora_targets(adapter) if adapter.kind == "lora" else {}
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise ValueError(f"{path} has settings that cannot be ({error}): it is damaged, get it again") from error
+        shapes = {name: value.shape for name, value in adapter.state_dict().items()}
+        for name, linear in targets.items():
+            shapes[f"text_tower.{name}.lora_A.*.weight"] = torch.Size((adapter.rank, linear.in_features))
+            shapes[f"text_tower.{name}.lora_B.*.weight"] = torch.Size((linear.out_features, adapter.rank))
+        return shapes
+
     def check_made_for(self, path: str, model: dict[str, str | None], probe: torch.Tensor):
+        """Raise ValueError for a language of another model, or of another revision of this one."""
         ours, here = self.probe(), self.made_for()
         same_size = ours.shape == probe.shape
-        similarity = float(F.cosine_similarity(ours, probe).min()) if same_size else 0.0
+        similarity = float(F.cosine_similarity(ours, probe.float()).min()) if same_size else 0.0
         revisions = {model.get("revision"), here.get("revision")} - {None}
-        if similarity < SAME_MODEL or (model["name"] == here["name"] and len(revisions) > 1):
+        # NaN is not above any limit
+        if not similarity >= SAME_MODEL or (model["name"] == here["name"] and len(revisions) > 1):
             raise ValueError(
                 f"{path} was made for {model['name']} (revision {model.get('revision')}), and this is {here['name']} "
                 f"(revision {here.get('revision')}): the texts of a probe have similarity {similarity:.4f}, not 1. "
                 "Load the model that it was made for, or add the language again"
             )
+
+
+def read_language_file(path: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return what a language file says of itself (`language`, `settings`, `model`), and its tensors. Raises ValueError
+    for a file that is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            weights = {key: file.get_tensor(key) for key in file.keys()}
+        kinds = {"language": str, "settings": dict, "model": dict}
+        if not isinstance(about, dict) or "probe" not in weights:
+            raise ValueError("it does not say what it is")
+        for name, kind in kinds.items():
+            if not isinstance(about.get(name), kind):
+                raise ValueError(f"{name} is {about.get(name)!r}")
+        if not isinstance(about["model"].get("name"), str):
+            raise ValueError("it names no model")
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no language file, or damaged ({error}): get it again") from error
+    return about, weights

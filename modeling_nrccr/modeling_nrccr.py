@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
@@ -475,7 +475,9 @@ class NrccrPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
         if isinstance(module, NrccrModel):
-            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            init.constant_(module.logit_scale, module.config.logit_scale_init_value)
+            if module.logit_bias is not None:
+                init.constant_(module.logit_bias, module.config.logit_bias_init_value)
         elif isinstance(module, NrccrLanguageAdapter):
             module.reset()
 
@@ -524,6 +526,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             self.insert_lora(language, adapters[language])
         self.language = config.language
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.kept_in_eval: list[nn.Module] = []
         self.recompute_passes = False  # see `run_tower`
         self.post_init()
@@ -577,7 +581,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         load_encoder(towers.text_tower, text_encoder)
         model = type(self)(config, towers=towers)
         model.visual_head = self.visual_head
-        model.visual_projection, model.logit_scale = self.visual_projection, self.logit_scale
+        model.visual_projection = self.visual_projection
+        model.logit_scale, model.logit_bias = self.logit_scale, self.logit_bias
         return model.eval()
 
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":
@@ -626,6 +631,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.text_tower.encoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_tower.encoder.set_input_embeddings(value)
 
     def encode_text(
         self,
@@ -731,13 +739,13 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     def pad_token_id(self) -> int:
         return getattr(self.config.text_config, "pad_token_id", None) or 0
 
+    @can_return_tuple
     def get_text_features(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         boundary_states: torch.Tensor | None = None,
         languages: str | Sequence[str | None] | None = None,
-        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `languages`: whose
         adapter reads each text (None in a list: no adapter's); by default that of `set_language`."""
@@ -753,6 +761,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         states = self.encode_text([view], languages)[0]
         return states, self.text_head(states, view[1])
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -761,15 +770,16 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
-        **kwargs,
     ) -> BaseModelOutputWithPooling:
         """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
         `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `image_embeds`: such
         embeddings, as an index has them; they are L2-normalised."""
         if image_embeds is not None:
-            return BaseModelOutputWithPooling(pooler_output=F.normalize(image_embeds, dim=-1))
+            return BaseModelOutputWithPooling(pooler_output=F.normalize(image_embeds.to(self.dtype), dim=-1))
         if self.visual_head is None:
             raise ValueError("this model embeds texts alone: its NrccrConfig.visual_feat_dim is None")
+        if visual_feats is None and pixel_values is None:
+            raise ValueError("pictures are read from pixel_values, visual_feats or image_embeds: got none of them")
         if visual_feats is None:
             if self.visual_tower is None:
                 raise ValueError("this model has no vision tower: give visual_feats instead of pixel_values")
@@ -788,6 +798,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         embeds = self.visual_projection(self.visual_head(visual_feats, visual_attention_mask))
         return BaseModelOutputWithPooling(last_hidden_state=visual_feats, pooler_output=embeds)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -808,7 +819,6 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         languages: str | Sequence[str | None] | None = None,
         return_teacher: bool = True,
         return_loss: bool = False,
-        **kwargs,
     ) -> NrccrOutput:
         r"""
         Args:
@@ -836,11 +846,16 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         views = {
             name: self.text_inputs(*view) for name, view in views.items() if view[0] is not None or view[2] is not None
         }
+        if not views and pixel_values is None and visual_feats is None and image_embeds is None:
+            raise ValueError(
+                "nothing to embed: give input_ids, or pixel_values, visual_feats or image_embeds, or both"
+            )
         embeds, teacher_embeds, states = {}, None, {}
         if not (pixel_values is None and visual_feats is None and image_embeds is None):
             image_embeds = self.get_image_features(
-                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes, image_embeds
-            ).pooler_output
+                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes, image_embeds,
+                return_dict=True,
+            ).pooler_output  # fmt: skip
         if views:
             masks = {name: mask for name, (_, mask, _) in views.items()}
             spoken = {name: [None] * len(mask) for name, mask in masks.items()}
@@ -855,6 +870,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         text_embeds = embeds.get("source", embeds.get("target"))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = logit_scale * text_embeds @ image_embeds.t()
+            if self.logit_bias is not None:
+                logits_per_text = logits_per_text + self.logit_bias
             loss = clip_loss(logits_per_text) if return_loss else None
         return NrccrOutput(
             loss=loss,

@@ -35,6 +35,7 @@ from .training_args import NrccrTrainingArguments
 logger = logging.get_logger(__name__)
 
 MASKS = (*(f"{prefix}attention_mask" for prefix in KEY_PREFIX.values()), "visual_attention_mask")
+TEXT_KEYS = ("input_ids", "attention_mask", "boundary_states")
 CALIBRATION_ROWS = 4096
 DISCRIMINATOR_FILE = "discriminator.safetensors"
 DISCRIMINATOR_OPTIMIZER_FILE = "discriminator_optimizer.pt"
@@ -171,9 +172,10 @@ class NrccrTrainer(Trainer):
         outputs = model(**inputs, return_teacher=own_teacher)
         if self.teacher is not None:
             with torch.no_grad():
-                outputs.teacher_text_embeds = self.teacher.get_text_features(**inputs).pooler_output
+                source = {key: inputs[key] for key in TEXT_KEYS if key in inputs}
+                outputs.teacher_text_embeds = self.teacher.get_text_features(**source).pooler_output
                 if self.args.distillation_relation == "source":
-                    target = {key.removeprefix("target_"): inputs[key] for key in inputs if key.startswith("target_")}
+                    target = {key: inputs[f"target_{key}"] for key in TEXT_KEYS if f"target_{key}" in inputs}
                     outputs.teacher_target_text_embeds = self.teacher.get_text_features(**target).pooler_output
         if teacher_embeds is not None:
             outputs.teacher_text_embeds = F.normalize(teacher_embeds.to(outputs.logit_scale), dim=-1)

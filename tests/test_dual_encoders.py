@@ -129,7 +129,8 @@ def test_at_first_the_similarities_are_its_own(dual):
     images = F.normalize(theirs.get_image_features(**inputs).pooler_output, dim=-1)
     torch.testing.assert_close(ours.get_image_features(**inputs).pooler_output, images, atol=1e-5, rtol=0)
     scores = ours(ids, mask, languages="linear", **inputs).logits_per_text
-    torch.testing.assert_close(scores, theirs.logit_scale.exp() * own @ images.t(), atol=1e-4, rtol=1e-5)
+    expected = theirs.logit_scale.exp() * own @ images.t() + getattr(theirs, "logit_bias", 0)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
