@@ -6,7 +6,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from .loading import check_name, load_weights
+from .open_clip import (
+    is_open_clip,
+    read_open_clip_config,
+    read_open_clip_image_processor,
+    read_open_clip_model,
+    read_open_clip_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,31 @@ def text_rules(config: PreTrainedConfig) -> dict[str, Any]:
         "text_padding": "max_length" if family.fixed_length else "longest",
         "max_text_length": min(positions, 512),
     }
+
+
+def read_config(name: str, **hub) -> PreTrainedConfig:
+    """Reads the configuration of a hub id or folder; `open_clip:NAME` is one in open_clip's files."""
+    if is_open_clip(name):
+        return read_open_clip_config(name, **hub)
+    check_name(name, subfolder=hub.get("subfolder"))
+    return AutoConfig.from_pretrained(name, **hub)
+
+
+def read_dual_encoder(name: str, config: PreTrainedConfig, **hub) -> PreTrainedModel:
+    """Reads the whole model, in the precision that it is stored in."""
+    if is_open_clip(name):
+        return read_open_clip_model(name, config, **hub)
+    family_of(config)
+    return load_weights(AutoModel.from_pretrained, MODEL_MAPPING[type(config)], name, config=config, **hub)
+
+
+def read_processors(name: str, config: PreTrainedConfig, **hub) -> tuple[Any, Any]:
+    """Reads the tokenizer, and the image processor of a family whose pictures do not stay where they are."""
+    if is_open_clip(name):
+        return read_open_clip_tokenizer(name, config, **hub), read_open_clip_image_processor(name, config, **hub)
+    has_pictures = family_of(config).vision_model is not None
+    image_processor = AutoImageProcessor.from_pretrained(name, **hub) if has_pictures else None
+    return AutoTokenizer.from_pretrained(name, **hub), image_processor
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 The model turns inputs into embeddings and nothing else: losses are in `losses.py`, training is in `trainer.py`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_MAPPING,
-    AutoConfig,
     AutoModel,
     CLIPVisionModelWithProjection,
     PreTrainedConfig,
@@ -25,17 +25,22 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.hub import resolve_revision
 
 from .configuration_nrccr import NrccrConfig
-from .dual_encoders import dual_encoder_settings, load_dual_encoder
+from .dual_encoders import dual_encoder_settings, load_dual_encoder, read_config, read_dual_encoder
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pad_right, pass_pictures, pass_tokens, row_lengths, up_to_end_of_text
+from .loading import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, split_options
 from .modeling_efficientnet_lite import EfficientNetLiteModel
+from .open_clip import folder_of
 
 
 VIEWS = ("source", "target", "back_translation")
 END_OF_TEXT = ("clip_text_model", "metaclip_2_text_model")  # they look for that token, and want no mask
+# what a call may say of the model's config; precision is an option of loading
+SETTINGS = {*NrccrConfig.__dataclass_fields__, "attn_implementation"} - {"dtype"}
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
@@ -247,10 +252,12 @@ class NrccrPoolingHead(nn.Module):
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """Build what `AutoModel` builds, of an encoder-decoder its encoder; also the towers of dual encoders that it does
     not know, such as `SiglipTextModel`."""
+    # one precision for the whole model, whatever a config remembers of the file that it came from
+    dtype = torch.get_default_dtype()
     if type(config) in MODEL_MAPPING:
-        model = AutoModel.from_config(config)
+        model = AutoModel.from_config(config, dtype=dtype)
         return model.get_encoder() if config.is_encoder_decoder else model
-    return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config)
+    return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config, dtype=dtype)
 
 
 class Reached(Exception):
@@ -391,7 +398,7 @@ class NrccrVisualTower(nn.Module):
         super().__init__()
         vision_config, self.output = config.vision_config, config.visual_encoder_output
         if self.output == "projected":
-            self.encoder = CLIPVisionModelWithProjection._from_config(vision_config)
+            self.encoder = CLIPVisionModelWithProjection._from_config(vision_config, dtype=torch.get_default_dtype())
         elif vision_config.model_type == "efficientnet_lite":
             # built directly: the Hub loads config and model code as two modules, so AutoModel's class check fails
             self.encoder = EfficientNetLiteModel(vision_config)
@@ -448,16 +455,22 @@ class NrccrVisualTower(nn.Module):
         return outputs.pooler_output
 
 
-def load_encoder(tower: NrccrTextTower | NrccrVisualTower, folder: str):
-    """Pretrained weights, of a hub id or a folder, into a tower. Raises ValueError where some are missing."""
+def load_encoder(
+    tower: NrccrTextTower | NrccrVisualTower, folder: str, config: PreTrainedConfig, **hub
+) -> torch.dtype:
+    """Read pretrained weights, of a hub id or a folder and its `config`, into a tower; returns the precision that they
+    are stored in. Raises ValueError as `load_weights`."""
     # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
-    encoder, options = type(tower.encoder), {}
-    if isinstance(tower, NrccrTextTower) and "add_pooling_layer" in signature(encoder).parameters:
+    encoder, options, whole = type(tower.encoder), {}, isinstance(tower, NrccrTextTower) and config.is_encoder_decoder
+    if whole:
+        encoder = MODEL_MAPPING[type(config)]
+    elif isinstance(tower, NrccrTextTower) and "add_pooling_layer" in signature(encoder).parameters:
         options["add_pooling_layer"] = False
-    loaded, info = encoder.from_pretrained(folder, config=tower.encoder.config, output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{folder} lacks {', '.join(missing)} of {encoder.__name__}")
+    config = deepcopy(config if whole else tower.encoder.config)
+    loaded = load_weights(encoder.from_pretrained, encoder, folder, config=config, dtype="auto", **options, **hub)
+    loaded = loaded.get_encoder() if whole else loaded
     tower.encoder.load_state_dict(loaded.state_dict())
+    return loaded.dtype
 
 
 # --------------------------------------------------------------------------------------------------------- model
@@ -533,44 +546,87 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **config_kwargs) -> "NrccrModel":
-        """Two pretrained encoders (hub ids or folders) and new heads; `config_kwargs` as in [`NrccrConfig`]."""
-        text_config = AutoConfig.from_pretrained(text_encoder)
-        vision_config = AutoConfig.from_pretrained(vision_encoder) if vision_encoder else None
-        model = cls(NrccrConfig(text_config=text_config, vision_config=vision_config, **config_kwargs))
-        load_encoder(model.text_tower, text_encoder)
-        if model.visual_tower is not None:
-            load_encoder(model.visual_tower, vision_encoder)
-        return model
+    def from_pretrained(cls, name, *args, config: NrccrConfig | str | None = None, **options):
+        """As of every model of transformers; a folder that cannot be right is refused first (`load_weights`)."""
+        if name is None or options.get("state_dict") is not None or options.get("gguf_file"):
+            return super().from_pretrained(name, *args, config=config, **options)
+        settings = {key: options.pop(key) for key in list(options) if key in SETTINGS}
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or name, **of_hub(options), **settings)
+        else:
+            options |= settings
+        return load_weights(super().from_pretrained, cls, name, *args, config=config, **options)
+
+    @classmethod
+    def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **options) -> "NrccrModel":
+        """Two pretrained encoders (hub ids or folders) and new heads.
+
+        Args:
+            options: Of loading, for both encoders (`token`, `dtype`, `device_map`, ...), and settings of
+                [`NrccrConfig`]. Without `dtype` the model is in float32; "auto": as the encoders are stored.
+        """
+        loading, settings = split_options(options, SETTINGS, "from_encoders")
+        hub = of_hub(loading, (*HUB_OPTIONS, "variant"))
+        names = [text_encoder] + ([vision_encoder] if vision_encoder else [])
+        configs = [read_config(name, **of_hub(hub)) for name in names]
+        model = cls(NrccrConfig(text_config=configs[0], vision_config=(configs + [None])[1], **settings))
+        towers = [model.text_tower] + ([model.visual_tower] if vision_encoder else [])
+        stored = [load_encoder(*parts, **hub) for parts in zip(towers, names, configs)]
+        return model.placed(functools.reduce(torch.promote_types, stored), **loading)
 
     @classmethod
     def from_dual_encoder(
-        cls, name: str, text_encoder: str | None = None, revision: str | None = None, **config_kwargs
+        cls, name: str, text_encoder: str | None = None, revision: str | None = None, **options
     ) -> "NrccrModel":
         """A dual encoder that is aligned already (CLIP, SigLIP 2, ..., or a model of this class; a hub id or a folder
-        of config and weights), to add languages to.
+        of config and weights, or `open_clip:` and one in open_clip's files), to add languages to.
 
         Args:
             text_encoder: Hub id or folder of another text encoder, in the place of its own. The projection after it
                 is new: the dual encoder's English text embeddings teach it.
-            config_kwargs: As in [`NrccrConfig`].
+            options: Of loading (`token`, `dtype`, `device_map`, ...), and settings of [`NrccrConfig`]. Without `dtype`
+                the model is in float32; "auto": as `name` is stored.
 
         Raises:
-            ValueError: for a model that is no dual encoder, or whose text side is of an unknown kind.
+            ValueError: for a model that is no dual encoder, or whose text side is of an unknown kind, and as
+                `load_weights`.
         """
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        loading, settings = split_options(options, SETTINGS, "from_dual_encoder")
+        hub = of_hub(loading, (*HUB_OPTIONS, "variant"))
+        own = of_hub(loading, EVERYWHERE)
+        revision = resolve_revision(
+            folder_of(name), revision, **of_hub(own, ("token", "local_files_only", "cache_dir"))
+        )
+        hub |= {"revision": revision} if revision else {}
+        config = read_config(name, **of_hub(hub))
         if config.model_type == cls.config_class.model_type:
-            model = cls.from_pretrained(name, revision=revision, **config_kwargs)
+            model = cls.from_pretrained(name, dtype="auto", **hub, **settings)
+            stored = model.dtype
         else:
-            model = cls(NrccrConfig(**(dual_encoder_settings(config) | config_kwargs)))
-            load_dual_encoder(model, AutoModel.from_pretrained(name, revision=revision))
-        model.config.dual_encoder = {"name": str(name), "revision": getattr(config, "_commit_hash", None)}
-        return model.eval() if text_encoder is None else model.with_new_text_side(text_encoder)
+            dual = read_dual_encoder(name, config, **hub)
+            stored = dual.dtype
+            model = cls(NrccrConfig(**(dual_encoder_settings(config) | settings)))
+            load_dual_encoder(model, dual)
+        model.config.dual_encoder = {"name": str(name), "revision": getattr(revision, "resolved", None)}
+        if text_encoder is not None:
+            model = model.with_new_text_side(text_encoder, **own)
+        return model.eval().placed(stored, **loading)
 
-    def with_new_text_side(self, text_encoder: str) -> "NrccrModel":
+    def placed(self, stored: torch.dtype, dtype: str | torch.dtype | None = None, **loading) -> "NrccrModel":
+        """In the precision that was asked for ("auto": `stored`; None: float32), on the devices of `device_map`."""
+        if isinstance(dtype, str):
+            dtype = stored if dtype == "auto" else getattr(torch, dtype)
+        self.to(dtype or torch.float32)
+        place = of_hub(loading, PLACE_OPTIONS)
+        if not place:
+            return self
+        config, weights = deepcopy(self.config), self.state_dict()
+        return type(self).from_pretrained(None, config=config, state_dict=weights, dtype=self.dtype, **place)
+
+    def with_new_text_side(self, text_encoder: str, **hub) -> "NrccrModel":
         """The same picture side, which it shares, beside another text encoder and a new projection after it."""
         settings = self.config.to_dict() | {
-            "text_config": AutoConfig.from_pretrained(text_encoder),
+            "text_config": read_config(text_encoder, **hub),
             "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
             "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
             "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,
@@ -578,8 +634,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         settings = {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
         config = NrccrConfig(**settings)
         towers = SimpleNamespace(text_tower=NrccrTextTower(config), visual_tower=self.visual_tower)
-        load_encoder(towers.text_tower, text_encoder)
-        model = type(self)(config, towers=towers)
+        load_encoder(towers.text_tower, text_encoder, settings["text_config"], **hub)
+        model = type(self)(config, towers=towers).to(self.dtype)
         model.visual_head = self.visual_head
         model.visual_projection = self.visual_projection
         model.logit_scale, model.logit_bias = self.logit_scale, self.logit_bias

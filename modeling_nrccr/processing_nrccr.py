@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from threading import Lock
 
@@ -9,10 +10,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.utils import logging
 
-from .dual_encoders import family_of, text_rules
+from .dual_encoders import read_config, read_processors, text_rules
+from .loading import HUB_OPTIONS, split_options
 
 
 logger = logging.get_logger(__name__)
@@ -294,19 +296,25 @@ class NrccrProcessor(NrccrTextProcessor):
         self.pad_to_square = pad_to_square
 
     @classmethod
-    def from_dual_encoder(cls, name: str, revision: str | None = None, **settings) -> "NrccrTextProcessor":
-        """What reads texts and pictures as a dual encoder of a hub id or folder was trained to; of one whose pictures
-        stay with it a [`NrccrTextProcessor`]. `settings` as of this class."""
-        config = AutoConfig.from_pretrained(name, revision=revision)
+    def from_dual_encoder(cls, name: str, revision: str | None = None, **options) -> "NrccrTextProcessor":
+        """Reads texts and pictures as a dual encoder of a hub id or folder was trained to (`open_clip:NAME` too); of
+        one whose pictures stay with it a [`NrccrTextProcessor`].
+
+        Args:
+            options: Of loading (`token`, `cache_dir`, ...), and those of this class.
+        """
+        hub, settings = split_options(
+            {"revision": revision} | options, signature(cls.__init__).parameters, "from_dual_encoder", HUB_OPTIONS
+        )
+        config = read_config(name, **hub)
         if config.model_type == "nrccr":
             processor = cls if config.vision_config is not None else NrccrTextProcessor
-            return processor.from_pretrained(name, revision=revision, **settings)
+            return processor.from_pretrained(name, **hub, **settings)
         settings = text_rules(config) | settings
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        if family_of(config).vision_model is None:
+        tokenizer, image_processor = read_processors(name, config, **hub)
+        if image_processor is None:
             return NrccrTextProcessor(tokenizer, **settings)
-        image_processor = AutoImageProcessor.from_pretrained(name, revision=revision)
-        return cls(tokenizer, image_processor, pad_to_square=False, **settings)
+        return cls(tokenizer, image_processor, **({"pad_to_square": False} | settings))
 
     def _process_pictures(self, images: list, return_tensors: str | None) -> dict:
         prepared = [self._prepare_picture(image, row) for row, image in enumerate(images)]

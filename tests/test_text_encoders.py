@@ -100,7 +100,9 @@ def test_padding_on_the_left_is_padding(kind, head, pooling):
     alone = [model.get_text_features(row[None, :n], part[None, :n]).pooler_output[0]
              for row, part, n in zip(ids, mask, mask.sum(1))]  # fmt: skip
     for inputs in ((ids, mask), on_the_left(ids, mask)):
-        torch.testing.assert_close(model.get_text_features(*inputs).pooler_output, torch.stack(alone), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.get_text_features(*inputs).pooler_output, torch.stack(alone), atol=1e-5, rtol=0
+        )
 
 
 @torch.no_grad()
@@ -125,7 +127,9 @@ def test_of_an_encoder_decoder_the_encoder_reads(kind, tmp_path):
     torch.testing.assert_close(model.text_tower(ids, mask)[kept], expected[kept])
     model.save_pretrained(tmp_path / "model")
     again = AutoModel.from_pretrained(tmp_path / "model").eval()
-    assert torch.equal(again.get_text_features(ids, mask).pooler_output, model.get_text_features(ids, mask).pooler_output)
+    assert torch.equal(
+        again.get_text_features(ids, mask).pooler_output, model.get_text_features(ids, mask).pooler_output
+    )
 
 
 @torch.no_grad()

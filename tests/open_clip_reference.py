@@ -1,0 +1,107 @@
+"""What open_clip itself computes: writes tests/fixtures/open_clip.json, which the fast suite is compared with.
+
+    pip install --no-deps --target WHEELS open_clip_torch==3.3.0 torchvision==0.28.0 timm ftfy wcwidth
+    PYTHONPATH=WHEELS python tests/open_clip_reference.py tests/fixtures/open_clip.json
+
+Weights, texts and pictures come from formulas, so the file holds the answers alone. Of torchvision only what is
+written in Python is used: its compiled part need not fit the torch that is installed.
+"""
+
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+
+TEXT = {"context_length": 14, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+VISION = {"image_size": 24, "layers": 3, "width": 32, "head_width": 8, "patch_size": 8}
+MODELS = {
+    "quickgelu": {
+        "model_cfg": {"embed_dim": 12, "quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+        "preprocess_cfg": {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]},
+    },
+    "gelu": {
+        "model_cfg": {
+            "embed_dim": 10,
+            "vision_cfg": VISION | {"mlp_ratio": 3.0, "patch_size": 6, "head_width": 16},
+            "text_cfg": TEXT | {"layers": 3, "context_length": 9, "mlp_ratio": 2.0},
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
+    },
+    "longest": {
+        "model_cfg": {"embed_dim": 12, "vision_cfg": VISION, "text_cfg": TEXT},
+        "preprocess_cfg": {"resize_mode": "longest", "fill_color": 99},
+    },
+}
+TEXTS = ["A photo of a cat.", "two DOGS  on the beach, isn't it?", "unha cidade á noite, 1998", "again " * 20]
+SIZES = [(64, 64), (37, 53), (90, 41), (31, 24), (25, 60), (10, 13)]
+
+
+def waves(shape: tuple[int, ...], phase: float, scale: float = 0.3) -> np.ndarray:
+    places = np.arange(int(np.prod(shape)), dtype=np.float64)
+    return (scale * np.sin(places * 12.9898 + phase)).astype(np.float32).reshape(shape)
+
+
+def weights_of(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
+    """Weights that a formula gives, of the names and shapes of open_clip's model."""
+    norm = {name: float(".weight" in name and "ln_" in name) for name in shapes}
+    made = {
+        name: torch.tensor(waves(shape, number) + norm[name]) for number, (name, shape) in enumerate(shapes.items())
+    }
+    return made | {"logit_scale": torch.tensor(2.5)}
+
+
+def pictures() -> list[Image.Image]:
+    made = [waves((height, width, 3), number, 127) + 128 for number, (width, height) in enumerate(SIZES)]
+    return [Image.fromarray(values.astype(np.uint8)) for values in made]
+
+
+def write_model(folder: Path, config: dict, shapes: dict[str, list[int]]):
+    """A folder as open_clip writes it, without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(weights_of(shapes), folder / "open_clip_model.safetensors")
+
+
+def stand_in(name: str):
+    """The package without its `__init__.py`, which loads the compiled part."""
+    module = types.ModuleType(name)
+    module.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
+    sys.modules[name] = module
+
+
+def main(out: Path, folder: Path):
+    stand_in("torchvision")
+    sys.modules["torchvision.ops"] = types.ModuleType("torchvision.ops")
+    sys.modules["torchvision.ops"].__path__ = [f"{sys.modules['torchvision'].__path__[0]}/ops"]
+    import open_clip
+
+    found = {}
+    for name, config in MODELS.items():
+        shapes = {key: list(value.shape) for key, value in open_clip.CLIP(**config["model_cfg"]).state_dict().items()}
+        write_model(folder / name, config, shapes)
+        model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder / name}")
+        tokens = open_clip.get_tokenizer(f"local-dir:{folder / name}")(TEXTS)
+        with torch.no_grad():
+            images = model.eval().encode_image(torch.stack([preprocess(picture) for picture in pictures()]), True)
+            texts = model.encode_text(tokens, True)
+            logits = model.logit_scale.exp() * texts @ images.t()
+        found[name] = {
+            "shapes": shapes, "ids": tokens.tolist(), "text_embeds": texts.tolist(), "image_embeds": images.tolist(),
+            "logits_per_text": logits.tolist(),
+        }  # fmt: skip
+    lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in found.items()]
+    out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        main(Path(sys.argv[1]), Path(scratch))
