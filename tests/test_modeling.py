@@ -88,7 +88,14 @@ def test_save_and_load_keeps_the_embeddings(tmp_path):
     batch = tiny_batch(model)
     torch.testing.assert_close(loaded(**batch).text_embeds, model(**batch).text_embeds, atol=1e-6, rtol=0)
     code = {f"{name}.py" for name in ("configuration_nrccr", "modeling_nrccr", "modeling_efficientnet_lite")}
-    code |= {"dual_encoders.py", "language_adapters.py", "languages.py", "length_groups.py", "loading.py", "open_clip.py"}
+    code |= {
+        "dual_encoders.py",
+        "language_adapters.py",
+        "languages.py",
+        "length_groups.py",
+        "loading.py",
+        "open_clip.py",
+    }
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
 
 
