@@ -92,6 +92,8 @@ class NrccrConfig(PreTrainedConfig):
             Settings of the adapter of each language that was added (`NrccrModel.add_language`).
         language (`str`, *optional*): The one that reads texts at first (`NrccrModel.set_language`); None: no adapter.
         dual_encoder (`dict`, *optional*): `name` and `revision` of what `NrccrModel.from_dual_encoder` started from.
+        source_text_side (`dict`, *optional*): A second text side, by its own fields of this class, that reads texts in
+            no added language (`NrccrModel.with_source_text_side`); None: one text side reads all.
         logit_scale_init_value (`float`): Initial log of the contrastive temperature's inverse, as in CLIP.
         logit_bias_init_value (`float`, *optional*): Initial bias of the logits, as in SigLIP; None: there is none.
     """
@@ -133,6 +135,7 @@ class NrccrConfig(PreTrainedConfig):
     languages: dict[str, dict[str, Any]] | None = None
     language: str | None = None
     dual_encoder: dict[str, Any] | None = None
+    source_text_side: dict[str, Any] | None = None
     logit_scale_init_value: float = 2.6592
     logit_bias_init_value: float | None = None
     initializer_range: float = 0.02

@@ -65,6 +65,8 @@ class FeatureCache:
     ):
         if model.config.pool_padding:
             raise ValueError("pool_padding=True pools the states of padding too, which are not cached: train uncached")
+        if model.source_text_side is not None:
+            raise ValueError("a model of two text sides is not trained: train its language_side()")
         self.model, self.processor = model, processor
         # the whole frozen tower and where it is cut: any other weights or cut give other states
         self.pooling = model.cached_text_pooling

@@ -271,8 +271,9 @@ class NrccrLanguagesMixin:
         `(4, projection_dim)`: they tell text towers, and revisions of one, apart, in any precision, on any device."""
         ids = ((torch.arange(4 * 12) * 7919 + 13) % self.config.text_config.vocab_size).view(4, 12).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "languages": [None] * 4}
-        with evaluating(self):
-            return self.in_float32(**inputs).text_embeds.float().cpu()
+        side = self.language_side()
+        with evaluating(side):
+            return side.in_float32(**inputs).text_embeds.float().cpu()
 
     def in_float32(self, **inputs) -> ModelOutput:
         """Return what `forward` gives with the weights, in whatever precision they are held, as float32: what was

@@ -5,7 +5,7 @@ The model turns inputs into embeddings and nothing else: losses are in `losses.p
 
 import functools
 from collections.abc import Callable, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from inspect import signature
 from types import SimpleNamespace
@@ -258,6 +258,11 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
         model = AutoModel.from_config(config, dtype=dtype)
         return model.get_encoder() if config.is_encoder_decoder else model
     return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config, dtype=dtype)
+
+
+def own_fields(settings: dict) -> dict:
+    """Of what a config says, the fields of [`NrccrConfig`] itself."""
+    return {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
 
 
 class Reached(Exception):
@@ -541,6 +546,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         bias = config.logit_bias_init_value
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        self.source_text_side = None
+        if config.source_text_side is not None:
+            self.source_text_side = type(self)(NrccrConfig(**config.source_text_side))
         self.kept_in_eval: list[nn.Module] = []
         self.recompute_passes = False  # see `run_tower`
         self.post_init()
@@ -630,9 +638,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
             "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
             "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,
+            "source_text_side": None,
         }  # fmt: skip
-        settings = {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
-        config = NrccrConfig(**settings)
+        config = NrccrConfig(**own_fields(settings))
         towers = SimpleNamespace(text_tower=NrccrTextTower(config), visual_tower=self.visual_tower)
         load_encoder(towers.text_tower, text_encoder, settings["text_config"], **hub)
         model = type(self)(config, towers=towers).to(self.dtype)
@@ -640,6 +648,39 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         model.visual_projection = self.visual_projection
         model.logit_scale, model.logit_bias = self.logit_scale, self.logit_bias
         return model.eval()
+
+    def with_source_text_side(self, base: "NrccrModel") -> "NrccrModel":
+        """Let the text side of `base`, which it shares, read the texts that are in no added language, bit for bit as
+        it reads them there; this model's own reads the languages. Both are one model, of one index.
+
+        Raises:
+            ValueError: where the two embed into different spaces, or `base` has languages inside its text tower.
+        """
+        if base.config.projection_dim != self.config.projection_dim:
+            raise ValueError(
+                f"embeddings of width {base.config.projection_dim} and {self.config.projection_dim} are of two "
+                "spaces: take the base that this text side was made for"
+            )
+        if inside := [language for language in base.language_adapters if base.has_lora(language)]:
+            raise ValueError(f"the base has {', '.join(inside)} inside its text tower: remove_language first")
+        settings = base.config.to_dict() | {
+            "vision_config": None, "visual_feat_dim": None, "languages": None, "language": None, "dual_encoder": None,
+            "source_text_side": None,
+        }  # fmt: skip
+        config = NrccrConfig(**own_fields(settings))
+        side = type(self)(config, towers=SimpleNamespace(text_tower=base.text_tower)).to(base.dtype)
+        side.text_head, side.text_projection = base.text_head, base.text_projection
+        self.source_text_side, self.config.source_text_side = side.eval(), own_fields(config.to_dict())
+        return self
+
+    def language_side(self) -> "NrccrModel":
+        """This model without its `source_text_side`, all else shared: what languages are trained in."""
+        if self.source_text_side is None:
+            return self
+        side = copy(self)  # not a new model: that would draw the weights of LoRA again, in the tower that it shares
+        side._modules, side.config = self._modules | {"source_text_side": None}, deepcopy(self.config)
+        side.config.source_text_side = None
+        return side
 
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":
         """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
@@ -805,11 +846,31 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `languages`: whose
         adapter reads each text (None in a list: no adapter's); by default that of `set_language`."""
+        if self.source_text_side is not None and input_ids is not None:
+            languages = self.languages_of(len(input_ids), languages)
+            if None in languages:
+                return self.read_by_side(input_ids, attention_mask, languages)
         view = self.text_inputs(input_ids, attention_mask, boundary_states)
         languages = self.languages_of(len(view[1]), languages)
         states, features = self.read_text(view, languages)
         embeds = self.text_projection(self.adapt(features, languages))
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=embeds)
+
+    def read_by_side(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, languages: list[str | None]
+    ) -> BaseModelOutputWithPooling:
+        """Let each text be read by the side that its tokens, `(batch_size, sequence_length)`, are of; its states are
+        that side's, and not given."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embeds = torch.empty(len(mask), self.config.projection_dim, dtype=self.dtype, device=mask.device)
+        for side, is_own in ((self.source_text_side, False), (self, True)):
+            rows = [row for row, language in enumerate(languages) if (language is not None) == is_own]
+            if rows:
+                length = max(1, int(row_lengths(mask[rows]).max()))
+                of_rows = [languages[row] for row in rows]
+                read = side.get_text_features(input_ids[rows, :length], mask[rows, :length], languages=of_rows)
+                embeds[rows] = read.pooler_output
+        return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def read_text(self, view: tuple, languages: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of one view (see `encode_text`): its states, and what the head makes of them, `(batch_size, width)`, which
@@ -912,7 +973,11 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
                 pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes, image_embeds,
                 return_dict=True,
             ).pooler_output  # fmt: skip
-        if views:
+        if self.source_text_side is not None and views:
+            if set(views) != {"source"} or boundary_states is not None:
+                raise ValueError("a model of two text sides asks; what is trained of it is its language_side()")
+            embeds["source"] = self.get_text_features(*views["source"][:2], languages=languages).pooler_output
+        elif views:
             masks = {name: mask for name, (_, mask, _) in views.items()}
             spoken = {name: [None] * len(mask) for name, mask in masks.items()}
             adapted = "target" if "target" in views else next(iter(views))

@@ -1,4 +1,4 @@
-"""Languages come and go without a trace, their files are looked at before anything changes, threads ask side by side."""
+"""Languages come and go without a trace, files are looked at before anything changes, threads ask side by side."""
 
 import json
 import threading
