@@ -27,6 +27,7 @@ import torch
 from arguments import option, parse_fields
 from atomic import write_file
 from data import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
+from encoders import find_encoder
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
 from transformers import set_seed
@@ -242,6 +243,8 @@ def main(arguments: list[str] | None = None):
     output, languages = Path(args.output_dir), [code.strip() for code in script.target_language.split(",")]
     if script.eval and len(languages) > 1:
         raise ValueError(f"--eval {script.eval} has captions of one language, but {script.target_language} are added")
+    for model_name in filter(None, (script.base, script.text_encoder)):  # before anything is translated
+        find_encoder(model_name)
     work = Path(f"{output}-checkpoints")
     name = languages[0] if len(languages) == 1 else SEVERAL
     args.train_language = name
@@ -364,8 +367,9 @@ def new_text_side(script, base, base_processor, rows, args, work: Path, output: 
     for part in rows.values():
         teach(part, base, base_processor)
     set_seed(args.seed)
-    model = NrccrModel.from_dual_encoder(script.base, text_encoder=script.text_encoder)
-    processor = base_processor.with_tokenizer(script.text_encoder, script.text_prefix)
+    text_encoder = find_encoder(script.text_encoder)
+    model = NrccrModel.from_dual_encoder(script.base, text_encoder=text_encoder)
+    processor = base_processor.with_tokenizer(text_encoder, script.text_prefix)
     english = {
         split: [row | {"target_caption": row["source_caption"]} for row in part] for split, part in rows.items()
     }

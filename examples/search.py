@@ -8,12 +8,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from encoders import find_encoder
 from PIL import Image
 from search_page import QueryRow, Result, draw_sheet, save_png
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
+from modeling_nrccr.dual_encoders import read_config
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.processing_nrccr import load_image
 
@@ -45,14 +47,13 @@ def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
     """A trained model, or another dual encoder (see `from_dual_encoder`), ready to encode, and its processor. Raises
     ValueError where there is none."""
     try:
-        if AutoConfig.from_pretrained(name).model_type != NrccrConfig.model_type:  # CLIP, SigLIP 2, ...
+        name = find_encoder(name)
+        if read_config(name).model_type != NrccrConfig.model_type:  # CLIP, SigLIP 2, ...
             return NrccrModel.from_dual_encoder(name).eval(), NrccrProcessor.from_dual_encoder(name)
         return NrccrModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
-    except OSError as error:
-        missing = (
-            "" if Path(name).is_dir() else "there is no such folder (`make demo` trains outputs/demo); as a hub id: "
-        )
-        raise ValueError(f"Cannot load the model {name!r}: {missing}{str(error).splitlines()[0]}") from error
+    except (OSError, ValueError) as error:
+        hint = "" if Path(name).is_dir() else " (`make demo` trains outputs/demo)"
+        raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}{hint}") from error
 
 
 def load_with_languages(name: str, languages: list[str]) -> tuple[NrccrModel, NrccrProcessor]:

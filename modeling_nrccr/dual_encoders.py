@@ -117,12 +117,15 @@ def text_rules(config: PreTrainedConfig) -> dict[str, Any]:
     }
 
 
-def read_config(name: str, **hub) -> PreTrainedConfig:
-    """Reads the configuration of a hub id or folder; `open_clip:NAME` is one in open_clip's files."""
-    if is_open_clip(name):
-        return read_open_clip_config(name, **hub)
+def read_encoder_config(name: str, **hub) -> PreTrainedConfig:
+    """Reads the configuration of a hub id or folder."""
     check_name(name, subfolder=hub.get("subfolder"))
     return AutoConfig.from_pretrained(name, **hub)
+
+
+def read_config(name: str, **hub) -> PreTrainedConfig:
+    """Reads that of a dual encoder; `open_clip:NAME` is one in open_clip's files."""
+    return read_open_clip_config(name, **hub) if is_open_clip(name) else read_encoder_config(name, **hub)
 
 
 def read_dual_encoder(name: str, config: PreTrainedConfig, **hub) -> PreTrainedModel:

@@ -59,8 +59,8 @@ def nearest(name: str, known: Collection[str] = ()) -> str:
     """Words for what may have been meant: of `known`, and of the models that lie where `name` would."""
     parent = Path(name).parent
     if parent.is_dir():
-        beside = [str(path) for path in parent.iterdir() if any((path / file).is_file() for file in CONFIG_FILES)]
-        known = [*known, *beside]
+        for file, prefix in zip(CONFIG_FILES, ("", OPEN_CLIP)):
+            known = [*known, *(f"{prefix}{path.parent}" for path in parent.glob(f"*/{file}"))]
     meant = get_close_matches(name, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(meant)}?" if meant else ""
 
@@ -73,11 +73,11 @@ def check_name(name: str | os.PathLike, config_file: str = CONFIG_FILES[0], subf
         try:
             validate_repo_id(str(name))
         except ValueError as error:
-            raise ValueError(f"{name} is neither a folder nor a hub id{nearest(str(name))}") from error
+            raise ValueError(f"there is no such folder as {name}, and no hub id is so{nearest(str(name))}") from error
     elif not (folder / (subfolder or "") / config_file).is_file():
         other = [file for file in CONFIG_FILES if (folder / (subfolder or "") / file).is_file()]
         hint = f"but {other[0]}: write {OPEN_CLIP}{folder}" if other == [OPEN_CLIP_CONFIG] else "so it is no model"
-        raise ValueError(f"{folder / (subfolder or '')} holds no {config_file}, {hint}{nearest(str(name))}")
+        raise ValueError(f"{folder / (subfolder or '')} holds no {config_file}, {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------- files

@@ -28,7 +28,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.hub import resolve_revision
 
 from .configuration_nrccr import NrccrConfig
-from .dual_encoders import dual_encoder_settings, load_dual_encoder, read_config, read_dual_encoder
+from .dual_encoders import (
+    dual_encoder_settings,
+    load_dual_encoder,
+    read_config,
+    read_dual_encoder,
+    read_encoder_config,
+)
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pad_right, pass_pictures, pass_tokens, row_lengths, up_to_end_of_text
@@ -576,7 +582,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         loading, settings = split_options(options, SETTINGS, "from_encoders")
         hub = of_hub(loading, (*HUB_OPTIONS, "variant"))
         names = [text_encoder] + ([vision_encoder] if vision_encoder else [])
-        configs = [read_config(name, **of_hub(hub)) for name in names]
+        configs = [read_encoder_config(name, **of_hub(hub)) for name in names]
         model = cls(NrccrConfig(text_config=configs[0], vision_config=(configs + [None])[1], **settings))
         towers = [model.text_tower] + ([model.visual_tower] if vision_encoder else [])
         stored = [load_encoder(*parts, **hub) for parts in zip(towers, names, configs)]
@@ -623,18 +629,21 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
     def placed(self, stored: torch.dtype, dtype: str | torch.dtype | None = None, **loading) -> "NrccrModel":
         """In the precision that was asked for ("auto": `stored`; None: float32), on the devices of `device_map`."""
         if isinstance(dtype, str):
-            dtype = stored if dtype == "auto" else getattr(torch, dtype)
+            dtype = stored if dtype == "auto" else getattr(torch, dtype, dtype)
+        if not isinstance(dtype, (torch.dtype, type(None))):
+            raise ValueError(f"dtype={dtype!r}: auto, or a precision of torch such as bfloat16")
         self.to(dtype or torch.float32)
         place = of_hub(loading, PLACE_OPTIONS)
         if not place:
             return self
         config, weights = deepcopy(self.config), self.state_dict()
-        return type(self).from_pretrained(None, config=config, state_dict=weights, dtype=self.dtype, **place)
+        model = type(self).from_pretrained(None, config=config, state_dict=weights, dtype=self.dtype, **place)
+        return model.train(self.training)
 
     def with_new_text_side(self, text_encoder: str, **hub) -> "NrccrModel":
         """The same picture side, which it shares, beside another text encoder and a new projection after it."""
         settings = self.config.to_dict() | {
-            "text_config": read_config(text_encoder, **hub),
+            "text_config": read_encoder_config(text_encoder, **hub),
             "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
             "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
             "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,

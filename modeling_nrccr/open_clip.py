@@ -26,6 +26,7 @@ from transformers import (
     CLIPVisionConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -266,13 +267,17 @@ def read_open_clip_tokenizer(name: str, config: PreTrainedConfig, **hub) -> PreT
             f"{folder}: text_cfg.tokenizer_kwargs = {json.dumps(text['tokenizer_kwargs'])} is not known; read is "
             "clean: lower, or canonicalize"
         )
-    if clean != "whitespace":
+    steps = []
+    if clean == "canonicalize":  # of big_vision: ASCII punctuation goes
+        steps = [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+                 normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
+    elif clean == "lower" and of_hub:  # CLIP's own lower-cases anyway
         steps = [normalizers.Lowercase()]
-        if clean == "canonicalize":  # of big_vision: ASCII punctuation goes
-            steps = [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""), *steps,
-                     normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
-        own = tokenizer.backend_tokenizer.normalizer
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([*steps, *([own] if own else [])])
+    if steps:
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
+        # of no model's own class, which would build its normalizer anew when it is loaded
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map)
     ids, end = tokenizer("a")["input_ids"], config.text_config.eos_token_id
     if ids[-1] != end or len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(

@@ -43,23 +43,25 @@ TEXTS = ["A photo of a cat.", "two DOGS  on the beach, isn't it?", "unha cidade 
 SIZES = [(64, 64), (37, 53), (90, 41), (31, 24), (25, 60), (10, 13)]
 
 
-def waves(shape: tuple[int, ...], phase: float, scale: float = 0.3) -> np.ndarray:
-    places = np.arange(int(np.prod(shape)), dtype=np.float64)
-    return (scale * np.sin(places * 12.9898 + phase)).astype(np.float32).reshape(shape)
-
-
 def weights_of(shapes: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """Weights that a formula gives, of the names and shapes of open_clip's model."""
-    norm = {name: float(".weight" in name and "ln_" in name) for name in shapes}
-    made = {
-        name: torch.tensor(waves(shape, number) + norm[name]) for number, (name, shape) in enumerate(shapes.items())
-    }
-    return made | {"logit_scale": torch.tensor(2.5)}
+    made = {"logit_scale": torch.tensor(2.5)}
+    for number, (name, shape) in enumerate(shapes.items()):
+        if name not in made:
+            mixed = np.sin(np.arange(int(np.prod(shape))) * 12.9898 + number) * 43758.5453
+            scale = 0.5 if "embedding" in name or "bias" in name else 2.0 * shape[-1] ** -0.5
+            values = (mixed % 1 - 0.5) * scale + ("ln_" in name and "weight" in name)
+            made[name] = torch.tensor(values, dtype=torch.float32).reshape(shape)
+    return made
 
 
 def pictures() -> list[Image.Image]:
-    made = [waves((height, width, 3), number, 127) + 128 for number, (width, height) in enumerate(SIZES)]
-    return [Image.fromarray(values.astype(np.uint8)) for values in made]
+    made = []
+    for number, (width, height) in enumerate(SIZES):
+        row, column, channel = np.ogrid[:height, :width, :3]
+        values = 128 + 127 * np.sin(0.2 * (number + 1) * row + 0.31 * column * (channel + 1) + 2 * number)
+        made.append(Image.fromarray(values.astype(np.uint8)))
+    return made
 
 
 def write_model(folder: Path, config: dict, shapes: dict[str, list[int]]):
@@ -71,15 +73,14 @@ def write_model(folder: Path, config: dict, shapes: dict[str, list[int]]):
 
 def stand_in(name: str):
     """The package without its `__init__.py`, which loads the compiled part."""
-    module = types.ModuleType(name)
-    module.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
-    sys.modules[name] = module
+    spec = importlib.util.find_spec(name)
+    module = sys.modules[name] = types.ModuleType(name)
+    module.__spec__, module.__path__ = spec, list(spec.submodule_search_locations)
 
 
 def main(out: Path, folder: Path):
     stand_in("torchvision")
-    sys.modules["torchvision.ops"] = types.ModuleType("torchvision.ops")
-    sys.modules["torchvision.ops"].__path__ = [f"{sys.modules['torchvision'].__path__[0]}/ops"]
+    stand_in("torchvision.ops")
     import open_clip
 
     found = {}
