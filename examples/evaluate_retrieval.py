@@ -6,13 +6,16 @@
 In several languages, with their mean and the worst one:
 
     python examples/evaluate_retrieval.py --model outputs/demo --dataset xm3600 --data_dir xm3600 --target all
+
+With a language of add_language.py:
+
+    python examples/evaluate_retrieval.py --model outputs/english --language gl=outputs/gl --target gl
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import torch
 from atomic import write_file
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
-from search import load_model
+from search import BASE, add_language_option, load_with_languages, read_by
 from table import format_table
 from transformers import BatchFeature
 
@@ -28,7 +31,7 @@ from datasets_scripts.debian import FetchError
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
-from modeling_nrccr.encoding import picture_rows
+from modeling_nrccr.encoding import ACTIVE, Language, picture_rows
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
 
 
@@ -44,6 +47,7 @@ def evaluate_dataset(
     show_progress: bool = True,
     known_images: dict[str, torch.Tensor] | None = None,
     num_frames: int = 8,
+    language: Language = ACTIVE,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """
     Metrics of one split, over all pictures and over each source apart, as [`metrics_by_source`] returns them.
@@ -54,6 +58,8 @@ def evaluate_dataset(
         known_images: embeddings of pictures by `image_id`, of shape `(projection_dim,)`; those that lack are added, so
             that several languages of a data set can share them.
         num_frames: of each video.
+        language: whose adapter reads the captions (None: no adapter's). By default that of the captions' language,
+            where the model has one, else the active one.
 
     Raises:
         ValueError: if the split is empty or a caption or picture is missing; names the row.
@@ -78,12 +84,10 @@ def evaluate_dataset(
             f"{len(missing)} of {len(new)} pictures are missing, the first is {missing[0]}: put them into the folder "
             "`images` of --data_dir (videos into `videos`, features into `FeatureData`)."
         )
-    # by the adapter of the captions' language, where the model has one
-    language = None
-    if caption_column == "target_caption" and "target_language" in dataset.column_names:
-        language = dataset["target_language"][0]
-    with model.using_language(language) if language in getattr(model, "language_adapters", ()) else nullcontext():
-        text_embeds = encode_texts(model, captions, processor, batch_size, show_progress)
+    if language is ACTIVE and caption_column == "target_caption" and "target_language" in dataset.column_names:
+        spoken = dataset["target_language"][0]
+        language = spoken if spoken in getattr(model, "language_adapters", ()) else ACTIVE
+    text_embeds = encode_texts(model, captions, processor, batch_size, show_progress, language)
     collator = DataCollatorForCrossLingualRetrieval(processor, load_video=partial(read_frames, num_frames=num_frames))
 
     def media(images: Sequence[int], **kwargs) -> BatchFeature:
@@ -191,6 +195,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--media_dir", help="folder of pictures or videos; default: images or videos in data_dir")
     parser.add_argument("--num_frames", type=int, default=8, help="of each video, as in training")
     parser.add_argument("--target", default="gl", help="language of the queries; several, joined by commas; or all")
+    add_language_option(parser, "reads queries that have none of their own")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, help="of the split; default: the one that the model was trained with")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -203,11 +208,12 @@ def main(argv: list[str] | None = None):
 
 
 def evaluate(args: argparse.Namespace):
-    model, processor = load_model(args.model)
+    model, processor = load_with_languages(args.model, args.language)
     seed = split_seed(args.model, args.seed)
     languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
     if not languages:
         raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
+    readers = {language: read_by(model, language, args.language) for language in languages}
     by_language, known_images = {}, {}
     for language in languages:
         options = {name: getattr(args, name) for name in ("data_dir", "visual_feature", "media_dir")}
@@ -217,7 +223,7 @@ def evaluate(args: argparse.Namespace):
             raise ValueError(f"No split {args.split!r}; there are {', '.join(splits)}.")
         by_language[language] = evaluate_dataset(
             model, processor, splits[args.split], batch_size=args.batch_size, known_images=known_images,
-            num_frames=args.num_frames,
+            num_frames=args.num_frames, language=readers[language],
         )  # fmt: skip
 
     table, report = {}, {}
@@ -238,10 +244,14 @@ def evaluate(args: argparse.Namespace):
         table |= {f"mean of {len(languages)}": mean, f"worst: {worst}": table[worst]}
     print(f"\n{args.model}: {args.split} split of {args.dataset}, human {args.target} queries, split seed {seed}\n")
     print(format_table(table))
+    readers = {language: reader or BASE for language, reader in readers.items()}
+    if set(readers.values()) != {BASE}:
+        print("read by: " + ", ".join(f"{language} {reader}" for language, reader in readers.items()))
     if f"{WAYS[0]}_mean_rank_variance" in report:
         print("mean rank variance: " + ", ".join(f"{way} {report[f'{way}_mean_rank_variance']:.1f}" for way in WAYS))
     if args.output:
-        settings = {key: getattr(args, key) for key in ("model", "dataset", "target", "split")} | {"split_seed": seed}
+        settings = {key: getattr(args, key) for key in ("model", "language", "dataset", "target", "split")}
+        settings |= {"split_seed": seed, "read_by": readers}
         report["settings"] = settings
         write_file(args.output, json.dumps(report, indent=1) + "\n")
         print(f"\nwrote {args.output}")

@@ -1,8 +1,9 @@
 """Measures a model by `mteb`, the Massive (Multilingual, Image) Text Embedding Benchmark: tasks by name, or your data:
 
     python examples/mteb_eval.py --model outputs/demo --task XM3600T2IRetrieval --task XM3600I2TRetrieval \
-        --language spa --output mteb.json
+        --task_language spa --output mteb.json
     python examples/mteb_eval.py --model outputs/demo --dataset tuxpaint+cldr_emoji --target gl --output mteb.json
+    python examples/mteb_eval.py --model outputs/english --language gl=outputs/gl --dataset tuxpaint+cldr_emoji
 
 The first fetches its task from the Hub (so do Multi30kT2IRetrieval, XFlickr30kCoT2IRetrieval, ...); the second makes a
 task of the same type of a data set of this repository, and gives the R@k of `evaluate_retrieval.py`. Needs
@@ -12,7 +13,7 @@ task of the same type of a data set of this repository, and gives the R@k of `ev
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import mteb
@@ -27,7 +28,7 @@ from mteb.abstasks import AbsTaskRetrieval
 from mteb.models import ModelMeta
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
-from search import load_model
+from search import BASE, add_language_option, load_with_languages, read_by
 from table import format_markdown
 
 from datasets_scripts.debian import FetchError
@@ -46,10 +47,20 @@ class NrccrEncoder(AbsEncoder):
         model_name (`str`): Folder or hub id.
         revision (`str`, *optional*): Only recorded in the results.
         device (`str`, *optional*): Where to encode; default: where transformers puts the model.
+        languages (`list` of `str`): As `--language` takes them; which reads a text is what `read_by` says.
     """
 
-    def __init__(self, model_name: str, revision: str | None = None, *, device: str | None = None, **kwargs):
-        self.model, self.processor = load_model(model_name)
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        languages: Sequence[str] = (),
+        **kwargs,
+    ):
+        self.model, self.processor = load_with_languages(model_name, languages)
+        self.languages, self.readers = languages, {}
         if device is not None:
             self.model.to(device)
         name = model_name if model_name.count("/") == 1 and not Path(model_name).exists() else Path(model_name).name
@@ -71,9 +82,19 @@ class NrccrEncoder(AbsEncoder):
             raise ValueError(f"{task_metadata.name} gives {found} in a row: this model embeds a text or a picture")
         if columns == {"text"}:
             texts = [text for batch in inputs for text in batch["text"]]
-            return encode_texts(self.model, texts, self.processor, inputs.batch_size)
+            reader = self.readers[hf_subset] = self.reader(task_metadata, hf_subset)
+            return encode_texts(self.model, texts, self.processor, inputs.batch_size, languages=reader)
         parts = [encode_images(self.model, batch["image"], self.processor, inputs.batch_size) for batch in inputs]
         return torch.cat(parts)
+
+    def reader(self, task_metadata: TaskMetadata, hf_subset: str) -> str | None:
+        """Which of the model's languages reads a subset: ours are called as the model's languages are, those of mteb
+        say their language ("deu-Latn")."""
+        reader = read_by(self.model, hf_subset, self.languages)
+        spoken = task_metadata.hf_subsets_to_langscripts.get(hf_subset)
+        if reader == hf_subset or not spoken:
+            return reader
+        return read_by(self.model, Language.get(spoken[0]).language, self.languages)
 
 
 def language_code(language: str) -> str:
@@ -169,7 +190,8 @@ def main(argv: list[str] | None = None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--task", action="append", help="name of a task of mteb; may be given several times")
     what.add_argument("--dataset", help='builders of this repository, joined by "+"')
-    parser.add_argument("--language", action="append", help="of --task, three letters (spa); default: all of the task")
+    add_language_option(parser, "reads texts that have none of their own")
+    parser.add_argument("--task_language", action="append", help="of --task, as mteb names it (spa); default: all")
     parser.add_argument("--target", default="gl", help="of --dataset: languages, joined by commas; or all")
     parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
     parser.add_argument("--batch_size", type=int, default=64)
@@ -183,20 +205,23 @@ def main(argv: list[str] | None = None):
 
 def evaluate(args: argparse.Namespace):
     if args.task:
-        tasks = [mteb.get_task(name, languages=args.language) for name in args.task]
+        tasks = [mteb.get_task(name, languages=args.task_language) for name in args.task]
     else:
         languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
         if not languages:
             raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
         tasks = own_tasks(args.model, args.dataset, languages, args.data_dir)
-    scores = run(NrccrEncoder(args.model), tasks, args.batch_size)
+    encoder = NrccrEncoder(args.model, languages=args.language)
+    scores = run(encoder, tasks, args.batch_size)
     for task, languages in scores.items():
         for language, row in languages.items():
             print(f"{task}, {language}: " + ", ".join(f"{k} {row[k]:.4f}" for k in ("main_score", "ndcg_at_10")))
     if rows := both_directions(scores):
         print(f"\n{format_markdown(rows)}")
     if args.output:
-        settings = {"model": args.model, "mteb": mteb.__version__, "batch_size": args.batch_size}
+        settings = {"model": args.model, "language": args.language, "mteb": mteb.__version__}
+        settings |= {"batch_size": args.batch_size}
+        settings["read_by"] = {subset: reader or BASE for subset, reader in encoder.readers.items()}
         write_file(args.output, json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
         print(f"\nwrote {args.output}")
 

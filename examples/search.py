@@ -2,10 +2,12 @@
 
 python examples/search.py --model outputs/demo --gallery DIR --query "un gato durmindo" --output sheet.png
 python examples/search.py --model outputs/demo --index outputs/gallery --query "un gato" --translation "a cat"
+python examples/search.py --model outputs/english --language gl=outputs/gl --index outputs/gallery --query "un gato"
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from encoders import find_encoder
@@ -17,7 +19,11 @@ from datasets_scripts.videos import read_frames
 from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.dual_encoders import read_config
 from modeling_nrccr.gallery_index import is_milvus
+from modeling_nrccr.languages import LANGUAGE_FILE
 from modeling_nrccr.processing_nrccr import load_image
+
+
+BASE = "base"  # in the place of a language: no adapter, the model's own text side
 
 
 def main(argv: list[str] | None = None):
@@ -30,6 +36,7 @@ def main(argv: list[str] | None = None):
     where.add_argument("--index", help="what index_gallery.py made: folder, NAME.db, or the URI of a Milvus server")
     parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
     parser.add_argument("--query", required=True, action="append", help="may be given several times")
+    add_language_option(parser, "reads the queries")
     parser.add_argument("--translation", action="append", help="of each query, in English: both are asked")
     parser.add_argument("--source_query_weight", type=float, default=0.5, help="of the translation, from 0 to 1")
     parser.add_argument("--k", type=int, default=5, help="pictures for each query")
@@ -56,23 +63,51 @@ def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
         raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}{hint}") from error
 
 
-def load_with_languages(name: str, languages: list[str]) -> tuple[NrccrModel, NrccrProcessor]:
+def add_language_option(parser: argparse.ArgumentParser, does: str):
+    """`--language`, which `load_with_languages` reads; `does`: what the first one does."""
+    parser.add_argument(
+        "--language", action="append", default=[], metavar="CODE[=FOLDER]",
+        help="a language of the model, or what add_language.py wrote (its folder or file), under this code; may be "
+        f'given several times, and the first {does}; "{BASE}" is the model without a language',
+    )  # fmt: skip
+
+
+def language_code(spec: str) -> str | None:
+    """Of what `--language` takes, as the model knows it."""
+    code = spec.partition("=")[0]
+    return None if code == BASE else code
+
+
+def load_with_languages(name: str, languages: Sequence[str]) -> tuple[NrccrModel, NrccrProcessor]:
     """
     As `load_model`; the first of `languages` is the active one.
 
     Args:
-        languages: `CODE=FOLDER` of what `save_language` wrote, or `CODE` of what the model has.
+        languages: as `--language` takes them: `CODE=FOLDER` or `CODE=FILE` of what `save_language` wrote, `CODE` of
+            what the model has.
 
     Raises:
         ValueError: where there is no model, for a language that is not there, or was made for another model.
     """
     model, processor = load_model(name)
     for spec in reversed(languages):
-        code, _, folder = spec.partition("=")
-        if folder:
-            model.load_language(code, folder)
-        model.set_language(code)
+        code, named, source = spec.partition("=")
+        if not code or bool(named) != bool(source):
+            raise ValueError(f"--language {spec!r}: give CODE of what the model has, or CODE=FOLDER")
+        if source:
+            path = Path(source)
+            model.load_language(code, path.parent if path.name == LANGUAGE_FILE and path.is_file() else source)
+        model.set_language(language_code(spec))
     return model, processor
+
+
+def read_by(model: NrccrModel, target: str, languages: Sequence[str]) -> str | None:
+    """Which of the model's languages reads texts in `target`: of those that `--language` gave the one of that code,
+    else the first; where none was given, the model's of that code, else the active one."""
+    given = [language_code(spec) for spec in languages]
+    if given:
+        return target if target in given else given[0]
+    return target if target in model.language_adapters else model.language
 
 
 def read_hit(hit: Hit) -> Image.Image:
@@ -87,7 +122,7 @@ def search(args: argparse.Namespace):
     translations = args.translation or [None] * len(args.query)
     if len(translations) != len(args.query):
         raise ValueError(f"Got {len(args.query)} queries and {len(translations)} translations: give each query one.")
-    model, processor = load_model(args.model)
+    model, processor = load_with_languages(args.model, args.language)
     if args.index:
         options = {"collection": args.collection} if is_milvus(args.index) else {}
         retriever, skipped = NrccrRetriever.load(args.index, model, processor, **options), []

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import binascii
 import io
+import re
 import reprlib
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,27 +27,31 @@ from typing import Any
 import torch
 from arguments import option
 from PIL import Image, UnidentifiedImageError
-from search import load_with_languages
+from search import BASE, add_language_option, load_with_languages
 
-from modeling_nrccr import NrccrModel, NrccrRetriever
+from modeling_nrccr import NrccrModel, NrccrRetriever, encode_texts
 from modeling_nrccr.encoding import encode
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.metrics import fuse_query_embeds
 from modeling_nrccr.processing_nrccr import IMAGE_FORMATS, load_image
+from modeling_nrccr.processor_inputs import text_problem
 
 
 try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import Response
     from pydantic import BaseModel, ConfigDict
+    from serve_http import RETRY_AFTER, Answer, BodyLimit, invalid, refusal, refused, while_connected
+    from starlette.exceptions import HTTPException as StarletteHTTPException
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError as error:
     raise ImportError('a server needs fastapi and uvicorn: pip install "modeling_nrccr[serve]"') from error
 
 
-BASE = "base"  # as a request's language: no adapter
-RETRY_AFTER = {"Retry-After": "1"}  # seconds
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Limits:
     max_characters: int = option(1000, "characters a text; what the model does not read of them, it cuts off")
     max_images: int = option(8, "pictures a request")
     max_image_bytes: int = option(8 * 2**20, "bytes of a picture's file")
-    max_pixels: int = option(50_000_000, "pixels of a picture; more is refused before it is decoded")
+    max_pixels: int = option(50_000_000, "pixels of a request's pictures; more is refused before any is decoded")
     max_k: int = option(100, "hits of a search")
     max_body_bytes: int = option(16 * 2**20, "bytes of a request")
     max_held_bytes: int = option(128 * 2**20, "bytes of all requests that are under way")
@@ -68,7 +73,8 @@ class Limits:
 
 
 class EmbedRequest(BaseModel):
-    """Pictures as base64 of a file. `language`: of the texts; by default the server's, "base" for no adapter."""
+    """Pictures as base64 of a file, or as data: URLs. `language`: of the texts; by default the server's, "base" for no
+    adapter."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
     texts: list[str] = []
@@ -115,15 +121,22 @@ class Batcher:
         """Until it is cancelled. While a batch is encoded, the next one gathers in the queue."""
         loop = asyncio.get_running_loop()
         while True:
-            batch = [await self.queue.get()]
+            batch = [await self.next()]
             deadline = loop.time() + self.limits.max_wait_ms / 1000
             try:
                 async with asyncio.timeout_at(deadline):
                     while len(batch) < self.limits.max_batch:
-                        batch.append(await self.queue.get())
+                        batch.append(await self.next())
             except TimeoutError:
                 pass
-            await self.answer(batch)
+            if batch := [entry for entry in batch if not entry[1].done()]:
+                await self.answer(batch)
+
+    async def next(self) -> tuple[Any, asyncio.Future]:
+        """The next one that somebody waits for: clients leave."""
+        while (entry := await self.queue.get())[1].done():
+            pass
+        return entry
 
     async def answer(self, batch: list[tuple[Any, asyncio.Future]]):
         items, futures = zip(*batch)
@@ -140,7 +153,7 @@ class Batcher:
         self.batches += 1
         self.largest = max(self.largest, len(batch))
         for future, embed in zip(futures, embeds):
-            if not future.done():  # cancelled, at a second Ctrl+C
+            if not future.done():  # its client has left
                 future.set_result(embed)
 
 
@@ -188,13 +201,8 @@ class Service:
 
     def encode_texts(self, items: list[tuple[str, str | None]]) -> torch.Tensor:
         """Texts, each with its language, to embeddings `(len(items), projection_dim)`."""
-
-        def embed(chunk: list[tuple[str, str | None]]) -> torch.Tensor:
-            texts, languages = zip(*chunk)
-            inputs = self.processor(text=list(texts), return_tensors="pt").to(self.model.device)
-            return self.model.get_text_features(**inputs, languages=list(languages)).pooler_output
-
-        return encode(self.model, items, list, embed, len(items), None)
+        texts, languages = zip(*items)
+        return encode_texts(self.model, texts, self.processor, len(items), languages=languages)
 
     def encode_images(self, items: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         """What the processor made of each picture to embeddings `(len(items), projection_dim)`."""
@@ -205,19 +213,22 @@ class Service:
 
         return encode(self.model, items, list, embed, len(items), None)
 
-    def read_image(self, field: str, encoded: str) -> dict[str, torch.Tensor]:
-        """Base64 to what the model reads of one picture, which is small, however large the picture is."""
-        try:
-            content = base64.b64decode(encoded, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise HTTPException(422, f"{field} is no base64 ({error}): encode the picture's file") from error
-        if len(content) > self.limits.max_image_bytes:
-            raise HTTPException(413, f"{field} has {len(content)} bytes: {self.limits.max_image_bytes} are taken")
+    def check_images(self, images: dict[str, str]) -> dict[str, bytes]:
+        """Base64 to files, by field of the request; nothing of them is decoded."""
+        files = {field: decode_base64(field, encoded) for field, encoded in images.items()}
+        for field, content in files.items():
+            if len(content) > self.limits.max_image_bytes:
+                raise HTTPException(413, f"{field} has {len(content)} bytes: {self.limits.max_image_bytes} are taken")
+        pixels = sum(count_pixels(field, content) for field, content in files.items())
+        if pixels > self.limits.max_pixels:
+            names = ", ".join(files)
+            raise HTTPException(422, f"{names}: {pixels} pixels in all, {self.limits.max_pixels} are taken a request")
+        return files
+
+    def read_image(self, field: str, content: bytes) -> dict[str, torch.Tensor]:
+        """A file to what the model reads of one picture, which is small, however large the picture is."""
         try:
             return self.processor(images=[load_image(io.BytesIO(content))], return_tensors="pt")
-        except UnidentifiedImageError as error:
-            kinds = ", ".join(IMAGE_FORMATS)
-            raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error
         except Exception as error:  # decoders of broken files raise nearly anything
             raise HTTPException(422, f"{field} cannot be read as a picture: {error}") from error
 
@@ -240,22 +251,22 @@ class Service:
             return self.model.language
         if language != BASE and language not in self.model.language_adapters:
             known = ", ".join([BASE, *self.model.language_adapters])
-            raise HTTPException(422, f"language {language!r} is not here ({known}): leave it out for the default")
+            name = reprlib.repr(language)
+            raise HTTPException(422, f"language {name} is not here ({known}): leave it out for the default")
         return None if language == BASE else language
 
     def check_text(self, field: str, text: str) -> str:
-        if not text.strip():
-            raise HTTPException(422, f"{field} is {text[:20]!r}: a text that is not blank is needed")
+        if problem := text_problem(text):
+            raise HTTPException(422, f"{field} {problem}")
         if len(text) > self.limits.max_characters:
             raise HTTPException(422, f"{field} has {len(text)} characters: {self.limits.max_characters} are taken")
-        if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise HTTPException(422, f"{field} holds half of a UTF-16 pair: send whole characters")
         return text
 
     async def embed_images(self, images: dict[str, str]) -> torch.Tensor:
         """Base64 by field of the request; all are read before the first is encoded."""
         loop = asyncio.get_running_loop()
-        items = [await loop.run_in_executor(self.reader, self.read_image, *image) for image in images.items()]
+        files = await loop.run_in_executor(self.reader, self.check_images, images)
+        items = [await loop.run_in_executor(self.reader, self.read_image, *file) for file in files.items()]
         return await self.images.embed(items)
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:
@@ -288,7 +299,8 @@ class Service:
             raise HTTPException(422, f"source_query_weight is {request.source_query_weight}: from 0 to 1 is taken")
         if unknown := (request.filter or {}).keys() - set(self.filters):
             known = ", ".join(self.filters) or "none"
-            raise HTTPException(422, f"filter by {min(unknown)!r} is not served ({known}): start with --filter_by")
+            name = reprlib.repr(min(unknown))
+            raise HTTPException(422, f"filter by {name} is not served ({known}): start with --filter_by")
         texts = []
         if request.text is not None:
             texts.append((self.check_text("text", request.text), self.language(request.language)))
@@ -328,58 +340,30 @@ class Service:
         }
 
 
-class BodyLimit:
-    """ASGI: refuses bodies that are too large (413), too slow (408) or, together, too many (503) as they arrive."""
-
-    def __init__(self, app: Callable, limits: Limits):
-        self.app, self.limits, self.held = app, limits, 0
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        size, more, limits = 0, True, self.limits
-        deadline = asyncio.get_running_loop().time() + limits.max_body_seconds
-
-        async def bounded() -> dict:
-            nonlocal size, more
-            if not more:  # what is left to be received is the client's leaving
-                return await receive()
-            try:
-                async with asyncio.timeout_at(deadline):
-                    message = await receive()
-            except TimeoutError:
-                raise HTTPException(408, f"the request did not arrive within {limits.max_body_seconds} s") from None
-            more = message.get("more_body", False)
-            arrived = len(message.get("body", b""))
-            size += arrived
-            self.held += arrived
-            if size > limits.max_body_bytes:
-                raise HTTPException(413, f"the request is larger than {limits.max_body_bytes} bytes: send less")
-            if self.held > limits.max_held_bytes:
-                raise HTTPException(503, "too many bytes are under way: ask again", RETRY_AFTER)
-            return message
-
-        try:
-            await self.app(scope, bounded, send)
-        finally:
-            self.held -= size
+def decode_base64(field: str, encoded: str) -> bytes:
+    """As browsers (data: URLs) and mail (broken into lines) have it too."""
+    encoded = "".join(encoded[len(found[0]) :].split() if (found := DATA_URL.match(encoded)) else encoded.split())
+    try:
+        return base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise HTTPException(422, f"{field} is no base64 ({error}): encode the picture's file") from error
 
 
-def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-    """What is wrong with the fields of a request, without repeating them at length."""
-    reasons = []
-    for problem in error.errors()[:5]:
-        place = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"][1:]]
-        field = "".join(place).lstrip(".") or "the body"
-        reasons.append(f"{field}: {problem['msg']}, got {reprlib.repr(problem['input'])}")
-        if problem["type"] == "json_invalid":
-            reasons = [f"the body is no JSON: {problem['ctx']['error']}, at character {problem['loc'][1]}"]
-    if "json" not in request.headers.get("content-type", ""):
-        reasons = ["the body must be JSON, with the header Content-Type: application/json"]
-    return JSONResponse({"detail": "; ".join(reasons)}, 422)
+def count_pixels(field: str, content: bytes) -> int:
+    """By the picture's header."""
+    try:
+        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
+            return image.width * image.height
+    except UnidentifiedImageError as error:
+        kinds = ", ".join(IMAGE_FORMATS)
+        raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error
+    except Exception as error:
+        raise HTTPException(422, f"{field} cannot be read as a picture: {error}") from error
 
 
-def build_app(service: Service) -> FastAPI:
+def build_app(service: Service, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """`hosts`: names that requests may call the server by, which pages of other sites cannot; "*": any."""
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         async with service.running():
@@ -387,25 +371,27 @@ def build_app(service: Service) -> FastAPI:
 
     app = FastAPI(title="NRCCR", description=__doc__.split("\n")[0].rstrip(":"), lifespan=lifespan)
     app.add_middleware(BodyLimit, limits=service.limits)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(StarletteHTTPException, refused)
 
     @app.exception_handler(ConnectionError)  # of the database that holds the gallery
-    def unreachable(_: Request, error: ConnectionError) -> JSONResponse:
-        return JSONResponse({"detail": f"the gallery does not answer: {error}"}, 503, RETRY_AFTER)
+    def unreachable(_: Request, error: ConnectionError) -> Answer:
+        return refusal(503, f"the gallery does not answer: {error}", RETRY_AFTER)
 
     # each answers with a response, since FastAPI would walk through every number of an embedding
 
     @app.post("/embed")
-    async def embed(request: EmbedRequest) -> JSONResponse:
-        return JSONResponse(await service.embed(request))
+    async def embed(body: EmbedRequest, request: Request) -> Response:
+        return await while_connected(request, service.embed(body))
 
     @app.post("/search")
-    async def search(request: SearchRequest) -> JSONResponse:
-        return JSONResponse(await service.search(request))
+    async def search(body: SearchRequest, request: Request) -> Response:
+        return await while_connected(request, service.search(body))
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
-        return JSONResponse(await service.health())
+    @app.api_route("/health", methods=["GET", "HEAD"])
+    async def health() -> Response:
+        return Answer(await service.health())
 
     return app
 
@@ -417,12 +403,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("model", help="folder or hub id of a trained model, or of a dual encoder such as CLIP")
     parser.add_argument("--index", help="what index_gallery.py made: folder, NAME.db, or the URI of a Milvus server")
     parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
-    parser.add_argument(
-        "--language", action="append", default=[], help="CODE=FOLDER adds what add_language.py wrote; may be given "
-        "several times; the first CODE is the default of requests",
-    )  # fmt: skip
+    add_language_option(parser, "is the default of requests")
     parser.add_argument("--filter_by", action="append", default=[], help="metadata that a search may filter by")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument(
+        "--allowed_host", action="append", help="name that requests may call the server by: search.example.org, "
+        f"*.example.org or *; may be given several times; default: {', '.join(LOCAL)}; any, where --host is another",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, default=8000, help="0: a free one")
     for field in fields(Limits):
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help=field.metadata["help"])
@@ -431,10 +418,14 @@ def main(argv: list[str] | None = None):
         service = load_service(args)
     except (ValueError, OSError, ImportError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
-    uvicorn.run(build_app(service), host=args.host, port=args.port)
+    hosts = args.allowed_host or (LOCAL if args.host in (*LOCAL, "::1") else ("*",))
+    uvicorn.run(build_app(service, hosts), host=args.host, port=args.port)
 
 
 def load_service(args: argparse.Namespace) -> Service:
+    for host in args.allowed_host or ():
+        if "*" in host.removeprefix("*.") and host != "*":
+            raise ValueError(f"--allowed_host {host!r}: a star stands for a whole name, as in *.example.org, or alone")
     limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     for name, value in vars(limits).items():
         if value < (name != "max_wait_ms"):

@@ -5,6 +5,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from enum import Enum
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,33 +16,65 @@ from transformers import BatchFeature
 
 from .length_groups import length_groups, pass_tokens, row_lengths
 from .modeling_nrccr import NrccrModel
+from .processor_inputs import check_texts
 
 
 PASSES = 16  # of which the texts are sorted by their tokens at a time
 
 
+class Active(Enum):
+    """In the place of a language: the one that is the model's active one when a call begins."""
+
+    LANGUAGE = "the model's active language"
+
+
+ACTIVE = Active.LANGUAGE
+Language = str | None | Active  # None: no adapter's, the model's own text side
+
+
 def encode_texts(
     model: NrccrModel,
-    texts: Sequence[str],
+    texts: Iterable[str],
     processor: Callable,
     batch_size: int | None = None,
     show_progress: bool = False,
+    languages: Language | Sequence[str | None] = ACTIVE,
 ) -> torch.Tensor:
-    """Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
-
-    Equal texts are encoded once; a pass has at most `batch_size` texts (by default 64 on a CPU, 1,024 elsewhere), of
-    like length. `processor`: a [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
     """
+    Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
+
+    Equal texts of one language are encoded once; a pass has at most `batch_size` texts (by default 64 on a CPU, 1,024
+    elsewhere), of like length. Nothing of the model is switched, so threads may ask in different languages.
+
+    Args:
+        processor: a [`NrccrProcessor`], or a [`FeatureCache`] that stands in for it.
+        languages: whose adapter reads the texts: a code, or a list with one for each text. None is the model's own
+            text side; by default it is the active one.
+
+    Raises:
+        ValueError: names the row of what is no text, and a language that the model has not.
+    """
+    if isinstance(texts, str):
+        raise ValueError(f"encode_texts() takes a list of texts, got {texts[:40]!r}: put it into one")
+    texts = list(texts)
+    check_texts(texts)
+    spoken = languages_of(model, len(texts), languages)
+    rows = list(zip(texts, spoken))
     batch_size = batch_size or (64 if model.device.type == "cpu" else 1024)
-    unique = sorted(set(texts), key=lambda text: (len(text), text))
+    unique = sorted(set(rows), key=lambda row: (len(row[0]), row[0], row[1] or ""))
     # published: padding is pooled too, so that an embedding depends on the batch, and batches stay as they are
     as_they_are = getattr(getattr(model, "config", None), "pool_padding", False)
     # of a cache, which gives states in the place of ids, one batch at a time: they take a thousand times the memory
     passes = 1 if as_they_are or hasattr(processor, "boundary_states") else PASSES
 
-    def embed(inputs: BatchFeature) -> torch.Tensor:
+    def prepare(chunk: Sequence[tuple[str, str | None]]) -> tuple[BatchFeature, list[str | None]]:
+        of_chunk, read_by = zip(*chunk)
+        return processor(text=list(of_chunk), return_tensors="pt"), list(read_by)
+
+    def embed(prepared: tuple[BatchFeature, list[str | None]]) -> torch.Tensor:
+        inputs, read_by = prepared
         if as_they_are:
-            return model.get_text_features(**inputs.to(model.device)).pooler_output
+            return features(inputs.to(model.device), read_by)
         mask = inputs.get("attention_mask")
         lengths = row_lengths(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
         groups, parts = length_groups(lengths, batch_size, pass_tokens(model.device)), []
@@ -47,15 +82,27 @@ def encode_texts(
         for rows in groups:
             length = max(1, int(lengths[rows].max()))
             part = {name: value[rows, :length] for name, value in inputs.items()}
-            parts.append(model.get_text_features(**part).pooler_output)
+            parts.append(features(part, [read_by[row] for row in rows.tolist()]))
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
-    def prepare(chunk: Sequence[str]) -> BatchFeature:
-        return processor(text=list(chunk), return_tensors="pt")
+    def features(inputs: dict[str, torch.Tensor], read_by: list[str | None]) -> torch.Tensor:
+        spoken = {"languages": read_by} if hasattr(model, "languages_of") else {}
+        return model.get_text_features(**inputs, **spoken).pooler_output
 
     embeds = encode(model, unique, prepare, embed, passes * batch_size, "texts" if show_progress else None)
-    row = {text: i for i, text in enumerate(unique)}
-    return embeds[[row[text] for text in texts]]
+    place = {row: i for i, row in enumerate(unique)}
+    return embeds[[place[row] for row in rows]]
+
+
+def languages_of(model: NrccrModel, size: int, languages: Language | Sequence[str | None]) -> list[str | None]:
+    """One for each of `size` texts. Raises ValueError for one that the model has not."""
+    one_for_all = languages is None or isinstance(languages, str)
+    listed = None if languages is ACTIVE else [languages] * size if one_for_all else list(languages)
+    if hasattr(model, "languages_of"):
+        return model.languages_of(size, listed)
+    if any(listed or ()):
+        raise ValueError(f"{type(model).__name__} has no languages to choose from, got {languages!r}")
+    return [None] * size
 
 
 def encode_images(
@@ -105,19 +152,40 @@ def ahead(chunks: Iterable, prepare: Callable[[Any], Any], device: torch.device)
         pool.shutdown(cancel_futures=True)
 
 
+MODES: dict[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = {}  # how many encode, and what trained before
+MODES_LOCK = Lock()
+
+
+@contextmanager
+def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """The model without dropout while any thread is in here; every module is then as it was, also after an error."""
+    with MODES_LOCK:
+        count, training = MODES.get(model) or (0, [module for module in model.modules() if module.training])
+        for module in training:
+            module.training = False
+        MODES[model] = count + 1, training
+    try:
+        yield
+    finally:
+        with MODES_LOCK:
+            count, training = MODES.pop(model)
+            if count > 1:
+                MODES[model] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True
+
+
 @torch.no_grad()
 def encode(
     model: NrccrModel, items: Sequence, prepare: Callable, embed: Callable, batch_size: int, progress: str | None
 ) -> torch.Tensor:
     """`embed(prepare(chunk))` of all chunks of `items`, float32 on the CPU, `(len(items), projection_dim)`."""
-    was_training = model.training
-    model.eval()
     chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     bar = tqdm(total=len(items), desc=progress or "", unit="item", disable=progress is None)
     parts = []
-    with bar:
+    with bar, in_eval_mode(model):
         for inputs in ahead(chunks, prepare, model.device):
             parts.append(embed(inputs).float().cpu())
             bar.update(len(parts[-1]))
-    model.train(was_training)
     return torch.cat(parts) if parts else torch.empty(0, model.config.projection_dim)

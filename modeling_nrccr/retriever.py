@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,13 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from .encoding import ahead, encode, encode_images, encode_texts, picture_rows
+from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts, picture_rows
 from .gallery_index import GalleryIndex, is_milvus, open_index
 from .languages import SAME_MODEL
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
 from .processing_nrccr import load_image
+from .processor_inputs import text_problem
 
 
 logger = logging.get_logger(__name__)
@@ -290,52 +292,67 @@ class NrccrRetriever:
             raise ValueError(f"remove() takes a list of ids, got {ids!r}.")
         return self.index.remove(list(ids))
 
-    def encode_query(self, query: str | Image.Image) -> torch.Tensor:
-        """The L2-normalised embedding of a text or a picture, of shape `(projection_dim,)`."""
+    def encode_query(self, query: str | Image.Image, language: Language = ACTIVE) -> torch.Tensor:
+        """The L2-normalised embedding of a text, read by `language` as in [`search`], or of a picture, of shape
+        `(projection_dim,)`."""
         if isinstance(query, Image.Image):
             return encode_images(self.model, [query], self.processor)[0]
-        if not isinstance(query, str) or not query.strip():
-            raise ValueError(f"A query is a text that is not blank, or a PIL.Image; got {query!r}.")
-        return encode_texts(self.model, [query], self.processor)[0]
+        if problem := text_problem(query):
+            raise ValueError(f"The query {problem}, or a PIL.Image")
+        return encode_texts(self.model, [query], self.processor, languages=language)[0]
 
     def search(
         self,
-        query: str | Image.Image | torch.Tensor,
+        query: str | Image.Image | torch.Tensor | np.ndarray,
         k: int = 10,
         filter: dict[str, str | int | float | bool] | None = None,
         translation: str | None = None,
         source_query_weight: float = 0.5,
+        language: Language = ACTIVE,
     ) -> list[Hit]:
         """
-        The `k` pictures (fewer in a smaller gallery) that are most similar to the query, best first.
+        The `k` pictures (fewer in a smaller gallery) that are most similar to the query, best first. Nothing of the
+        model is switched: threads may ask in different languages.
 
         Args:
-            query: a text, a picture, or an L2-normalised embedding of shape `(projection_dim,)`.
+            query: a text, a picture, or an embedding of shape `(projection_dim,)`, which is L2-normalised.
             filter: only what has these values in its metadata, all of them. Some engines take `True` for 1.
-            translation: the query in the source language (English): both are asked, by [`fuse_query_embeds`].
+            translation: the query in the source language (English), which the model's own text side reads: both are
+                asked, by [`fuse_query_embeds`].
             source_query_weight: the translation's share, from 0 to 1.
+            language: whose adapter reads a text; None: no adapter's, the model's own text side. By default the one
+                that is active in the model.
 
         Raises:
-            ValueError: for a blank query, an embedding of another shape, a value that cannot be filtered by, or an
-                empty gallery.
+            ValueError: for a blank query, an embedding of another shape or without direction, a value that cannot be
+                filtered by, a language that the model has not, or an empty gallery.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        k = _check_k(k)
         for key, value in (filter or {}).items():
             _check_filter(key, value)
-        embed = query if isinstance(query, torch.Tensor) else self.encode_query(query)
+        if isinstance(query, (torch.Tensor, np.ndarray)):
+            embed = self._check_embed(torch.as_tensor(query))
+        else:
+            embed = self.encode_query(query, language)
+        if translation is not None:
+            translated = self.encode_query(translation, None)  # it is in the language that needs no adapter
+            embed = fuse_query_embeds(embed, translated, source_query_weight)
+        found = self.index.search(embed.numpy(force=True), k, filter)
+        if not found and not len(self):
+            raise ValueError("The gallery is empty: add() pictures before search().")
+        return [Hit(*row) for row in found]
+
+    def _check_embed(self, embed: torch.Tensor) -> torch.Tensor:
+        """A query's embedding, float32 on the CPU and L2-normalised."""
         if embed.shape != (self.index.dim,):
             raise ValueError(
                 f"The query's embedding has shape {tuple(embed.shape)}, the gallery's are {(self.index.dim,)}."
             )
-        if translation is not None:
-            with self.model.using_language(None):  # it is in the language that needs no adapter
-                translated = self.encode_query(translation).to(embed)
-            embed = fuse_query_embeds(embed, translated, source_query_weight)
-        found = self.index.search(embed.float().numpy(force=True), k, filter)
-        if not found and not len(self):
-            raise ValueError("The gallery is empty: add() pictures before search().")
-        return [Hit(*row) for row in found]
+        embed = embed.detach().float().cpu()
+        norm = embed.norm()
+        if not (norm > 0 and norm.isfinite()):
+            raise ValueError(f"The query's embedding has the norm {norm:g}, so no direction: encode the query again.")
+        return embed / norm
 
     def save(self, target: str | Path | None = None, **options):
         """
@@ -494,6 +511,17 @@ def _load(kind: str, source: Any, read_frames: Callable | None) -> Any:
             source = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
         return load_image(source)
     return source
+
+
+def _check_k(k: int) -> int:
+    """`k` as Python's own integer, of whatever library it comes."""
+    try:
+        number = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"k must be a whole number of at least 1, got {k!r}.")
+    return number
 
 
 def _check_filter(key: str, value: str | int | float | bool):

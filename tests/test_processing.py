@@ -9,7 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    PreTrainedTokenizerFast,
+    ViTImageProcessorPil,
+)
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_nrccr
@@ -79,6 +85,117 @@ def test_a_single_caption_and_a_single_picture_make_a_batch_of_one(processor):
     assert batch["pixel_values"].shape == (1, 3, 20, 20)
 
 
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": True, "truncation": True, "max_length": 4},
+        {"padding": "max_length", "truncation": True, "max_length": 9},
+        {"padding": True, "truncation": False},
+        {"padding": True, "truncation": "longest_first", "max_length": 3, "do_rescale": False},
+        {"text_kwargs": {"padding": True, "padding_side": "left", "pad_to_multiple_of": 8}},
+        {"padding": True, "add_special_tokens": False, "return_attention_mask": False},
+        {"padding": True, "images_kwargs": {"do_normalize": False, "size": {"shortest_edge": 22}, "resample": 0}},
+        {"common_kwargs": {"return_tensors": "pt"}, "text_kwargs": {"padding": True}, "audio_kwargs": {"padding": True}},
+        {"padding": True, "images": [PIXELS.astype(np.float32) / 255], "do_rescale": False},
+        {"padding": True, "images": torch.tensor(PIXELS).movedim(-1, 0)[None]},
+        {"padding": True, "images": PIXELS[None]},
+        {"padding": True, "images": PIXELS[:3], "input_data_format": "channels_last"},
+    ],
+    ids=str,
+)
+def test_what_clip_s_processor_is_asked_gives_the_same_here(tokenizer, options):
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 20}, crop_size=20)
+    inputs = {"text": ["a dog runs", "can"], "images": Image.fromarray(PIXELS)} | options
+    inputs |= {} if "common_kwargs" in options else {"return_tensors": "pt"}
+    theirs = CLIPProcessor(image_processor, tokenizer)(**inputs)
+    ours = NrccrProcessor(tokenizer, image_processor, pad_to_square=False)(**inputs)
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+    assert ours.keys() == theirs.keys() - {"token_type_ids"}
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"max_lenght": 4}, TypeError, "takes no 'max_lenght', only add_special_tokens, "),
+        ({"stride": 4}, TypeError, "takes no 'stride'"),
+        ({"text_kwargs": {"do_rescale": False}}, TypeError, "takes no 'do_rescale' in text_kwargs"),
+        ({"images_kwargs": {"max_length": 4}}, TypeError, "takes no 'max_length' in images_kwargs"),
+        ({"audio_kwargs": {"sampling_rate": 4}}, TypeError, "takes no 'sampling_rate' in audio_kwargs"),
+        ({"do_convert_rgb": False}, TypeError, "takes no 'do_convert_rgb'"),
+        ({"max_length": 4, "text_kwargs": {"max_length": 5}}, ValueError, "'max_length' is given twice"),
+        ({"max_length": 2}, ValueError, "max_length=2: give a whole number above 2"),
+        ({"max_length": "4"}, ValueError, "max_length='4'"),
+        ({"truncation": "longest"}, ValueError, "truncation='longest': one of True, 'longest_first'"),
+    ],
+)
+def test_an_option_without_effect_is_refused_by_name(processor, options, error, message):
+    with pytest.raises(error, match=message):
+        processor(text=["a dog"], **options)
+
+
+def test_a_model_of_features_has_no_options_of_pictures(tokenizer):
+    with pytest.raises(TypeError, match="NrccrTextProcessor takes no 'do_rescale'"):
+        NrccrTextProcessor(tokenizer)(text=["a dog"], do_rescale=False)
+
+
+def test_a_fixed_length_is_kept_where_words_are_cut_before(tokenizer):
+    fixed = NrccrTextProcessor(tokenizer, max_text_length=6, text_padding="max_length")
+    batch = fixed(text=["a dog runs", "can"], padding=True, truncation=True, max_length=4)
+    assert batch["input_ids"] == [ids("<s> a dog </s> <pad> <pad>"), ids("<s> can </s> <pad> <pad> <pad>")]
+    assert batch["attention_mask"] == [[1] * 6] * 2
+    assert fixed(text=["can"], max_length=6) == fixed(text=["can"])
+    with pytest.raises(ValueError, match="max_length=7, but this model reads 6 tokens"):
+        fixed(text=["can"], max_length=7)
+
+
+def test_the_length_is_the_tokenizer_s_where_that_was_set(tokenizer, tmp_path):
+    """Where sentence-transformers reads and sets it; another processor of the same tokenizer keeps its own."""
+    processor, other = NrccrTextProcessor(tokenizer, max_text_length=6), NrccrTextProcessor(tokenizer)
+    assert processor.tokenizer.model_max_length == 6 and other.max_text_length == 64
+    for length in (4, 9):
+        processor.tokenizer.model_max_length = length
+        assert len(processor(text="a dog runs a dog runs a dog runs")["input_ids"][0]) == length
+    processor.save_pretrained(tmp_path)
+    assert AutoProcessor.from_pretrained(tmp_path).max_text_length == 9
+    assert AutoProcessor.from_pretrained(tmp_path, model_max_length=5).max_text_length == 5
+
+
+@pytest.mark.parametrize("text", ["un  canciño", " un canciño ", "un\u00a0canciño\n", "un canc\u0069n\u0303o"])
+def test_texts_are_read_as_captions_were_written(processor, text):
+    tokens = [*WORDS, "canciño"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "removed")  # every other blank is a letter to it
+    plain = NrccrTextProcessor(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>"))
+    assert plain(text=text)["input_ids"] == [[tokens.index("un"), tokens.index("canciño")]]
+
+
+@pytest.mark.parametrize("text", ["can \ud83d", "\udc80", 5, b"can"])
+def test_what_no_text_encoder_should_read_is_named(processor, text):
+    with pytest.raises(ValueError, match=r"text row 1 (is|holds) .*(ud83d' at character 4|udc80|5|b'can')"):
+        processor(text=iter(["a dog", text]))
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (PIXELS / 255 - 0.5, "its values are -0.5 to 0.5"),
+        (PIXELS * np.float32("nan"), "its values are nan to nan"),
+        (PIXELS * 300.0, "its values are 0 to 76500"),
+        (torch.zeros(9, 9, 5), r"it has shape \(9, 9, 5\)"),
+        (np.zeros((0, 9, 3)), r"it has shape \(0, 9, 3\)"),
+        (np.array("a"), "ndarray is no picture, path or array of numbers"),
+        (5j, "complex is no picture"),
+    ],
+)
+def test_arrays_that_are_no_picture_are_named(processor, array, message):
+    with pytest.raises(ValueError, match=f"picture in row 1 .*cannot be read: .*{message}"):
+        processor(images=[PIXELS, array])
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
 def test_transparency_is_composited_on_white(processor, mode):
     picture = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
@@ -142,7 +259,10 @@ def test_an_image_processor_that_crops_keeps_the_whole_picture(tokenizer):
 def test_paths_and_arrays_are_pictures_too(processor, tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
-    pictures = [picture, np.asarray(picture), tmp_path / "picture.png", str(tmp_path / "picture.png")]
+    pixels = np.asarray(picture)
+    pictures = [picture, pixels, tmp_path / "picture.png", str(tmp_path / "picture.png")]
+    pictures += [pixels.transpose(2, 0, 1), pixels / 255, torch.tensor(pixels / 255).movedim(-1, 0), pixels * 1.0]
+    pictures += [pixels.astype(np.int64), pixels.astype(np.uint16) * 257]
     pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
     assert all(row.equal(pixel_values[0]) for row in pixel_values)
 

@@ -1,11 +1,11 @@
 """The retriever over a model that sees the mean colour of a picture and knows three colour words."""
 
-import contextlib
 import json
 import sys
 import types
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import WordProcessor, tiny_model, toy_rows
@@ -40,10 +40,6 @@ class ColorModel(torch.nn.Module):
         super().__init__()
         self.weight, self.scale = torch.eye(3) if weight is None else weight, scale
         self.config = types.SimpleNamespace(projection_dim=self.weight.shape[1])
-
-    def using_language(self, language):
-        assert language is None  # a translation is in the language that needs no adapter
-        return contextlib.nullcontext()
 
     def embed(self, values):
         return types.SimpleNamespace(pooler_output=torch.nn.functional.normalize(values @ self.weight, dim=-1))
@@ -82,6 +78,11 @@ def test_finds_the_picture_of_each_query(retriever, gallery):
     assert retriever.search(Image.new("RGB", (3, 3), COLORS["azul"]), k=1)[0].id == "more/blue.webp"
     assert retriever.search(torch.tensor([0.0, 1.0, 0.0]), k=1)[0].id == "more/GREEN.JPG"
     assert len(retriever.search("azul", k=99)) == 3
+    for query in (torch.tensor([0, 7, 0]), np.array([0.0, 7.0, 0.0])):  # scores are cosines whatever its length
+        (hit,) = retriever.search(query, k=np.int64(1))
+        assert hit.id == "more/GREEN.JPG" and 0.98 < hit.score <= 1.0001
+    with pytest.raises(ValueError, match="ColorModel has no languages to choose from, got 'gl'"):
+        retriever.search("azul", language="gl")
 
 
 def test_adds_pictures_with_ids_and_metadata_in_batches(retriever):
@@ -144,10 +145,15 @@ def test_a_gallery_without_pictures_is_named(retriever, tmp_path):
 @pytest.mark.parametrize(
     "query, k, message",
     [
-        ("  ", 1, "not blank.*'  '"),
-        (None, 1, "got None"),
+        ("  ", 1, "The query is '  ': a text that is not blank"),
+        (None, 1, "The query is None"),
+        ("azul \ud83d", 1, "The query holds '.ud83d' at character 5"),
         ("azul", 0, "at least 1, got 0"),
+        ("azul", True, "at least 1, got True"),
+        ("azul", 2.5, "at least 1, got 2.5"),
         (torch.ones(4), 1, r"shape \(4,\), the gallery's are \(3,\)"),
+        (torch.tensor([0.0, float("nan"), 1.0]), 1, "embedding has the norm nan, so no direction"),
+        (np.zeros(3), 1, "embedding has the norm 0"),
     ],
 )
 def test_bad_queries_are_named(retriever, gallery, query, k, message):
@@ -212,7 +218,7 @@ def test_a_query_is_fused_with_its_translation(retriever, gallery):
         assert retriever.search("azul", 1, translation="vermello", source_query_weight=weight)[0].id == best
     both = {hit.id: hit.score for hit in retriever.search("azul", 3, translation="vermello")}
     assert both["red.png"] == pytest.approx(both["more/blue.webp"], abs=1e-5) and both["more/GREEN.JPG"] < 0.2
-    with pytest.raises(ValueError, match="not blank.*' '"):
+    with pytest.raises(ValueError, match="' ': a text that is not blank"):
         retriever.search("azul", translation=" ")
 
 

@@ -71,6 +71,19 @@ def test_its_evaluator_gives_our_recalls(folder):
     assert 0 < ours["t2v_recall@10"] < 100 and found_back["cosine_recall@1"] < found_back["cosine_accuracy@5"]
 
 
+def test_its_max_seq_length_is_where_texts_are_cut(folder):
+    model = SentenceTransformer(str(folder), device="cpu")
+    whole, short = model.encode("a dog un can corre"), model.encode("a dog")
+    assert model.max_seq_length == 64 and not np.allclose(whole, short, atol=1e-3)
+    model.max_seq_length = 2
+    np.testing.assert_allclose(model.encode("a dog un can corre"), short, atol=1e-6)
+    np.testing.assert_allclose(model.encode(" a  dog\n"), short, atol=1e-6)
+    cut = SentenceTransformer(str(folder), device="cpu", processor_kwargs={"model_max_length": 2})
+    np.testing.assert_allclose(cut.encode("a dog un can corre"), short, atol=1e-6)
+    with pytest.raises(TypeError, match="takes no 'stride' in text_kwargs"):
+        model.encode("a dog", processing_kwargs={"text": {"stride": 1}})
+
+
 def test_truncated_and_quantised_embeddings_are_measured(folder):
     rows = caption_rows(2)
     test = benchmark.encode(SentenceTransformer(str(folder), device="cpu"), rows)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import importlib
 import io
 import json
@@ -155,14 +156,18 @@ BAD = [
     ("embed", {"texts": ["a", " \n"]}, 422, "texts\\[1\\] is ' .n': a text that is not blank"),
     ("embed", {"texts": ["a" * 101]}, 422, "texts\\[0\\] has 101 characters: 100 are taken"),
     ("embed", {"texts": ["a"] * 9}, 422, "texts has 9 entries: 8 are taken"),
-    ("embed", {"texts": ["\ud800"]}, 422, "texts\\[0\\] holds half of a UTF-16 pair"),
+    ("embed", {"texts": ["a", "b\ud800"]}, 422, r"texts\[1\] holds '.ud800' at character 1, half of a UTF-16 pair"),
+    ("embed", {"texts": ["a"], "language": "x" * 2900}, 422, "language 'xxx.{,30}xxx' is not here"),
+    ("embed", {"texts": ["a"], "x" * 2900: 1}, 422, "^x{40}: Extra inputs"),
+    ("embed", {"texts": ["a"], "\udc80": 1}, 422, "the body: .* got '.udc80'"),
     ("embed", {"texts": ["a"], "language": "pt"}, 422, "language 'pt' is not here \\(base, gl\\)"),
     ("embed", {"images": [picture_file()] * 3}, 422, "images has 3 entries: 2 are taken"),
-    ("embed", {"images": ["data:image/png;base64,"]}, 422, "images\\[0\\] is no base64"),
+    ("embed", {"images": ["data:image/png,abc"]}, 422, "images\\[0\\] is no base64"),
+    ("embed", {"images": ["data:image/png;base64,"]}, 422, "images\\[0\\] is no picture of a known kind"),
     ("embed", {"images": [base64.b64encode(b"hello").decode()]}, 422, "images\\[0\\] is no picture .* BMP, GIF"),
     ("embed", {"images": [picture_file(), BROKEN]}, 422, "images\\[1\\] cannot be read as a picture"),
-    ("embed", {"images": [picture_file(size=(101, 100))]}, 422, "10100 pixels.* limit of 10000"),
-    ("embed", {"images": [picture_file(size=(201, 100))]}, 422, "20100 pixels.* limit of 20000"),
+    ("embed", {"images": [picture_file(size=(101, 100))]}, 422, "images.0.: 10100 pixels in all, 10000 are taken"),
+    ("embed", {"images": [picture_file(size=(60, 99))] * 2}, 422, "images.1.: 11880 pixels in all, 10000 are taken"),
     ("embed", {"images": [base64.b64encode(bytes(1001)).decode()]}, 413, "images\\[0\\] has 1001 bytes: 1000 are"),
     ("embed", {"texts": ["a" * 4000]}, 413, "the request is larger than 3000 bytes"),
     ("search", {}, 422, "give either text or image"),
@@ -186,16 +191,102 @@ def test_what_is_wrong_is_named(start):
             answer = client.post(f"/{path}", content=json.dumps(request), headers={"Content-Type": "application/json"})
             assert answer.status_code == status, (request, answer.text)
             assert re.search(reason, answer.json()["detail"]), answer.text
-        for body, kind, reason in ((b'{"texts": [', "application/json", "no JSON: .* at character 11"),
-                                   (b'{"texts": ["a"]}', "text/plain", "the body must be JSON")):  # fmt: skip
-            answer = client.post("/embed", content=body, headers={"Content-Type": kind})
-            assert answer.status_code == 422 and re.search(reason, answer.json()["detail"])
+        for body, headers, status, reason in (
+            (b'{"texts": [', {}, 422, "no JSON: .* at character 11"),
+            (b'{"texts": ["a"]}', {"Content-Type": "text/plain"}, 422, "the body must be JSON"),
+            (b'{"texts": ["\xff"]}', {}, 400, "cannot be read .*can't decode byte 0xff in position 12.*JSON in UTF-8"),
+            (gzip.compress(b'{"texts": ["a"]}'), {"Content-Encoding": "gzip"}, 400, "Content-Encoding 'gzip' is not"),
+            (b'{"texts": [' + b"9" * 2900, {}, 422, "no JSON"),
+            (b"[" * 2900, {}, 400, "cannot be read .maximum recursion"),
+        ):
+            answer = client.post("/embed", content=body, headers={"Content-Type": "application/json"} | headers)
+            assert answer.status_code == status and re.search(reason, answer.json()["detail"]), answer.text
+            assert len(answer.json()["detail"]) < 600
         assert client.post("/embed", json={"texts": ["dog"]}).status_code == 200
         assert client.service.accepted == 0
     with start(index=False) as client:
         answer = client.post("/search", json={"text": "dog"})
         assert answer.status_code == 404 and "--index" in answer.json()["detail"]
         assert client.get("/health").json()["index"] is None
+
+
+def test_pictures_come_as_browsers_and_mail_have_them(start):
+    with start() as client:
+        plain = picture_file()
+        lines = base64.encodebytes(base64.b64decode(plain)).decode().replace("\n", "\r\n")
+        images = [plain, f"data:image/png;base64,{plain}", lines, f"DATA:image/png;charset=utf-8;base64,{lines}"]
+        embeds = client.post("/embed", json={"images": images}).json()["image_embeds"]
+        assert embeds == [embeds[0]] * 4
+        head = client.head("/health")
+        assert head.status_code == 200 and int(head.headers["Content-Length"]) > 100 and not head.content
+
+
+def test_other_sites_pages_cannot_ask_by_a_name_of_theirs(start):
+    with start() as client:
+        app = serve.build_app(client.service, serve.LOCAL)
+        with TestClient(app) as named:
+            for host, status in (
+                ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("evil.example", 400), ("", 400)
+            ):  # fmt: skip
+                assert named.get("/health", headers={"Host": host}).status_code == status, host
+
+
+def test_what_clients_that_left_had_asked_is_not_done(start, monkeypatch):
+    """One picture and one text are under way; those of the clients that leave meanwhile are never begun."""
+    reading, encoding, go, read = Event(), Event(), Event(), []
+
+    async def requests(service):
+        app = serve.build_app(service)
+        read_image, encode = service.read_image, service.texts.encode
+
+        def slow_image(field, content):
+            reading.set()
+            assert go.wait(30)
+            read.append(field)
+            return read_image(field, content)
+
+        def slow_text(items):
+            encoding.set()
+            assert go.wait(30)
+            return encode(items)
+
+        monkeypatch.setattr(service, "read_image", slow_image)
+        monkeypatch.setattr(service.texts, "encode", slow_text)
+
+        async def ask(body, leaves=None):
+            sent, messages = [], [{"type": "http.request", "body": json.dumps(body).encode()}]
+            headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+            scope = {"type": "http", "method": "POST", "path": "/embed", "query_string": b"", "headers": headers}
+
+            async def receive():
+                if messages:
+                    return messages.pop()
+                await (leaves or asyncio.Event()).wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            await app(scope, receive, send)
+            return sent[0]["status"]
+
+        async with service.running():
+            stay = [asyncio.create_task(ask(body)) for body in ({"texts": ["dog"]}, {"images": [picture_file()]})]
+            await asyncio.to_thread(lambda: reading.wait(30) and encoding.wait(30))
+            leaves = asyncio.Event()
+            left = [asyncio.create_task(ask({"texts": ["can"] * 5}, leaves)) for _ in range(3)]
+            left += [asyncio.create_task(ask({"images": [picture_file()] * 3}, leaves)) for _ in range(3)]
+            while service.accepted < 2 + 3 * 5 + 3 * 3:
+                await asyncio.sleep(0.001)
+            leaves.set()
+            assert await asyncio.gather(*left) == [499] * 6 and service.accepted == 2
+            go.set()
+            assert await asyncio.gather(*stay) == [200] * 2
+            assert await ask({"texts": ["can"]}) == 200
+        assert service.texts.encoded == 2 and read == ["images[0]"] and service.accepted == 0
+
+    with start(max_batch=1) as client:
+        asyncio.run(requests(serve.Service("tiny", client.service.model, client.service.processor)))
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_accepted(start, monkeypatch):
@@ -270,11 +361,16 @@ def test_bodies_are_bounded_as_they_arrive(limits, status):
 def test_loads_languages_and_says_what_is_wrong(folder, capsys):
     model, _ = serve.load_with_languages(str(folder / "model"), [f"gl={folder / 'gl'}"])
     assert model.language == "gl"
+    file = folder / "gl/language_adapter.safetensors"
+    model, _ = serve.load_with_languages(str(folder / "model"), ["base", f"pt={file}"])
+    assert model.language is None and set(model.language_adapters) == {"gl", "pt"}
     for arguments, reason in (
         (["--max_k", "0"], "max_k is 0: it must be at least 1"),
         (["--max_waiting", "10"], "max_waiting=10 is less than one request may hold"),
         (["--index", "nowhere"], "Cannot read the index"),
         (["--language", "pt"], "no adapter for the language 'pt'"),
+        (["--language", "pt="], "--language 'pt=': give CODE"),
+        (["--allowed_host", "a*.org"], "--allowed_host 'a.*.org': a star stands for a whole name"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{reason}"):
             serve.main([str(folder / "model"), *arguments])
