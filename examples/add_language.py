@@ -47,8 +47,8 @@ from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
 from modeling_nrccr.feature_cache import fingerprint
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
+from modeling_nrccr.media import load_image
 from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
-from modeling_nrccr.processing_nrccr import load_image
 from modeling_nrccr.translation import TranslationError
 
 

@@ -31,8 +31,9 @@ from datasets_scripts.features import ShardFeatures
 from datasets_scripts.videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrConfig
 from modeling_nrccr.feature_cache import fingerprint
+from modeling_nrccr.media import to_rgb
 from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
-from modeling_nrccr.processing_nrccr import to_rgb, to_square
+from modeling_nrccr.processing_nrccr import to_square
 
 
 ROWS_A_GROUP = 16  # of Parquet: what reading one item reads

@@ -31,7 +31,8 @@ from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
-from modeling_nrccr.retriever import IMAGE_SUFFIXES, Skipped, list_images
+from modeling_nrccr.media import IMAGE_SUFFIXES, list_images
+from modeling_nrccr.retriever import Skipped
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))

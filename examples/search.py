@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.gallery_index import is_milvus
-from modeling_nrccr.processing_nrccr import load_image
+from modeling_nrccr.media import load_image
 
 
 def main(argv: list[str] | None = None):

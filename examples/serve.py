@@ -31,8 +31,8 @@ from search import load_with_languages
 from modeling_nrccr import NrccrModel, NrccrRetriever
 from modeling_nrccr.encoding import encode
 from modeling_nrccr.gallery_index import is_milvus
+from modeling_nrccr.media import IMAGE_FORMATS, load_image
 from modeling_nrccr.metrics import fuse_query_embeds
-from modeling_nrccr.processing_nrccr import IMAGE_FORMATS, load_image
 
 
 try:

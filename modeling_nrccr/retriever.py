@@ -29,14 +29,13 @@ from transformers.utils import logging
 from .encoding import ahead, encode, encode_images, encode_texts, picture_rows
 from .gallery_index import GalleryIndex, is_milvus, open_index
 from .languages import SAME_MODEL
+from .media import list_images, load_image
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
-from .processing_nrccr import load_image
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NOUNS = {"images": "picture", "videos": "video", "visual_feats": "feature sequence"}  # by the processor's argument
 DATASET_COLUMNS = {"image": "images", "video": "videos", "visual_feats": "visual_feats"}
 BLOCK = 1024  # embeddings that are stored at a time
@@ -66,28 +65,6 @@ class Encoded(NamedTuple):
     embeds: torch.Tensor
     metadata: list[dict[str, Any]]
     skipped: list[Skipped]
-
-
-def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "pictures") -> list[Path]:
-    """
-    The pictures (or `what` else) under `folder`, sorted, by suffix; hidden files and folders are left out.
-
-    Raises:
-        ValueError: if there is no such folder or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"The gallery {str(folder)!r} is not a folder.")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-    if not paths:
-        raise ValueError(f"No {what} under {str(folder)!r}: looked for files that end in {', '.join(suffixes)}.")
-    return paths
 
 
 class NrccrRetriever:

@@ -14,7 +14,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_nrccr
 from modeling_nrccr.feature_cache import processor_settings
-from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor, to_rgb
+from modeling_nrccr.media import to_rgb
+from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "query:", "a", "dog", "runs", "un", "can", "corre"]

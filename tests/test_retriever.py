@@ -13,7 +13,8 @@ from PIL import Image
 from transformers import BatchFeature
 
 from modeling_nrccr.encoding import encode_images
-from modeling_nrccr.retriever import Hit, NrccrRetriever, list_images, load_image
+from modeling_nrccr.media import list_images, load_image
+from modeling_nrccr.retriever import Hit, NrccrRetriever
 
 
 COLORS = {"vermello": (250, 10, 20), "verde": (10, 250, 20), "azul": (20, 10, 250)}

@@ -14,8 +14,8 @@ from transformers import AutoProcessor
 
 from datasets_scripts.debian import FetchError, prepare_translator
 from modeling_nrccr import Hit, NrccrModel, NrccrRetriever, encode_images, encode_texts, load_translator
+from modeling_nrccr.media import load_image
 from modeling_nrccr.metrics import fuse_query_embeds
-from modeling_nrccr.processing_nrccr import load_image
 from modeling_nrccr.translation import TranslationError
 
 
