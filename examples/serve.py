@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from arguments import option
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from search import load_with_languages
 
 from modeling_nrccr import NrccrModel, NrccrRetriever
@@ -170,7 +170,6 @@ class Service:
         self.reader, self.encoder, self.searcher = (ThreadPoolExecutor(1) for _ in range(3))
         self.texts = Batcher(self.encode_texts, self.encoder, self.limits)
         self.images = Batcher(self.encode_images, self.encoder, self.limits)
-        Image.MAX_IMAGE_PIXELS = self.limits.max_pixels  # which load_image refuses to pass; Pillow has one for all
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -214,7 +213,8 @@ class Service:
         if len(content) > self.limits.max_image_bytes:
             raise HTTPException(413, f"{field} has {len(content)} bytes: {self.limits.max_image_bytes} are taken")
         try:
-            return self.processor(images=[load_image(io.BytesIO(content))], return_tensors="pt")
+            picture = load_image(io.BytesIO(content), self.limits.max_pixels)
+            return self.processor(images=[picture], return_tensors="pt")
         except UnidentifiedImageError as error:
             kinds = ", ".join(IMAGE_FORMATS)
             raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error

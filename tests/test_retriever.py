@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from modeling_nrccr.encoding import encode_images
-from modeling_nrccr.media import list_images, load_image
+from modeling_nrccr.media import list_images
 from modeling_nrccr.retriever import Hit, NrccrRetriever
 
 
@@ -125,16 +125,8 @@ def test_corrupt_pictures_are_skipped_and_listed(retriever, gallery):
         retriever.add([gallery / "text.jpg"])
 
 
-def test_decoding_is_bounded(tmp_path, monkeypatch):
-    Image.new("L", (3000, 30)).save(tmp_path / "wide.png")
-    assert load_image(tmp_path / "wide.png").size == (2048, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_999)
-    with pytest.raises(Image.DecompressionBombWarning):
-        load_image(tmp_path / "wide.png")
-
-
 def test_a_gallery_without_pictures_is_named(retriever, tmp_path):
-    with pytest.raises(ValueError, match=f"No pictures under '{tmp_path}'.*.jpg, .png"):
+    with pytest.raises(ValueError, match=f"No pictures under '{tmp_path}'.* .png, "):
         list_images(tmp_path)
     with pytest.raises(ValueError, match="'nowhere' is not a folder"):
         retriever.add("nowhere")
