@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -28,6 +29,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder
+from .files import writing_weights
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pass_pictures, pass_tokens, row_lengths
@@ -447,6 +449,11 @@ class NrccrPreTrainedModel(PreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
         elif isinstance(module, NrccrLanguageAdapter):
             module.reset()
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
+        """Saves as [`PreTrainedModel.save_pretrained`] does; whom the umask lets may read the weights too."""
+        with writing_weights(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
