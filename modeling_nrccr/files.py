@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 LOCK_FILE = ".lock"
 SUFFIX = ".tmp"  # of what is not whole yet; the name begins with a dot, so that no walk through a folder meets it
-DAY = 24 * 60 * 60  # seconds after which nobody is writing such a file any more: its run was killed
+DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
@@ -72,12 +72,12 @@ def sync_folder(folder: Path):
             os.close(number)
 
 
-def remove_leftovers(folder: str | Path):
-    """Removes from `folder` what runs that were killed had not finished, once it is a day old."""
-    for path in Path(folder).glob(f".*{SUFFIX}"):
-        with suppress(OSError):  # another process was faster
-            if time.time() - path.stat().st_mtime > DAY:
-                path.unlink()
+def is_leftover(path: Path) -> bool:
+    """Whether a file that is not whole, or that nothing names, is of a run that was killed: it is a day old."""
+    try:
+        return time.time() - path.stat().st_mtime > DAY
+    except FileNotFoundError:  # another process was faster
+        return False
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def test_saves_and_loads(retriever, gallery, tmp_path):
     retriever.save(tmp_path / "index")
     retriever.add([Image.new("RGB", (2, 2), "white")], ids=["branco"])
     retriever.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 3  # nothing is left of the first save
+    assert len(list((tmp_path / "index").glob("[!.]*"))) == 3  # nothing is left of the first save
     loaded = NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)
     assert loaded.search("azul", k=4) == retriever.search("azul", k=4) and loaded.ids[-1] == "branco"
 
@@ -168,7 +168,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
         raise OSError("no space left")
 
     for where, name in (
-        ("modeling_nrccr.index_faiss.os", "replace"),
+        ("modeling_nrccr.files.os", "replace"),
         ("modeling_nrccr.index_faiss.pq", "write_table"),
     ):
         with monkeypatch.context() as patched:
@@ -177,7 +177,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
                 retriever.save(tmp_path / "index")
         assert len(NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)) == 3
     retriever.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 3
+    assert len(list((tmp_path / "index").iterdir())) == 4  # with the lock
 
 
 @pytest.mark.parametrize(
