@@ -124,6 +124,15 @@ def writing(folder: str | Path, timeout: float = 0) -> Iterator[Path]:
         lock.release()
 
 
+def is_utf8(name: str | os.PathLike) -> bool:
+    """Whether a name can be written into a file; names of old archives often cannot."""
+    try:
+        os.fspath(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(name: str | os.PathLike) -> str:
     r"""The name of a file as it can be shown and stored: what is not UTF-8, a line break or an escape sequence is
     written with backslashes (`caf\xe9.jpg`)."""

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import datasets
 import pytest
@@ -123,6 +126,48 @@ def test_corrupt_pictures_are_skipped_and_listed(retriever, gallery):
         NrccrRetriever(retriever.model, retriever.processor).add(gallery, strict=True)
     with pytest.raises(ValueError, match="None of 1 pictures can be read; the first, .*text.jpg"):
         retriever.add([gallery / "text.jpg"])
+
+
+def test_one_bad_file_skips_itself_alone(retriever, gallery):
+    """Its name, its processor or its embedding may be bad; what is there already counts."""
+    latin = Path(os.fsdecode(os.fsencode(gallery) + b"/caf\xe9.png"))
+    shutil.copy(gallery / "red.png", latin)
+    (gallery / "deleted.png").symlink_to(gallery / "gone.png")
+    Image.new("RGB", (2, 2), (1, 1, 1)).save(gallery / "odd.png")
+    Image.new("RGB", (2, 2), (2, 2, 2)).save(gallery / "odd2.png")
+    processor, model = ColorProcessor.__call__, ColorModel.get_image_features
+
+    def picky(self, images=None, **options):
+        if any(image.getpixel((0, 0)) == (1, 1, 1) for image in images):
+            raise RuntimeError("of this picture")
+        return processor(self, images=images, **options)
+
+    def dizzy(self, pixel_values):
+        return model(self, pixel_values.masked_fill(pixel_values == 2, torch.nan))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ColorProcessor, "__call__", picky)
+        patched.setattr(ColorModel, "get_image_features", dizzy)
+        skipped = dict(retriever.add(gallery))
+        assert skipped.pop("deleted.png", "") is not None  # a walk may leave it out
+        assert skipped == {
+            r"caf\xe9.png": "its name is not UTF-8: rename it",
+            "odd.png": "of this picture",
+            "odd2.png": "its embedding is not finite; check the model's weights",
+        }
+        assert sorted(retriever.ids) == ["more/GREEN.JPG", "more/blue.webp", "red.png"]
+        again = retriever.add(gallery, skip_existing=True)  # a nightly job: nothing new but what is broken
+        assert {"odd.png", "odd2.png"} < {id for id, _ in again} and len(retriever) == 3
+        for id, message in (("odd.png", "of this picture"), ("odd2.png", "not finite"), ("red.png", None)):
+            with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+                retriever.add([gallery / id], ["new"], strict=True)
+    assert retriever.search("azul", k=1)[0].id == "more/blue.webp"
+    assert retriever.add([latin], ["café"], [{}]) == [] and "café" in retriever.ids
+    for change in ({"ids": [latin.name]}, {"metadata": [{"path": str(latin)}]}):
+        with pytest.raises(ValueError, match="Row 0: the (id|metadata) .*udce9.* cannot be stored"):
+            retriever.add_embeds(**{"embeds": torch.eye(3)[:1], "ids": ["x"]} | change)
+    with pytest.raises(ValueError, match="None of 1 pictures can be read; the first, .*caf.*name is not UTF-8"):
+        NrccrRetriever(retriever.model, retriever.processor).add([latin])
 
 
 def test_a_gallery_without_pictures_is_named(retriever, tmp_path):
