@@ -5,41 +5,61 @@
 `--index` is a folder (faiss), `gallery.db` (Milvus Lite) or `http://localhost:19530` (a Milvus server). What is
 encoded goes into shards before it goes into the index, so a run that was killed, or whose server went away, encodes
 nothing twice; a file is known by its content. `--copy_from outputs/gallery` moves what another index has.
+
+What is left out stands in `left_out.csv` with the reason, in the folder of the index (of Milvus, in the cache folder
+here). A file that is broken is not tried again before it changes; `--retry` tries all of them.
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
-import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from search import load_model
 from tqdm.auto import tqdm
 from wheels import cache_folder
 
 from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrRetriever
+from modeling_nrccr.files import is_utf8, printable, write_file, writing
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
 from modeling_nrccr.media import IMAGE_SUFFIXES, list_images
-from modeling_nrccr.retriever import Skipped
+from modeling_nrccr.retriever import NOT_UTF8, Skipped
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
+BROKEN, UNREAD = "broken", "of a kind that is not read"
+
+
+class LeftOut(NamedTuple):
+    """A file that was not indexed, by its `printable` name. `content_hash`: empty where it is not known."""
+
+    file: str
+    kind: str
+    reason: str
+    content_hash: str = ""
 
 
 def list_media(gallery: Path) -> list[str]:
     """Pictures and videos under `gallery`, as paths below it, sorted; see [`list_images`]."""
+    if not is_utf8(gallery):
+        raise ValueError(f"{printable(gallery)}: {NOT_UTF8}")
     found = list_images(gallery, SUFFIXES, "pictures or videos")
     return sorted(path.relative_to(gallery).as_posix() for path in found)
 
@@ -49,9 +69,54 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def shard_folder(index: str, collection: str) -> Path:
+def other_files(gallery: Path) -> list[LeftOut]:
+    """What `list_media` passes over under `gallery`, hidden files apart."""
+    found = []
+    for path in sorted(gallery.rglob("*")):
+        file = path.relative_to(gallery)
+        is_hidden = any(part.startswith(".") for part in file.parts)
+        if path.suffix.lower() not in SUFFIXES and not is_hidden and path.is_file():
+            found.append(LeftOut(printable(file.as_posix()), UNREAD, f"{path.suffix.lower() or 'no suffix'}"))
+    return found
+
+
+def local_folder(name: str, index: str, collection: str) -> Path:
+    """Where this machine keeps its part of the work on an index."""
     address = index if "://" in index else str(Path(index).resolve())
-    return cache_folder() / "gallery" / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
+    return cache_folder() / name / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
+
+
+def home_folder(index: str, collection: str) -> Path:
+    """The folder of `left_out.csv` and of the lock."""
+    return local_folder("indexes", index, collection) if is_milvus(index) else Path(index)
+
+
+def read_left_out(path: Path) -> dict[str, str]:
+    """By content the reasons why files were broken; none where the list is not there, or was changed by hand."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [LeftOut(**row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error):
+        return {}
+    return {row.content_hash: row.reason for row in rows if row.kind == BROKEN and row.content_hash}
+
+
+def write_left_out(path: Path, rows: Iterable[LeftOut]):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([LeftOut._fields, *sorted(rows)])
+    write_file(path, text.getvalue())
+
+
+def describe(encoded: int, left_out: list[LeftOut], path: Path) -> str:
+    """The last line of a run."""
+    if not left_out:
+        return f"{encoded:,} encoded; nothing left out"
+    kinds = Counter(row.reason for row in left_out if row.kind == UNREAD)
+    parts = [f"{count:,} broken"] if (count := len(left_out) - kinds.total()) else []
+    if kinds:
+        counts = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+        parts.append(f"{kinds.total():,} of kinds that are not read ({counts})")
+    return f"{encoded:,} encoded; left out: {', '.join(parts)}; see {path}"
 
 
 def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
@@ -84,28 +149,50 @@ class Indexer:
             other.save(index, **self.options(index))
         self.retriever = NrccrRetriever(model, processor, index, **self.options(index))
         self.fingerprint = self.retriever.fingerprint()
-        self.shards = shard_folder(args.index, args.collection)
+        self.shards = local_folder("gallery", args.index, args.collection)
+        self.left_out_path = home_folder(args.index, args.collection) / "left_out.csv"
+        self.known_broken = {} if args.retry or args.strict else read_left_out(self.left_out_path)
 
     def options(self, index: str | None) -> dict[str, str]:
         return {"collection": self.args.collection} if index and is_milvus(index) else {}
 
-    def run(self) -> tuple[int, list[Skipped]]:
-        """How many files were encoded, and what cannot be read."""
+    def run(self, files: list[str] | None) -> tuple[int, list[Skipped], list[LeftOut]]:
+        """How many files were encoded, what turned out to be broken, and all that was left out. `files`: in the main
+        process those of the gallery."""
         self.shards.mkdir(parents=True, exist_ok=True)
-        files = broadcast_object_list([list_media(self.gallery) if self.is_main else None])[0]
+        files = broadcast_object_list([files])[0]
         own = tqdm(self.share(files), desc="reading", unit="file", disable=not self.is_main)
-        hashes = dict(gather_object([(file, content_hash(self.gallery / file)) for file in own]))
-        changed = self.compare(hashes) if self.is_main else {}
+        hashes, unreadable = {}, []
+        for file, content, reason in gather_object([self.read(file) for file in own]):
+            if reason is None:
+                hashes[file] = content
+            else:
+                unreadable.append(Skipped(file, reason))
+        changed = self.compare(hashes, files) if self.is_main else {}
         todo = broadcast_object_list([self.missing(changed) if self.is_main else None])[0]
-        skipped = gather_object(self.encode(todo))  # waits for all
+        broken = gather_object(self.encode(todo))  # waits for all
+        left_out = self.store(changed, hashes, broken) if self.is_main else []
+        left_out += [LeftOut(printable(file), BROKEN, printable(reason)) for file, reason in unreadable]
         if self.is_main:
-            self.store(changed)
-        return len(todo) - len(skipped), skipped
+            left_out += other_files(self.gallery)
+            write_left_out(self.left_out_path, left_out)
+        return len(todo) - len(broken), unreadable + broken, left_out
+
+    def read(self, file: str) -> tuple[str, str | None, str | None]:
+        """The file, the hash of its content, and why it has none."""
+        if not is_utf8(file):
+            return file, None, NOT_UTF8
+        try:
+            return file, content_hash(self.gallery / file), None
+        except OSError as error:
+            if self.args.strict:
+                raise
+            return file, None, error.strerror or str(error)
 
     def share(self, items: list) -> list:
         return items[self.state.process_index :: self.state.num_processes]
 
-    def compare(self, hashes: dict[str, str]) -> dict[str, list[str]]:
+    def compare(self, hashes: dict[str, str], files: list[str]) -> dict[str, list[str]]:
         """By content hash the files that are new, changed or moved. What the index has of them goes into a shard."""
         held = {}
         for ids, texts, _ in self.retriever.index.rows():
@@ -123,15 +210,16 @@ class Indexer:
                     torch.from_numpy(embeds[[row for row, _ in found]]),
                 )
         if self.args.remove_missing:
-            self.retriever.remove([id for id in held if id not in hashes])
+            self.retriever.remove(list(held.keys() - set(files)))
         return changed
 
     def metadata(self, file: str, content: str) -> dict[str, str]:
         return {"path": str(self.gallery / file), "content_hash": content}
 
     def missing(self, changed: dict[str, list[str]]) -> list[tuple[str, str]]:
-        """Content hash and one file of each content that no shard has."""
+        """Content hash and one file of each content that no shard has, and that is not known to be broken."""
         known = {content for rows, _ in read_shards(self.shards, self.fingerprint) for content, _ in rows}
+        known.update(self.known_broken)
         return [(content, files[0]) for content, files in changed.items() if content not in known]
 
     def encode(self, todo: list[tuple[str, str]]) -> list[Skipped]:
@@ -160,12 +248,12 @@ class Indexer:
 
     def shelve(self, rows: list[tuple[str, dict]], embeds: torch.Tensor):
         if rows:
-            path = self.shards / f"{secrets.token_hex(8)}.safetensors"
             tensors = {"image_embeds": embeds, "fingerprint": self.fingerprint}
-            save_file(tensors, path.with_suffix(".tmp"), metadata={"rows": json.dumps(rows)})
-            os.replace(path.with_suffix(".tmp"), path)
+            content = save(tensors, metadata={"rows": json.dumps(rows)})
+            write_file(self.shards / f"{secrets.token_hex(8)}.safetensors", content)
 
-    def store(self, changed: dict[str, list[str]]):
+    def store(self, changed: dict[str, list[str]], hashes: dict[str, str], broken: list[Skipped]) -> list[LeftOut]:
+        """Fills the index. What is broken now may have been a picture before, so nothing of it stays."""
         for rows, embeds in read_shards(self.shards, self.fingerprint):
             chosen, files, metadata = [], [], []
             for row, (content, extra) in enumerate(rows):
@@ -175,8 +263,12 @@ class Indexer:
                     metadata.append(extra | self.metadata(file, content))
             self.retriever.remove(files)
             self.retriever.add_embeds(embeds[chosen], files, metadata)
+        reasons = self.known_broken | {hashes[file]: printable(reason) for file, reason in broken}
+        left_out = [(file, content) for content, files in changed.items() for file in files]
+        self.retriever.remove([file for file, _ in left_out])
         self.retriever.save()
         shutil.rmtree(self.shards)
+        return [LeftOut(printable(file), BROKEN, reasons[content], content) for file, content in left_out]
 
 
 def main(argv: list[str] | None = None):
@@ -193,17 +285,21 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--shard_size", type=int, default=256, help="files between two writes")
     parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
     parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
+    parser.add_argument("--retry", action="store_true", help="try again what was broken and has not changed")
     args = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
     started = time.perf_counter()
     try:
-        indexer = Indexer(args)
-        encoded, skipped = indexer.run()
-        if indexer.is_main:
-            for id, reason in skipped:
-                print(f"skipped {id}: {reason}")
-            seconds, size = time.perf_counter() - started, len(indexer.retriever)
-            print(f"{encoded} encoded, {len(skipped)} skipped ({seconds:.0f} s): {args.index} has {size}")
+        is_main = PartialState().is_main_process
+        files = list_media(Path(args.gallery).resolve()) if is_main else None
+        with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
+            indexer = Indexer(args)
+            encoded, skipped, left_out = indexer.run(files)
+        if is_main:
+            for file, reason in skipped:
+                print(f"skipped {printable(file)}: {printable(reason)}")
+            print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
+            print(describe(encoded, left_out, indexer.left_out_path))
     except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
 

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoProcessor
 
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
+from modeling_nrccr.files import printable
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.media import load_image
 
@@ -75,11 +76,16 @@ def load_with_languages(name: str, languages: list[str]) -> tuple[NrccrModel, Nr
 
 
 def read_hit(hit: Hit) -> Image.Image:
-    """The picture, or the frame of a video that is most like the whole."""
+    """The picture, or the frame of a video that is most like the whole; a grey field where the file is gone, or cannot
+    be read any more, which is said."""
     if "path" not in hit.metadata:
         raise ValueError(f"The gallery does not say which file {hit.id!r} is: leave out --output.")
     path, num_frames = hit.metadata["path"], hit.metadata.get("num_frames")
-    return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+    try:
+        return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+    except Exception as error:  # decoders of broken files raise anything
+        print(f"cannot show {printable(path)}: {printable(str(error))}")
+        return Image.new("RGB", (64, 64), "lightgrey")
 
 
 def search(args: argparse.Namespace):
