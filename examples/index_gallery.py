@@ -39,16 +39,17 @@ from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import is_utf8, printable, write_file, writing
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
-from modeling_nrccr.media import IMAGE_SUFFIXES, list_images
+from modeling_nrccr.media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
 from modeling_nrccr.retriever import NOT_UTF8, Skipped
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
-BROKEN, UNREAD = "broken", "of a kind that is not read"
+BROKEN, PASSED, UNREAD = "broken", "passed over", "of a kind that is not read"
 
 
 class LeftOut(NamedTuple):
-    """A file that was not indexed, by its `printable` name. `content_hash`: empty where it is not known."""
+    """A file that was not indexed (or `*.raw`, all of a kind), by its `printable` name. `content_hash`: empty where it
+    is not known."""
 
     file: str
     kind: str
@@ -56,28 +57,19 @@ class LeftOut(NamedTuple):
     content_hash: str = ""
 
 
-def list_media(gallery: Path) -> list[str]:
-    """Pictures and videos under `gallery`, as paths below it, sorted; see [`list_images`]."""
+def list_media(gallery: Path) -> Found:
+    """Pictures and videos under `gallery`, and what is passed over; see [`walk`]."""
     if not is_utf8(gallery):
         raise ValueError(f"{printable(gallery)}: {NOT_UTF8}")
-    found = list_images(gallery, SUFFIXES, "pictures or videos")
-    return sorted(path.relative_to(gallery).as_posix() for path in found)
+    found = walk(gallery, SUFFIXES)
+    if not found.files:
+        list_images(gallery, SUFFIXES, "pictures or videos")  # says what is there instead
+    return found
 
 
 def content_hash(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def other_files(gallery: Path) -> list[LeftOut]:
-    """What `list_media` passes over under `gallery`, hidden files apart."""
-    found = []
-    for path in sorted(gallery.rglob("*")):
-        file = path.relative_to(gallery)
-        is_hidden = any(part.startswith(".") for part in file.parts)
-        if path.suffix.lower() not in SUFFIXES and not is_hidden and path.is_file():
-            found.append(LeftOut(printable(file.as_posix()), UNREAD, f"{path.suffix.lower() or 'no suffix'}"))
-    return found
 
 
 def local_folder(name: str, index: str, collection: str) -> Path:
@@ -107,16 +99,13 @@ def write_left_out(path: Path, rows: Iterable[LeftOut]):
     write_file(path, text.getvalue())
 
 
-def describe(encoded: int, left_out: list[LeftOut], path: Path) -> str:
-    """The last line of a run."""
-    if not left_out:
-        return f"{encoded:,} encoded; nothing left out"
-    kinds = Counter(row.reason for row in left_out if row.kind == UNREAD)
-    parts = [f"{count:,} broken"] if (count := len(left_out) - kinds.total()) else []
-    if kinds:
-        counts = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
-        parts.append(f"{kinds.total():,} of kinds that are not read ({counts})")
-    return f"{encoded:,} encoded; left out: {', '.join(parts)}; see {path}"
+def describe(encoded: int, left_out: list[LeftOut], others: Counter, path: Path) -> str:
+    """The last line of a run. `others`: how many files of each suffix are not read."""
+    kinds = Counter(row.kind for row in left_out if row.kind != UNREAD)
+    parts = [f"{kinds[kind]:,} {kind}" for kind in (BROKEN, PASSED) if kinds[kind]]
+    if others:
+        parts.append(describe_others(others))
+    return f"{encoded:,} encoded; " + (f"left out: {', '.join(parts)}; see {path}" if parts else "nothing left out")
 
 
 def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
@@ -156,10 +145,11 @@ class Indexer:
     def options(self, index: str | None) -> dict[str, str]:
         return {"collection": self.args.collection} if index and is_milvus(index) else {}
 
-    def run(self, files: list[str] | None) -> tuple[int, list[Skipped], list[LeftOut]]:
-        """How many files were encoded, what turned out to be broken, and all that was left out. `files`: in the main
-        process those of the gallery."""
+    def run(self, found: Found | None) -> tuple[int, list[Skipped], list[LeftOut]]:
+        """How many files were encoded, what turned out to be broken, and all that was left out. `found`: in the main
+        process what the gallery holds."""
         self.shards.mkdir(parents=True, exist_ok=True)
+        files = [path.relative_to(self.gallery).as_posix() for path in found.files] if self.is_main else None
         files = broadcast_object_list([files])[0]
         own = tqdm(self.share(files), desc="reading", unit="file", disable=not self.is_main)
         hashes, unreadable = {}, []
@@ -168,20 +158,20 @@ class Indexer:
                 hashes[file] = content
             else:
                 unreadable.append(Skipped(file, reason))
-        changed = self.compare(hashes, files) if self.is_main else {}
+        changed = self.compare(hashes, files, found) if self.is_main else {}
         todo = broadcast_object_list([self.missing(changed) if self.is_main else None])[0]
         broken = gather_object(self.encode(todo))  # waits for all
-        left_out = self.store(changed, hashes, broken) if self.is_main else []
-        left_out += [LeftOut(printable(file), BROKEN, printable(reason)) for file, reason in unreadable]
+        left_out = []
         if self.is_main:
-            left_out += other_files(self.gallery)
+            left_out += self.store(changed, hashes, broken)
+            left_out += [LeftOut(printable(file), BROKEN, printable(reason)) for file, reason in unreadable]
+            left_out += [LeftOut(printable(name), PASSED, printable(reason)) for name, reason in found.left_out]
+            left_out += [LeftOut(f"*{kind}", UNREAD, f"{count:,} files") for kind, count in found.others.items()]
             write_left_out(self.left_out_path, left_out)
         return len(todo) - len(broken), unreadable + broken, left_out
 
     def read(self, file: str) -> tuple[str, str | None, str | None]:
         """The file, the hash of its content, and why it has none."""
-        if not is_utf8(file):
-            return file, None, NOT_UTF8
         try:
             return file, content_hash(self.gallery / file), None
         except OSError as error:
@@ -192,7 +182,7 @@ class Indexer:
     def share(self, items: list) -> list:
         return items[self.state.process_index :: self.state.num_processes]
 
-    def compare(self, hashes: dict[str, str], files: list[str]) -> dict[str, list[str]]:
+    def compare(self, hashes: dict[str, str], files: list[str], found: Found) -> dict[str, list[str]]:
         """By content hash the files that are new, changed or moved. What the index has of them goes into a shard."""
         held = {}
         for ids, texts, _ in self.retriever.index.rows():
@@ -203,14 +193,15 @@ class Indexer:
                 changed.setdefault(content, []).append(file)
         if changed.keys() & {metadata.get("content_hash") for metadata in held.values()}:
             for _, texts, embeds in self.retriever.index.rows(embeds=True):
-                found = [(row, json.loads(text)) for row, text in enumerate(texts)]
-                found = [(row, metadata) for row, metadata in found if metadata.get("content_hash") in changed]
+                chosen = [(row, json.loads(text)) for row, text in enumerate(texts)]
+                chosen = [(row, metadata) for row, metadata in chosen if metadata.get("content_hash") in changed]
                 self.shelve(
-                    [(metadata.pop("content_hash"), metadata) for _, metadata in found],
-                    torch.from_numpy(embeds[[row for row, _ in found]]),
+                    [(metadata.pop("content_hash"), metadata) for _, metadata in chosen],
+                    torch.from_numpy(embeds[[row for row, _ in chosen]]),
                 )
         if self.args.remove_missing:
-            self.retriever.remove(list(held.keys() - set(files)))
+            hidden = tuple(f"{name}/" for name, _ in found.left_out)  # in a folder that cannot be read, say
+            self.retriever.remove([id for id in held.keys() - set(files) if not f"{id}".startswith(hidden)])
         return changed
 
     def metadata(self, file: str, content: str) -> dict[str, str]:
@@ -229,11 +220,11 @@ class Indexer:
             for start in self.share(range(0, len(todo), size)):
                 files, rows, embeds = todo[start : start + size], [], []
                 names = [file for _, file in files]
-                is_clip = [Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names]
+                is_video = [self.is_video(name) for name in names]
                 for kind, wanted in (("images", False), ("videos", True)):
                     encoded = self.retriever.encode_media(
                         kind,
-                        [(row, self.gallery / name) for row, name in enumerate(names) if is_clip[row] == wanted],
+                        [(row, self.gallery / name) for row, name in enumerate(names) if is_video[row] == wanted],
                         names,
                         lambda path: read_frames(path, self.args.num_frames),
                         self.args.strict,
@@ -245,6 +236,12 @@ class Indexer:
                     skipped += encoded.skipped
                 self.shelve(rows, torch.cat(embeds))
         return skipped
+
+    def is_video(self, file: str) -> bool:
+        try:
+            return is_clip(self.gallery / file)
+        except (OSError, ValueError):  # who reads it as a picture says what is amiss
+            return False
 
     def shelve(self, rows: list[tuple[str, dict]], embeds: torch.Tensor):
         if rows:
@@ -291,15 +288,15 @@ def main(argv: list[str] | None = None):
     started = time.perf_counter()
     try:
         is_main = PartialState().is_main_process
-        files = list_media(Path(args.gallery).resolve()) if is_main else None
+        found = list_media(Path(args.gallery).resolve()) if is_main else None
         with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
             indexer = Indexer(args)
-            encoded, skipped, left_out = indexer.run(files)
+            encoded, skipped, left_out = indexer.run(found)
         if is_main:
             for file, reason in skipped:
                 print(f"skipped {printable(file)}: {printable(reason)}")
             print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
-            print(describe(encoded, left_out, indexer.left_out_path))
+            print(describe(encoded, left_out, found.others, indexer.left_out_path))
     except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
 

@@ -30,7 +30,7 @@ from .encoding import ahead, encode, encode_images, encode_texts, picture_rows
 from .files import is_utf8, printable
 from .gallery_index import GalleryIndex, is_milvus, open_index
 from .languages import SAME_MODEL
-from .media import list_images, load_image
+from .media import list_images, load_image, walk
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
 
@@ -142,9 +142,11 @@ class NrccrRetriever:
         if (images is None) == (videos is None):
             raise ValueError("Give add() either images or videos.")
         kind, sources = ("images", images) if videos is None else ("videos", videos)
-        is_named_by_file = ids is None or metadata is None
+        is_named_by_file, skipped = ids is None or metadata is None, []
         if isinstance(images, (str, Path)):
-            folder, sources = Path(images), list_images(images)
+            folder, (sources, _, left_out) = Path(images), walk(images)
+            sources = sources or list_images(images)  # says what is there instead
+            skipped = [Skipped(*entry) for entry in left_out]
             ids = [path.relative_to(folder).as_posix() for path in sources] if ids is None else ids
         elif isinstance(images, datasets.Dataset):
             kind, sources, image_ids, columns = _dataset_media(images)
@@ -157,23 +159,22 @@ class NrccrRetriever:
             ]
         if metadata is None:
             metadata = [{"path": str(source)} if is_file else {} for source, is_file in zip(sources, are_files)]
-        skipped = []
         if not len(sources) == len(ids) == len(metadata):
             raise ValueError(
                 f"Got {len(sources)} {NOUNS[kind]}s, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
             )
         unnamed = {row for row, is_file in enumerate(are_files) if is_file and not is_utf8(sources[row])}
         if unnamed:
-            skipped = [Skipped(printable(str(ids[row])), NOT_UTF8) for row in sorted(unnamed)]
+            skipped += [Skipped(printable(str(ids[row])), NOT_UTF8) for row in sorted(unnamed)]
             if strict:
-                raise ValueError(f"{skipped[0].id}: {NOT_UTF8}.")
+                raise ValueError(f"{skipped[-1].id}: {NOT_UTF8}.")
             sources, ids, metadata = (
                 [value for row, value in enumerate(values) if row not in unnamed]
                 for values in (sources, ids, metadata)
             )
         rows = self._new_rows(ids, metadata, skip_existing)
 
-        stored, block = 0, max(1, BLOCK // batch_size) * batch_size
+        stored, count, block = 0, len(rows) + len(skipped), max(1, BLOCK // batch_size) * batch_size
         with tqdm(total=len(rows), desc=f"{NOUNS[kind]}s", unit=NOUNS[kind], disable=not show_progress) as progress:
             for start in range(0, len(rows), block):
                 chosen = ((row, sources[row]) for row in rows[start : start + block])
@@ -185,13 +186,13 @@ class NrccrRetriever:
                 stored += len(encoded.rows)
         if skipped:
             logger.warning(
-                f"Skipped {len(skipped)} of {len(rows) + len(unnamed)} {NOUNS[kind]}s that cannot be read: "
+                f"Skipped {len(skipped)} of {count} {NOUNS[kind]}s that cannot be read: "
                 + "; ".join(f"{id} ({reason})" for id, reason in skipped[:5])
                 + ("; ..." if len(skipped) > 5 else "")
             )
         if not stored and len(rows) == len(ids):  # else the gallery has the others
             raise ValueError(
-                f"None of {len(rows) + len(unnamed)} {NOUNS[kind]}s can be read"
+                f"None of {count} {NOUNS[kind]}s can be read"
                 + (f"; the first, {skipped[0].id!r}: {skipped[0].reason}" if skipped else "")
                 + "."
             )

@@ -20,6 +20,7 @@ from test_search_examples import checkpoint, picture  # noqa: F401
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import writing
+from modeling_nrccr.media import Found
 from modeling_nrccr.retriever import Skipped
 
 
@@ -110,7 +111,7 @@ def left_out(index) -> dict[str, list[str]]:
 
 def test_what_is_left_out_is_remembered_and_tried_again(checkpoint, gallery, tmp_path, capsys, monkeypatch):  # noqa: F811
     index = tmp_path / "index"
-    (gallery / "photo.HEIC").write_bytes(b"x")
+    (gallery / "photo.TGX").write_bytes(b"x")
     (gallery / "more" / "a,b.raw").write_bytes(b"x")
     (gallery / "more" / "b.raw").write_bytes(b"x")
     (gallery / "copy.jpg").write_bytes((gallery / "broken.jpg").read_bytes())
@@ -118,12 +119,14 @@ def test_what_is_left_out_is_remembered_and_tried_again(checkpoint, gallery, tmp
     picture(3).save(os.fsdecode(os.fsencode(gallery) + b"/\xe9t\xe9/1.png"))
     lines = run(checkpoint, gallery, index, capsys)
     assert lines[-1] == (
-        f"6 encoded; left out: 3 broken, 3 of kinds that are not read (.raw 2, .heic 1); see {index / 'left_out.csv'}"
+        "6 encoded; left out: 2 broken, 1 passed over, 3 of kinds that are not read (.raw 2, .tgx 1); "
+        f"see {index / 'left_out.csv'}"
     )
     found = left_out(index)
-    assert found.pop(r"\xe9t\xe9/1.png") == ["broken", "its name is not UTF-8: rename it"]
-    assert found.pop("more/a,b.raw") == found.pop("more/b.raw") == ["of a kind that is not read", ".raw"]
-    assert set(found) == {"photo.HEIC", "broken.jpg", "copy.jpg"} and found["copy.jpg"] == found["broken.jpg"]
+    kind, reason = found[r"\xe9t\xe9/1.png"]
+    assert kind == "passed over" and reason.startswith("its name is not UTF-8: rename it")
+    assert found["*.raw"] == ["of a kind that is not read", "2 files"] and found["copy.jpg"] == found["broken.jpg"]
+    assert set(found) == {r"\xe9t\xe9/1.png", "*.raw", "*.tgx", "broken.jpg", "copy.jpg"}
 
     # a picture that a broken file takes the place of is found no longer; one that cannot be looked at still is
     (gallery / "more" / "1.png").write_bytes(b"\x89PNG no more")
@@ -147,22 +150,24 @@ def test_what_is_left_out_is_remembered_and_tried_again(checkpoint, gallery, tmp
         patched.setattr(index_gallery, "content_hash", refuses)
         lines = run(checkpoint, gallery, index, capsys, "--remove_missing")
     assert tried == ["more/1.png"]  # those that were broken have not changed
-    assert {line.split(":")[0] for line in lines[:-2]} == {
-        r"skipped \xe9t\xe9/1.png", "skipped more/2.png", "skipped more/1.png"
-    }  # fmt: skip
+    assert [line.split(":")[0] for line in lines[:-2]] == ["skipped more/2.png", "skipped more/1.png"]
     assert left_out(index)["more/2.png"] == ["broken", "Permission denied"] and "more/1.png" in left_out(index)
     retriever = NrccrRetriever.load(index, *load_model(str(checkpoint)))
     assert set(retriever.ids) == {"clip.webp", *(f"more/{i}.png" for i in (0, 2, 3, 4))}
 
     tried.clear()
     picture(9).save(gallery / "more" / "1.png")
+    with monkeypatch.context() as patched:  # a folder that cannot be looked into has not gone
+        files = [gallery / "clip.webp", gallery / "copy.jpg"]
+        patched.setattr(index_gallery, "walk", lambda *_: Found(files, {}, [("more", "")]))
+        run(checkpoint, gallery, index, capsys, "--remove_missing")
     lines = run(checkpoint, gallery, index, capsys, "--retry")
     assert sorted(tried) == ["broken.jpg", "more/1.png"] and lines[-1].startswith(
-        "1 encoded; left out: 3 broken, 3 of"
+        "1 encoded; left out: 2 broken, 1 passed"
     )
-    assert set(left_out(index)) == {*found, r"\xe9t\xe9/1.png", "more/a,b.raw", "more/b.raw"}
+    assert set(left_out(index)) == set(found)
     (index / "left_out.csv").write_text("changed,by\nhand,x\n")
-    assert run(checkpoint, gallery, index, capsys)[-1].startswith("0 encoded; left out: 3 broken, 3 of")
+    assert run(checkpoint, gallery, index, capsys)[-1].startswith("0 encoded; left out: 2 broken, 1 passed")
 
 
 def test_a_second_run_on_an_index_is_refused_at_once(checkpoint, gallery, tmp_path, capsys):  # noqa: F811
