@@ -2,6 +2,7 @@ from setuptools import setup
 
 
 VIDEO = ["av>=14"]
+HEIC = ["pillow-heif>=1.0,<2"]  # the pictures of phones
 SEQ2SEQ = ["sentencepiece>=0.2", "sacremoses>=0.1"]
 CTRANSLATE2 = [*SEQ2SEQ, "ctranslate2>=4.6,<5"]
 LORA = ["peft>=0.17,<1"]
@@ -33,14 +34,15 @@ setup(
         "huggingface_hub>=2.0,<3",
         "langcodes>=3.5,<4",
         "safetensors>=0.5",
-        "filelock>=3.12",
+        "filelock>=3.13",
         "numpy>=2",
-        "pillow>=11",
+        "pillow>=11.3",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],
     extras_require={
         "video": VIDEO,
+        "heic": HEIC,
         "seq2seq": SEQ2SEQ,
         "ctranslate2": CTRANSLATE2,
         "noise": NOISE,
@@ -60,6 +62,7 @@ setup(
             "matplotlib>=3.10",
             "playwright>=1.50",
             *VIDEO,
+            *HEIC,
             *CTRANSLATE2,
             *NOISE,
             *MILVUS,

@@ -5,42 +5,66 @@
 `--index` is a folder (faiss), `gallery.db` (Milvus Lite) or `http://localhost:19530` (a Milvus server). What is
 encoded goes into shards before it goes into the index, so a run that was killed, or whose server went away, encodes
 nothing twice; a file is known by its content. `--copy_from outputs/gallery` moves what another index has.
+
+What is left out stands in `left_out.csv` with the reason, in the folder of the index (of Milvus, in the cache folder
+here). A file that is broken is not tried again before it changes; `--retry` tries all of them.
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import json
-import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from search import load_model
 from tqdm.auto import tqdm
 from wheels import cache_folder
 
 from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrRetriever
+from modeling_nrccr.files import is_utf8, printable, write_file, writing
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
-from modeling_nrccr.retriever import IMAGE_SUFFIXES, Skipped, list_images
+from modeling_nrccr.media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
+from modeling_nrccr.retriever import NOT_UTF8, Skipped
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
+BROKEN, PASSED, UNREAD = "broken", "passed over", "of a kind that is not read"
 
 
-def list_media(gallery: Path) -> list[str]:
-    """Pictures and videos under `gallery`, as paths below it, sorted; see [`list_images`]."""
-    found = list_images(gallery, SUFFIXES, "pictures or videos")
-    return sorted(path.relative_to(gallery).as_posix() for path in found)
+class LeftOut(NamedTuple):
+    """A file that was not indexed (or `*.raw`, all of a kind), by its `printable` name. `content_hash`: empty where it
+    is not known."""
+
+    file: str
+    kind: str
+    reason: str
+    content_hash: str = ""
+
+
+def list_media(gallery: Path) -> Found:
+    """Pictures and videos under `gallery`, and what is passed over; see [`walk`]."""
+    if not is_utf8(gallery):
+        raise ValueError(f"{printable(gallery)}: {NOT_UTF8}")
+    found = walk(gallery, SUFFIXES)
+    if not found.files:
+        list_images(gallery, SUFFIXES, "pictures or videos")  # says what is there instead
+    return found
 
 
 def content_hash(path: Path) -> str:
@@ -48,9 +72,40 @@ def content_hash(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def shard_folder(index: str, collection: str) -> Path:
+def local_folder(name: str, index: str, collection: str) -> Path:
+    """Where this machine keeps its part of the work on an index."""
     address = index if "://" in index else str(Path(index).resolve())
-    return cache_folder() / "gallery" / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
+    return cache_folder() / name / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
+
+
+def home_folder(index: str, collection: str) -> Path:
+    """The folder of `left_out.csv` and of the lock."""
+    return local_folder("indexes", index, collection) if is_milvus(index) else Path(index)
+
+
+def read_left_out(path: Path) -> dict[str, str]:
+    """By content the reasons why files were broken; none where the list is not there, or was changed by hand."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [LeftOut(**row) for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error):
+        return {}
+    return {row.content_hash: row.reason for row in rows if row.kind == BROKEN and row.content_hash}
+
+
+def write_left_out(path: Path, rows: Iterable[LeftOut]):
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([LeftOut._fields, *sorted(rows)])
+    write_file(path, text.getvalue())
+
+
+def describe(encoded: int, left_out: list[LeftOut], others: Counter, path: Path) -> str:
+    """The last line of a run. `others`: how many files of each suffix are not read."""
+    kinds = Counter(row.kind for row in left_out if row.kind != UNREAD)
+    parts = [f"{kinds[kind]:,} {kind}" for kind in (BROKEN, PASSED) if kinds[kind]]
+    if others:
+        parts.append(describe_others(others))
+    return f"{encoded:,} encoded; " + (f"left out: {', '.join(parts)}; see {path}" if parts else "nothing left out")
 
 
 def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
@@ -83,28 +138,51 @@ class Indexer:
             other.save(index, **self.options(index))
         self.retriever = NrccrRetriever(model, processor, index, **self.options(index))
         self.fingerprint = self.retriever.fingerprint()
-        self.shards = shard_folder(args.index, args.collection)
+        self.shards = local_folder("gallery", args.index, args.collection)
+        self.left_out_path = home_folder(args.index, args.collection) / "left_out.csv"
+        self.known_broken = {} if args.retry or args.strict else read_left_out(self.left_out_path)
 
     def options(self, index: str | None) -> dict[str, str]:
         return {"collection": self.args.collection} if index and is_milvus(index) else {}
 
-    def run(self) -> tuple[int, list[Skipped]]:
-        """How many files were encoded, and what cannot be read."""
+    def run(self, found: Found | None) -> tuple[int, list[Skipped], list[LeftOut]]:
+        """How many files were encoded, what turned out to be broken, and all that was left out. `found`: in the main
+        process what the gallery holds."""
         self.shards.mkdir(parents=True, exist_ok=True)
-        files = broadcast_object_list([list_media(self.gallery) if self.is_main else None])[0]
+        files = [path.relative_to(self.gallery).as_posix() for path in found.files] if self.is_main else None
+        files = broadcast_object_list([files])[0]
         own = tqdm(self.share(files), desc="reading", unit="file", disable=not self.is_main)
-        hashes = dict(gather_object([(file, content_hash(self.gallery / file)) for file in own]))
-        changed = self.compare(hashes) if self.is_main else {}
+        hashes, unreadable = {}, []
+        for file, content, reason in gather_object([self.read(file) for file in own]):
+            if reason is None:
+                hashes[file] = content
+            else:
+                unreadable.append(Skipped(file, reason))
+        changed = self.compare(hashes, files, found) if self.is_main else {}
         todo = broadcast_object_list([self.missing(changed) if self.is_main else None])[0]
-        skipped = gather_object(self.encode(todo))  # waits for all
+        broken = gather_object(self.encode(todo))  # waits for all
+        left_out = []
         if self.is_main:
-            self.store(changed)
-        return len(todo) - len(skipped), skipped
+            left_out += self.store(changed, hashes, broken)
+            left_out += [LeftOut(printable(file), BROKEN, printable(reason)) for file, reason in unreadable]
+            left_out += [LeftOut(printable(name), PASSED, printable(reason)) for name, reason in found.left_out]
+            left_out += [LeftOut(f"*{kind}", UNREAD, f"{count:,} files") for kind, count in found.others.items()]
+            write_left_out(self.left_out_path, left_out)
+        return len(todo) - len(broken), unreadable + broken, left_out
+
+    def read(self, file: str) -> tuple[str, str | None, str | None]:
+        """The file, the hash of its content, and why it has none."""
+        try:
+            return file, content_hash(self.gallery / file), None
+        except OSError as error:
+            if self.args.strict:
+                raise
+            return file, None, error.strerror or str(error)
 
     def share(self, items: list) -> list:
         return items[self.state.process_index :: self.state.num_processes]
 
-    def compare(self, hashes: dict[str, str]) -> dict[str, list[str]]:
+    def compare(self, hashes: dict[str, str], files: list[str], found: Found) -> dict[str, list[str]]:
         """By content hash the files that are new, changed or moved. What the index has of them goes into a shard."""
         held = {}
         for ids, texts, _ in self.retriever.index.rows():
@@ -115,22 +193,24 @@ class Indexer:
                 changed.setdefault(content, []).append(file)
         if changed.keys() & {metadata.get("content_hash") for metadata in held.values()}:
             for _, texts, embeds in self.retriever.index.rows(embeds=True):
-                found = [(row, json.loads(text)) for row, text in enumerate(texts)]
-                found = [(row, metadata) for row, metadata in found if metadata.get("content_hash") in changed]
+                chosen = [(row, json.loads(text)) for row, text in enumerate(texts)]
+                chosen = [(row, metadata) for row, metadata in chosen if metadata.get("content_hash") in changed]
                 self.shelve(
-                    [(metadata.pop("content_hash"), metadata) for _, metadata in found],
-                    torch.from_numpy(embeds[[row for row, _ in found]]),
+                    [(metadata.pop("content_hash"), metadata) for _, metadata in chosen],
+                    torch.from_numpy(embeds[[row for row, _ in chosen]]),
                 )
         if self.args.remove_missing:
-            self.retriever.remove([id for id in held if id not in hashes])
+            hidden = tuple(f"{name}/" for name, _ in found.left_out)  # in a folder that cannot be read, say
+            self.retriever.remove([id for id in held.keys() - set(files) if not f"{id}".startswith(hidden)])
         return changed
 
     def metadata(self, file: str, content: str) -> dict[str, str]:
         return {"path": str(self.gallery / file), "content_hash": content}
 
     def missing(self, changed: dict[str, list[str]]) -> list[tuple[str, str]]:
-        """Content hash and one file of each content that no shard has."""
+        """Content hash and one file of each content that no shard has, and that is not known to be broken."""
         known = {content for rows, _ in read_shards(self.shards, self.fingerprint) for content, _ in rows}
+        known.update(self.known_broken)
         return [(content, files[0]) for content, files in changed.items() if content not in known]
 
     def encode(self, todo: list[tuple[str, str]]) -> list[Skipped]:
@@ -140,11 +220,11 @@ class Indexer:
             for start in self.share(range(0, len(todo), size)):
                 files, rows, embeds = todo[start : start + size], [], []
                 names = [file for _, file in files]
-                is_clip = [Path(name).suffix.lower() in VIDEO_SUFFIXES for name in names]
+                is_video = [self.is_video(name) for name in names]
                 for kind, wanted in (("images", False), ("videos", True)):
                     encoded = self.retriever.encode_media(
                         kind,
-                        [(row, self.gallery / name) for row, name in enumerate(names) if is_clip[row] == wanted],
+                        [(row, self.gallery / name) for row, name in enumerate(names) if is_video[row] == wanted],
                         names,
                         lambda path: read_frames(path, self.args.num_frames),
                         self.args.strict,
@@ -157,14 +237,20 @@ class Indexer:
                 self.shelve(rows, torch.cat(embeds))
         return skipped
 
+    def is_video(self, file: str) -> bool:
+        try:
+            return is_clip(self.gallery / file)
+        except (OSError, ValueError):  # who reads it as a picture says what is amiss
+            return False
+
     def shelve(self, rows: list[tuple[str, dict]], embeds: torch.Tensor):
         if rows:
-            path = self.shards / f"{secrets.token_hex(8)}.safetensors"
             tensors = {"image_embeds": embeds, "fingerprint": self.fingerprint}
-            save_file(tensors, path.with_suffix(".tmp"), metadata={"rows": json.dumps(rows)})
-            os.replace(path.with_suffix(".tmp"), path)
+            content = save(tensors, metadata={"rows": json.dumps(rows)})
+            write_file(self.shards / f"{secrets.token_hex(8)}.safetensors", content)
 
-    def store(self, changed: dict[str, list[str]]):
+    def store(self, changed: dict[str, list[str]], hashes: dict[str, str], broken: list[Skipped]) -> list[LeftOut]:
+        """Fills the index. What is broken now may have been a picture before, so nothing of it stays."""
         for rows, embeds in read_shards(self.shards, self.fingerprint):
             chosen, files, metadata = [], [], []
             for row, (content, extra) in enumerate(rows):
@@ -174,8 +260,12 @@ class Indexer:
                     metadata.append(extra | self.metadata(file, content))
             self.retriever.remove(files)
             self.retriever.add_embeds(embeds[chosen], files, metadata)
+        reasons = self.known_broken | {hashes[file]: printable(reason) for file, reason in broken}
+        left_out = [(file, content) for content, files in changed.items() for file in files]
+        self.retriever.remove([file for file, _ in left_out])
         self.retriever.save()
         shutil.rmtree(self.shards)
+        return [LeftOut(printable(file), BROKEN, reasons[content], content) for file, content in left_out]
 
 
 def main(argv: list[str] | None = None):
@@ -192,17 +282,21 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--shard_size", type=int, default=256, help="files between two writes")
     parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
     parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
+    parser.add_argument("--retry", action="store_true", help="try again what was broken and has not changed")
     args = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
     started = time.perf_counter()
     try:
-        indexer = Indexer(args)
-        encoded, skipped = indexer.run()
-        if indexer.is_main:
-            for id, reason in skipped:
-                print(f"skipped {id}: {reason}")
-            seconds, size = time.perf_counter() - started, len(indexer.retriever)
-            print(f"{encoded} encoded, {len(skipped)} skipped ({seconds:.0f} s): {args.index} has {size}")
+        is_main = PartialState().is_main_process
+        found = list_media(Path(args.gallery).resolve()) if is_main else None
+        with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
+            indexer = Indexer(args)
+            encoded, skipped, left_out = indexer.run(found)
+        if is_main:
+            for file, reason in skipped:
+                print(f"skipped {printable(file)}: {printable(reason)}")
+            print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
+            print(describe(encoded, left_out, found.others, indexer.left_out_path))
     except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
 

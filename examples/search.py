@@ -18,9 +18,10 @@ from transformers import AutoProcessor
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import Hit, NrccrConfig, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.dual_encoders import read_config
+from modeling_nrccr.files import printable
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import LANGUAGE_FILE
-from modeling_nrccr.processing_nrccr import load_image
+from modeling_nrccr.media import load_image
 
 
 BASE = "base"  # in the place of a language: no adapter, the model's own text side
@@ -111,11 +112,16 @@ def read_by(model: NrccrModel, target: str, languages: Sequence[str]) -> str | N
 
 
 def read_hit(hit: Hit) -> Image.Image:
-    """The picture, or the frame of a video that is most like the whole."""
+    """The picture, or the frame of a video that is most like the whole; a grey field where the file is gone, or cannot
+    be read any more, which is said."""
     if "path" not in hit.metadata:
         raise ValueError(f"The gallery does not say which file {hit.id!r} is: leave out --output.")
     path, num_frames = hit.metadata["path"], hit.metadata.get("num_frames")
-    return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+    try:
+        return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+    except Exception as error:  # decoders of broken files raise anything
+        print(f"cannot show {printable(path)}: {printable(str(error))}")
+        return Image.new("RGB", (64, 64), "lightgrey")
 
 
 def search(args: argparse.Namespace):

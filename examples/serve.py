@@ -32,8 +32,8 @@ from search import BASE, add_language_option, load_with_languages
 from modeling_nrccr import NrccrModel, NrccrRetriever, encode_texts
 from modeling_nrccr.encoding import encode
 from modeling_nrccr.gallery_index import is_milvus
+from modeling_nrccr.media import IMAGE_FORMATS, load_image
 from modeling_nrccr.metrics import fuse_query_embeds
-from modeling_nrccr.processing_nrccr import IMAGE_FORMATS, load_image
 from modeling_nrccr.processor_inputs import text_problem
 
 
@@ -183,7 +183,6 @@ class Service:
         self.reader, self.encoder, self.searcher = (ThreadPoolExecutor(1) for _ in range(3))
         self.texts = Batcher(self.encode_texts, self.encoder, self.limits)
         self.images = Batcher(self.encode_images, self.encoder, self.limits)
-        Image.MAX_IMAGE_PIXELS = self.limits.max_pixels  # which load_image refuses to pass; Pillow has one for all
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -228,7 +227,11 @@ class Service:
     def read_image(self, field: str, content: bytes) -> dict[str, torch.Tensor]:
         """A file to what the model reads of one picture, which is small, however large the picture is."""
         try:
-            return self.processor(images=[load_image(io.BytesIO(content))], return_tensors="pt")
+            picture = load_image(io.BytesIO(content), self.limits.max_pixels)
+            return self.processor(images=[picture], return_tensors="pt")
+        except UnidentifiedImageError as error:
+            kinds = ", ".join(IMAGE_FORMATS)
+            raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error
         except Exception as error:  # decoders of broken files raise nearly anything
             raise HTTPException(422, f"{field} cannot be read as a picture: {error}") from error
 

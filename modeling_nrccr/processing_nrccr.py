@@ -1,7 +1,6 @@
 """From captions, pictures and pre-extracted features to the tensors that `NrccrModel` takes."""
 
 import copy
-import warnings
 from collections.abc import Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -18,54 +17,14 @@ from transformers.utils import logging
 
 from .dual_encoders import read_config, read_processors, text_rules
 from .loading import HUB_OPTIONS, split_options
+from .media import MAX_SIDE, load_image, to_rgb
 from .processor_inputs import as_rows, check_texts, clean_text, is_rescaled, picture_of
 
 
 logger = logging.get_logger(__name__)
 
-# Pillow goes by content, not by suffix; formats that start other programs (EPS runs Ghostscript) are kept out.
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-# Vision towers look at 512 pixels or less; a batch of phone or panorama pictures in full would take gigabytes.
-MAX_SIDE = 2048
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture upright in 8-bit RGB, its transparency composited on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":
-        # Pillow's convert() clips 16-bit and float values at 255, which leaves a white picture
-        values = np.asarray(image, dtype=np.float32)
-        full_scale = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 255
-        if image.mode == "F" and values.max() <= 1:
-            full_scale = 1
-        image = Image.fromarray((values * (255 / full_scale)).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-# Of threads that prepare batches: Python's warning filters, and a fast tokenizer's truncation, are one for all.
-OPENING, TOKENIZING = Lock(), Lock()
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """
-    Decodes a picture (the first frame of an animation) to upright RGB of at most `MAX_SIDE` pixels a side.
-
-    Raises:
-        PIL.Image.DecompressionBombWarning, PIL.Image.DecompressionBombError: before decoding, if it has more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels.
-        OSError and others: if it is corrupt; Pillow's decoders raise many kinds.
-    """
-    with OPENING, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        opened = Image.open(path, formats=IMAGE_FORMATS)
-    with opened as image:
-        image.draft("RGB", (MAX_SIDE, MAX_SIDE))  # decodes a large JPEG at a half, a quarter or an eighth
-        image = to_rgb(image)
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
+# Of threads that prepare batches: a fast tokenizer's truncation is one for all.
+TOKENIZING = Lock()
 
 
 def to_square(image: Image.Image) -> Image.Image:

@@ -28,20 +28,21 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts, picture_rows
+from .files import is_utf8, printable
 from .gallery_index import GalleryIndex, is_milvus, open_index
 from .languages import SAME_MODEL
+from .media import list_images, load_image, walk
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
-from .processing_nrccr import load_image
 from .processor_inputs import text_problem
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 NOUNS = {"images": "picture", "videos": "video", "visual_feats": "feature sequence"}  # by the processor's argument
 DATASET_COLUMNS = {"image": "images", "video": "videos", "visual_feats": "visual_feats"}
 BLOCK = 1024  # embeddings that are stored at a time
+NOT_UTF8 = "its name is not UTF-8: rename it"
 
 
 @dataclass(frozen=True)
@@ -68,28 +69,6 @@ class Encoded(NamedTuple):
     embeds: torch.Tensor
     metadata: list[dict[str, Any]]
     skipped: list[Skipped]
-
-
-def list_images(folder: str | Path, suffixes: Sequence[str] = IMAGE_SUFFIXES, what: str = "pictures") -> list[Path]:
-    """
-    The pictures (or `what` else) under `folder`, sorted, by suffix; hidden files and folders are left out.
-
-    Raises:
-        ValueError: if there is no such folder or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"The gallery {str(folder)!r} is not a folder.")
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-    if not paths:
-        raise ValueError(f"No {what} under {str(folder)!r}: looked for files that end in {', '.join(suffixes)}.")
-    return paths
 
 
 class NrccrRetriever:
@@ -165,13 +144,16 @@ class NrccrRetriever:
         if (images is None) == (videos is None):
             raise ValueError("Give add() either images or videos.")
         kind, sources = ("images", images) if videos is None else ("videos", videos)
+        is_named_by_file, skipped = ids is None or metadata is None, []
         if isinstance(images, (str, Path)):
-            folder, sources = Path(images), list_images(images)
+            folder, (sources, _, left_out) = Path(images), walk(images)
+            sources = sources or list_images(images)  # says what is there instead
+            skipped = [Skipped(*entry) for entry in left_out]
             ids = [path.relative_to(folder).as_posix() for path in sources] if ids is None else ids
         elif isinstance(images, datasets.Dataset):
             kind, sources, image_ids, columns = _dataset_media(images)
             ids, metadata = image_ids if ids is None else ids, columns if metadata is None else metadata
-        are_files = [isinstance(source, (str, Path)) for source in sources] if ids is None or metadata is None else []
+        are_files = [isinstance(source, (str, Path)) for source in sources] if is_named_by_file else []
         if ids is None:
             first = 0 if all(are_files) else len(self)
             ids = [
@@ -183,9 +165,18 @@ class NrccrRetriever:
             raise ValueError(
                 f"Got {len(sources)} {NOUNS[kind]}s, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
             )
+        unnamed = {row for row, is_file in enumerate(are_files) if is_file and not is_utf8(sources[row])}
+        if unnamed:
+            skipped += [Skipped(printable(str(ids[row])), NOT_UTF8) for row in sorted(unnamed)]
+            if strict:
+                raise ValueError(f"{skipped[-1].id}: {NOT_UTF8}.")
+            sources, ids, metadata = (
+                [value for row, value in enumerate(values) if row not in unnamed]
+                for values in (sources, ids, metadata)
+            )
         rows = self._new_rows(ids, metadata, skip_existing)
 
-        skipped, stored, block = [], 0, max(1, BLOCK // batch_size) * batch_size
+        stored, count, block = 0, len(rows) + len(skipped), max(1, BLOCK // batch_size) * batch_size
         with tqdm(total=len(rows), desc=f"{NOUNS[kind]}s", unit=NOUNS[kind], disable=not show_progress) as progress:
             for start in range(0, len(rows), block):
                 chosen = ((row, sources[row]) for row in rows[start : start + block])
@@ -197,13 +188,13 @@ class NrccrRetriever:
                 stored += len(encoded.rows)
         if skipped:
             logger.warning(
-                f"Skipped {len(skipped)} of {len(rows)} {NOUNS[kind]}s that cannot be read: "
+                f"Skipped {len(skipped)} of {count} {NOUNS[kind]}s that cannot be read: "
                 + "; ".join(f"{id} ({reason})" for id, reason in skipped[:5])
                 + ("; ..." if len(skipped) > 5 else "")
             )
-        if not stored and (rows or not len(ids)):
+        if not stored and len(rows) == len(ids):  # else the gallery has the others
             raise ValueError(
-                f"None of {len(rows)} {NOUNS[kind]}s can be read"
+                f"None of {count} {NOUNS[kind]}s can be read"
                 + (f"; the first, {skipped[0].id!r}: {skipped[0].reason}" if skipped else "")
                 + "."
             )
@@ -220,7 +211,8 @@ class NrccrRetriever:
         on_progress: Callable[[int], Any] = lambda count: None,
     ) -> Encoded:
         """
-        What [`add`] stores, without storing it; threads read and decode what comes next.
+        What [`add`] stores, without storing it; threads read and decode what comes next. Whatever is raised for one
+        of them skips that one.
 
         Args:
             kind: "images", "videos" or "visual_feats".
@@ -233,29 +225,47 @@ class NrccrRetriever:
         """
         embeds, extra, kept, skipped, media = [], [], [], [], iter(media)
 
-        def prepare(chunk: list[tuple[int, Any]]) -> tuple[list[int], list[Skipped], BatchFeature | None]:
-            rows, refused, batch = [], [], []
+        def refuse(row: int, error: Exception) -> Skipped:
+            if isinstance(error, ImportError):  # of a decoder: nothing can be read
+                raise error
+            if strict:
+                raise ValueError(f"Row {row}: cannot read the {NOUNS[kind]} {ids[row]!r}: {error}") from error
+            return Skipped(ids[row], str(error) or type(error).__name__)
+
+        def prepare(chunk: list[tuple[int, Any]]) -> tuple[list[tuple[list[int], BatchFeature]], list[Skipped], int]:
+            rows, batch, refused, parts = [], [], [], []
             for row, source in chunk:
                 try:
                     batch.append(_load(kind, source, read_frames))
                     rows.append(row)
-                except ImportError:  # of a decoder
-                    raise
                 except Exception as error:  # decoders of corrupt files raise nearly anything
-                    if strict:
-                        raise ValueError(f"Row {row}: cannot read the {NOUNS[kind]} {ids[row]!r}: {error}") from error
-                    refused.append(Skipped(ids[row], str(error)))
-            return rows, refused, self.processor(**{kind: batch}, return_tensors="pt") if batch else None
+                    refused.append(refuse(row, error))
+            try:
+                parts = [(rows, self.processor(**{kind: batch}, return_tensors="pt"))] if batch else []
+            except Exception:  # because of one of them
+                for row, loaded in zip(rows, batch):
+                    try:
+                        parts.append(([row], self.processor(**{kind: [loaded]}, return_tensors="pt")))
+                    except Exception as error:
+                        refused.append(refuse(row, error))
+            return parts, refused, len(chunk)
 
         chunks = iter(lambda: list(itertools.islice(media, batch_size)), [])
-        for rows, refused, inputs in ahead(chunks, prepare, self.model.device):
-            kept += rows
+        for parts, refused, count in ahead(chunks, prepare, self.model.device):
             skipped += refused
-            if inputs is not None:
+            for rows, inputs in parts:
                 batch_embeds, batch_extra = self._encode(kind, inputs)
-                embeds.append(batch_embeds)
-                extra += batch_extra or [{}] * len(rows)
-            on_progress(len(rows) + len(refused))
+                finite = batch_embeds.isfinite().all(dim=1)
+                for row, entry, is_finite in zip(rows, batch_extra or [{}] * len(rows), finite.tolist()):
+                    if is_finite:
+                        kept.append(row)
+                        extra.append(entry)
+                    else:
+                        skipped.append(
+                            refuse(row, ValueError("its embedding is not finite; check the model's weights"))
+                        )
+                embeds.append(batch_embeds[finite])
+            on_progress(count)
         return Encoded(kept, torch.cat(embeds) if embeds else torch.empty(0, self.index.dim), extra, skipped)
 
     def add_embeds(
@@ -431,10 +441,12 @@ class NrccrRetriever:
         for row, (id, entry) in enumerate(zip(ids, metadata)):
             if type(id) not in (str, int):
                 raise ValueError(f"Row {row}: an id is a text or an integer, got {id!r}.")
+            if not is_utf8(str(id)):
+                raise ValueError(f"Row {row}: the id {id!r} cannot be stored, since it is not UTF-8.")
             try:
                 if not isinstance(entry, dict):
                     raise ValueError("it is not a dict")
-                json.dumps(entry, allow_nan=False)
+                json.dumps(entry, allow_nan=False, ensure_ascii=False).encode()
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Row {row}: the metadata {entry!r} cannot be stored as JSON: {error}.") from error
         existing, seen = self.index.existing(ids), set()

@@ -20,7 +20,8 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import modeling_nrccr
 from modeling_nrccr.feature_cache import processor_settings
-from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor, to_rgb
+from modeling_nrccr.media import to_rgb
+from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "query:", "a", "dog", "runs", "un", "can", "corre"]
@@ -98,7 +99,11 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
         {"text_kwargs": {"padding": True, "padding_side": "left", "pad_to_multiple_of": 8}},
         {"padding": True, "add_special_tokens": False, "return_attention_mask": False},
         {"padding": True, "images_kwargs": {"do_normalize": False, "size": {"shortest_edge": 22}, "resample": 0}},
-        {"common_kwargs": {"return_tensors": "pt"}, "text_kwargs": {"padding": True}, "audio_kwargs": {"padding": True}},
+        {
+            "common_kwargs": {"return_tensors": "pt"},
+            "text_kwargs": {"padding": True},
+            "audio_kwargs": {"padding": True},
+        },
         {"padding": True, "images": [PIXELS.astype(np.float32) / 255], "do_rescale": False},
         {"padding": True, "images": torch.tensor(PIXELS).movedim(-1, 0)[None]},
         {"padding": True, "images": PIXELS[None]},

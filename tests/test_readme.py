@@ -50,6 +50,7 @@ def test_the_package_imports_without_any_extra():
         "peft",
         "sentence_transformers",
         "av",
+        "pillow_heif",
         "sacrebleu",
         "mteb",
         "fastapi",

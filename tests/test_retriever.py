@@ -1,8 +1,12 @@
 """The retriever over a model that sees the mean colour of a picture and knows three colour words."""
 
+import contextlib
 import json
+import os
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,7 +17,8 @@ from PIL import Image
 from transformers import BatchFeature
 
 from modeling_nrccr.encoding import encode_images
-from modeling_nrccr.retriever import Hit, NrccrRetriever, list_images, load_image
+from modeling_nrccr.media import list_images
+from modeling_nrccr.retriever import Hit, NrccrRetriever
 
 
 COLORS = {"vermello": (250, 10, 20), "verde": (10, 250, 20), "azul": (20, 10, 250)}
@@ -125,16 +130,50 @@ def test_corrupt_pictures_are_skipped_and_listed(retriever, gallery):
         retriever.add([gallery / "text.jpg"])
 
 
-def test_decoding_is_bounded(tmp_path, monkeypatch):
-    Image.new("L", (3000, 30)).save(tmp_path / "wide.png")
-    assert load_image(tmp_path / "wide.png").size == (2048, 20)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 89_999)
-    with pytest.raises(Image.DecompressionBombWarning):
-        load_image(tmp_path / "wide.png")
+def test_one_bad_file_skips_itself_alone(retriever, gallery):
+    """Its name, its processor or its embedding may be bad; what is there already counts."""
+    latin = Path(os.fsdecode(os.fsencode(gallery) + b"/caf\xe9.png"))
+    shutil.copy(gallery / "red.png", latin)
+    (gallery / "deleted.png").symlink_to(gallery / "gone.png")
+    Image.new("RGB", (2, 2), (1, 1, 1)).save(gallery / "odd.png")
+    Image.new("RGB", (2, 2), (2, 2, 2)).save(gallery / "odd2.png")
+    processor, model = ColorProcessor.__call__, ColorModel.get_image_features
+
+    def picky(self, images=None, **options):
+        if any(image.getpixel((0, 0)) == (1, 1, 1) for image in images):
+            raise RuntimeError("of this picture")
+        return processor(self, images=images, **options)
+
+    def dizzy(self, pixel_values):
+        return model(self, pixel_values.masked_fill(pixel_values == 2, torch.nan))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ColorProcessor, "__call__", picky)
+        patched.setattr(ColorModel, "get_image_features", dizzy)
+        skipped = dict(retriever.add(gallery))
+        assert skipped.pop(r"caf\xe9.png").startswith("its name is not UTF-8: rename it")
+        assert skipped == {
+            "deleted.png": f"a broken link ({gallery / 'gone.png'})",
+            "odd.png": "of this picture",
+            "odd2.png": "its embedding is not finite; check the model's weights",
+        }
+        assert sorted(retriever.ids) == ["more/GREEN.JPG", "more/blue.webp", "red.png"]
+        again = retriever.add(gallery, skip_existing=True)  # a nightly job: nothing new but what is broken
+        assert {"odd.png", "odd2.png"} < {id for id, _ in again} and len(retriever) == 3
+        for id, message in (("odd.png", "of this picture"), ("odd2.png", "not finite"), ("red.png", None)):
+            with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+                retriever.add([gallery / id], ["new"], strict=True)
+    assert retriever.search("azul", k=1)[0].id == "more/blue.webp"
+    assert retriever.add([latin], ["café"], [{}]) == [] and "café" in retriever.ids
+    for change in ({"ids": [latin.name]}, {"metadata": [{"path": str(latin)}]}):
+        with pytest.raises(ValueError, match="Row 0: the (id|metadata) .*udce9.* cannot be stored"):
+            retriever.add_embeds(**{"embeds": torch.eye(3)[:1], "ids": ["x"]} | change)
+    with pytest.raises(ValueError, match="None of 1 pictures can be read; the first, .*caf.*name is not UTF-8"):
+        NrccrRetriever(retriever.model, retriever.processor).add([latin])
 
 
 def test_a_gallery_without_pictures_is_named(retriever, tmp_path):
-    with pytest.raises(ValueError, match=f"No pictures under '{tmp_path}'.*.jpg, .png"):
+    with pytest.raises(ValueError, match=f"No pictures under '{tmp_path}'.* .png, "):
         list_images(tmp_path)
     with pytest.raises(ValueError, match="'nowhere' is not a folder"):
         retriever.add("nowhere")
@@ -167,7 +206,7 @@ def test_saves_and_loads(retriever, gallery, tmp_path):
     retriever.save(tmp_path / "index")
     retriever.add([Image.new("RGB", (2, 2), "white")], ids=["branco"])
     retriever.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 3  # nothing is left of the first save
+    assert len(list((tmp_path / "index").glob("[!.]*"))) == 3  # nothing is left of the first save
     loaded = NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)
     assert loaded.search("azul", k=4) == retriever.search("azul", k=4) and loaded.ids[-1] == "branco"
 
@@ -181,7 +220,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
         raise OSError("no space left")
 
     for where, name in (
-        ("modeling_nrccr.index_faiss.os", "replace"),
+        ("modeling_nrccr.files.os", "replace"),
         ("modeling_nrccr.index_faiss.pq", "write_table"),
     ):
         with monkeypatch.context() as patched:
@@ -190,7 +229,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
                 retriever.save(tmp_path / "index")
         assert len(NrccrRetriever.load(tmp_path / "index", retriever.model, retriever.processor)) == 3
     retriever.save(tmp_path / "index")
-    assert len(list((tmp_path / "index").iterdir())) == 3
+    assert len(list((tmp_path / "index").iterdir())) == 4  # with the lock
 
 
 @pytest.mark.parametrize(

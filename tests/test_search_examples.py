@@ -100,7 +100,7 @@ def test_search_prints_the_best_pictures_and_draws_them(checkpoint, tmp_path, ca
     "change, message",
     [
         ({"--gallery": "nowhere"}, "error: The gallery 'nowhere' is not a folder"),
-        ({"--query": " "}, "error: A query is a text that is not blank"),
+        ({"--query": " "}, "error: The query is .*: a text that is not blank"),
         (
             {"--model": "no/such/model/here"},
             "error: Cannot load the model 'no/such/model/here': there is no such folder",

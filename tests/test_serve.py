@@ -61,9 +61,8 @@ def parts(folder):
 
 
 @pytest.fixture
-def start(folder, parts, monkeypatch):
+def start(folder, parts):
     """Starts a service with some limits, and gives a client of it."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # restored afterwards
 
     @contextmanager
     def start(index=True, **limits):

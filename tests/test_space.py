@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from PIL import Image
 from test_datasets import packages  # noqa: F401
 from test_hub import PICKLED
 from test_search_examples import checkpoint, picture  # noqa: F401
@@ -159,7 +158,7 @@ def test_uploads_are_bounded_and_found(found, tmp_path, monkeypatch):
     (tmp_path / "page.svg").write_text("<svg/>")
     picture(1, (900, 900)).save(tmp_path / "bomb.png")
     (tmp_path / "large.jpg").write_bytes(bytes(finder.MAX_BYTES + 1))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800 * 800)
+    monkeypatch.setattr(finder, "MAX_PIXELS", 800 * 800)
     files = [tmp_path / name for name in ("<i>mine.png", "broken.png", "page.svg", "bomb.png", "large.jpg")]
     own, refused = found.add_own(None, files)
     assert [line.partition(":")[0] for line in refused] == ["broken.png", "page.svg", "bomb.png", "large.jpg"]

@@ -30,7 +30,7 @@ from datasets_scripts.debian import FetchError
 from datasets_scripts.splits import group_key, split_of
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrRetriever
-from modeling_nrccr.processing_nrccr import load_image
+from modeling_nrccr.media import load_image
 
 
 HERE = Path(__file__).resolve().parent

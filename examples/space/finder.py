@@ -14,8 +14,8 @@ from transformers import AutoProcessor
 
 from datasets_scripts.debian import FetchError, prepare_translator
 from modeling_nrccr import Hit, NrccrModel, NrccrRetriever, encode_images, encode_texts, load_translator
+from modeling_nrccr.media import load_image
 from modeling_nrccr.metrics import fuse_query_embeds
-from modeling_nrccr.processing_nrccr import load_image
 from modeling_nrccr.translation import TranslationError
 
 
@@ -24,9 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_QUERY = 200  # characters
 MAX_OWN = 24  # pictures a visitor
 MAX_BYTES = 8 * 2**20  # of one upload
+MAX_PIXELS = 50_000_000  # phones' pictures; more is refused before it is decoded
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-
-Image.MAX_IMAGE_PIXELS = 50_000_000  # phones' pictures; load_image refuses more before it decodes
 
 
 @dataclass
@@ -180,7 +179,7 @@ def read_upload(file: str | Path) -> Image.Image:
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES // 2**20} MB")
     try:
-        picture = load_image(file)
+        picture = load_image(file, MAX_PIXELS)
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError("cannot be read as a picture") from error
     picture.thumbnail((512, 512))

@@ -7,7 +7,7 @@ from PIL import Image
 
 from datasets_scripts import cldr_emoji, tuxpaint
 from datasets_scripts.debian import find_data
-from modeling_nrccr.processing_nrccr import load_image
+from modeling_nrccr.media import load_image
 
 
 class Gallery:
