@@ -33,7 +33,7 @@ setup(
         "huggingface_hub>=2.0,<3",
         "langcodes>=3.5,<4",
         "safetensors>=0.5",
-        "filelock>=3.12",
+        "filelock>=3.13",
         "numpy>=2",
         "pillow>=11",
         "pyyaml>=6",

@@ -23,7 +23,6 @@ from sentence_transformers.util.quantization import quantize_embeddings
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from data import load_caption_dataset  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from encoders import encoder_label  # noqa: E402
@@ -31,6 +30,7 @@ from evaluate_retrieval import split_seed  # noqa: E402
 from pages import block, fill  # noqa: E402
 
 from modeling_nrccr.encoding import picture_rows  # noqa: E402
+from modeling_nrccr.files import write_file  # noqa: E402
 from modeling_nrccr.metrics import compute_retrieval_metrics  # noqa: E402
 
 

@@ -21,7 +21,6 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from machine import (  # noqa: E402
     bandwidth,
     best_time,
@@ -34,6 +33,8 @@ from machine import (  # noqa: E402
     peak_gigabytes,
     rates,
 )
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 LANGUAGES = ("en", "de", "fr", "cs")

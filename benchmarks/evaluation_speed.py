@@ -23,8 +23,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from machine import clock, device, in_turns, machine, peak_gigabytes  # noqa: E402
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 DIM = 512

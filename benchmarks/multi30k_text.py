@@ -23,8 +23,9 @@ from transformers import AutoTokenizer, set_seed
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from pages import block, fill  # noqa: E402
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 BLOCK = block("multi30k_text")

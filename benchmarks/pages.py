@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from atomic import write_file  # noqa: E402
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 def block(name: str) -> re.Pattern:

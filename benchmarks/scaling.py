@@ -21,8 +21,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from machine import machine, peak_gigabytes  # noqa: E402
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 CAPTIONS, PICTURES, TOKENS, PROCESSES = (

@@ -24,7 +24,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"

@@ -9,7 +9,8 @@ from collections import defaultdict
 
 import numpy as np
 import pandas as pd
-from atomic import write_file
+
+from modeling_nrccr.files import write_file
 
 
 DRAWS = 1000

@@ -22,8 +22,9 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from machine import clock, device, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes, rates  # noqa: E402
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 VIEWS = ("", "target_", "back_translation_")

@@ -22,8 +22,9 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
 
-from atomic import write_file  # noqa: E402
 from pages import block, fill  # noqa: E402
+
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 PAGE, REPORT = ROOT / "docs/translation.md", ROOT / "docs/translation.json"

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from atomic import write_file  # noqa: E402
+from modeling_nrccr.files import write_file  # noqa: E402
 
 
 RESULT = ROOT / "docs/translation_speed.json"

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 from arguments import option, parse_fields
-from atomic import write_file
 from data import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from table import format_markdown, format_table
@@ -46,6 +45,7 @@ from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
 from modeling_nrccr.feature_cache import fingerprint
+from modeling_nrccr.files import write_file
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import load_image

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import yaml
-from atomic import write_file
 from data import language_name
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from table import METRICS, WAYS, format_markdown
 from transformers import TrainingArguments
+
+from modeling_nrccr.files import write_file
 
 
 ROOT = Path(__file__).parent.parent

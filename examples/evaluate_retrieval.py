@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from atomic import write_file
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
 from search import load_model
@@ -29,6 +28,7 @@ from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
+from modeling_nrccr.files import write_file
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
 
 

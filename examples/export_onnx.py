@@ -32,7 +32,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from atomic import write_file
 from data import load_caption_dataset
 from evaluate_retrieval import evaluate_dataset, split_seed
 from PIL import Image
@@ -43,6 +42,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datasets_scripts.debian import FetchError
 from modeling_nrccr import NrccrConfig, NrccrModel, NrccrProcessor
+from modeling_nrccr.files import write_file
 
 
 TOLERANCE = 1e-4  # of float32: the largest difference between two numbers of an embedding of length 1

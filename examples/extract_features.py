@@ -8,7 +8,6 @@ file's name without suffix. Run again, it goes on where it was ended, and adds w
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
-from atomic import write_file
 from encoders import encoder_label, find_encoder
 from PIL import Image
 from safetensors.numpy import save
@@ -31,6 +29,7 @@ from datasets_scripts.features import ShardFeatures
 from datasets_scripts.videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrConfig
 from modeling_nrccr.feature_cache import fingerprint
+from modeling_nrccr.files import replacing, write_file
 from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
 from modeling_nrccr.processing_nrccr import to_rgb, to_square
 
@@ -65,13 +64,12 @@ class Extractor:
 
 def write_shard(path: Path, feats: dict[str, np.ndarray]):
     """A shard, at once or not at all. `feats`: by item, of shape `(num_frames, dim)`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     if path.suffix == ".safetensors":
         header = {
             "image_ids": json.dumps(list(feats)),
             "num_frames": json.dumps([len(part) for part in feats.values()]),
         }
-        partial.write_bytes(save({"visual_feats": np.concatenate(list(feats.values()))}, metadata=header))
+        write_file(path, save({"visual_feats": np.concatenate(list(feats.values()))}, metadata=header))
     else:
         dim = next(iter(feats.values())).shape[1]
         columns = {
@@ -79,8 +77,8 @@ def write_shard(path: Path, feats: dict[str, np.ndarray]):
             "visual_feats": pa.array([part.tolist() for part in feats.values()], pa.list_(pa.list_(pa.float32()))),
         }
         table = pa.table(columns).replace_schema_metadata({"dim": str(dim)})
-        pq.write_table(table, partial, row_group_size=ROWS_A_GROUP)
-    os.replace(partial, path)
+        with replacing(path) as file:
+            pq.write_table(table, file, row_group_size=ROWS_A_GROUP)
 
 
 def start(output: Path, settings: dict) -> ShardFeatures:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import mteb
 import torch
-from atomic import write_file
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
 from evaluate_retrieval import split_seed
@@ -33,6 +32,7 @@ from table import format_markdown
 from datasets_scripts.debian import FetchError
 from modeling_nrccr import encode_images, encode_texts
 from modeling_nrccr.encoding import picture_rows
+from modeling_nrccr.files import write_file
 from modeling_nrccr.metrics import RECALL_AT
 
 

@@ -17,11 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
-from atomic import write_file
 from data import language_name, load_caption_dataset, load_engine, translated_by
 from search_page import STYLE
 
 from datasets_scripts.debian import FetchError
+from modeling_nrccr.files import write_file
 from modeling_nrccr.translation import TranslationError, add_translations
 from modeling_nrccr.translation_noise import noise_report
 

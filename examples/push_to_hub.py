@@ -14,13 +14,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from atomic import write_file
 from card import HUB_IDS
 from huggingface_hub import HfApi, ModelCard
 from search import load_model
 from transformers import PreTrainedConfig
 from wheels import new_folder
 
+from modeling_nrccr.files import write_file
 from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
 
 

@@ -8,9 +8,9 @@ from functools import cache
 from html import escape
 from pathlib import Path
 
-from atomic import write_file
 from PIL import Image, ImageDraw, ImageFont
 
+from modeling_nrccr.files import write_file
 from modeling_nrccr.processing_nrccr import to_rgb
 
 

@@ -25,7 +25,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from arguments import option, parse_fields
-from atomic import write_file
 from card import training_settings, write_model_card
 from data import check_lexicon, find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -43,6 +42,7 @@ from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, 
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
+from modeling_nrccr.files import write_file
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor

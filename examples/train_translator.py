@@ -23,7 +23,6 @@ import datasets
 import torch
 import transformers
 from arguments import option, parse_fields
-from atomic import write_file
 from data import load_caption_dataset
 from tqdm.auto import tqdm
 from transformers import (
@@ -40,6 +39,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from datasets_scripts.debian import FetchError
 from modeling_nrccr.checkpoints import checkpoint_directory, last_complete_checkpoint, mark_complete
+from modeling_nrccr.files import write_file, writing_weights
 from modeling_nrccr.translation import Translator, one_line
 from modeling_nrccr.translation_seq2seq import Seq2SeqTranslator
 
@@ -288,7 +288,8 @@ def train(script: ScriptArguments, args: Seq2SeqTrainingArguments, pairs: dict) 
         "resumed_from_step": int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0,
         "best_validation_loss": trainer.state.best_metric,
     }
-    model.save_pretrained(output_dir)
+    with writing_weights(output_dir):
+        model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     hidden = {"config", "data_dir", "overwrite"}
     return {

@@ -8,6 +8,8 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints, sort_checkpoints
 from transformers.utils import logging
 
+from .files import write_file
+
 
 logger = logging.get_logger(__name__)
 
@@ -23,14 +25,11 @@ def mark_complete(directory: str | Path):
             sizes[path.relative_to(directory).as_posix()] = path.stat().st_size
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    partial = directory / f"{MARKER}.tmp"
-    partial.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, directory / MARKER)
+    write_file(directory / MARKER, json.dumps(sizes, indent=1) + "\n")
 
 
 def mark_incomplete(directory: str | Path):
-    for name in (MARKER, f"{MARKER}.tmp"):
-        Path(directory, name).unlink(missing_ok=True)
+    Path(directory, MARKER).unlink(missing_ok=True)
 
 
 def is_complete(directory: str | Path) -> bool:

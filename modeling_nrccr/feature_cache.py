@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import BatchFeature
 from transformers.utils import logging
 
 from .encoding import ahead
+from .files import replacing
 from .length_groups import length_groups, pad_right, row_lengths
 from .modeling_nrccr import NrccrModel, pool
 
@@ -395,37 +395,28 @@ class Store:
         safetensors' own `save_file`, which wants all of it, is not used (the format:
         https://huggingface.co/docs/safetensors/index#format).
         """
-        lengths, partial = self.index(), self.path.with_suffix(".tmp")
-        try:
-            with open(partial, "wb") as file:
-                file.seek(HEADER_SIZE)  # the header comes last, when the sizes are known
-                if self.matrix is not None:
-                    file.write(as_bytes(self.matrix))
-                for added, vectors in batches:
-                    lengths |= added
-                    width = vectors.shape[1]
-                    file.write(as_bytes(vectors))
-                middle = file.tell() - HEADER_SIZE
-                file.write(json.dumps([list(lengths), list(lengths.values())]).encode())
-                end = file.tell() - HEADER_SIZE
-                shape = [1 + sum(lengths.values()), width]
-                header = {
-                    "__metadata__": {"fingerprint": self.fingerprint},
-                    "vectors": {"dtype": DTYPES[self.dtype], "shape": shape, "data_offsets": [0, middle]},
-                    "index": {"dtype": "U8", "shape": [end - middle], "data_offsets": [middle, end]},
-                }
-                text = json.dumps(header).encode().ljust(HEADER_SIZE - 8)
-                file.seek(0)
-                file.write(len(text).to_bytes(8, "little") + text)
-            os.replace(partial, self.path)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{self.path} cannot be written ({error.strerror}): make room, or name another directory; what it "
-                "held before is as it was",
-            ) from error
-        finally:
-            partial.unlink(missing_ok=True)
+        lengths = self.index()
+        with replacing(self.path) as file:
+            file.seek(HEADER_SIZE)  # the header comes last, when the sizes are known
+            if self.matrix is not None:
+                file.write(as_bytes(self.matrix))
+            for added, vectors in batches:
+                lengths |= added
+                width = vectors.shape[1]
+                file.write(as_bytes(vectors))
+            middle = file.tell() - HEADER_SIZE
+            file.write(json.dumps([list(lengths), list(lengths.values())]).encode())
+            end = file.tell() - HEADER_SIZE
+            shape = [1 + sum(lengths.values()), width]
+            header = {
+                "__metadata__": {"fingerprint": self.fingerprint},
+                "vectors": {"dtype": DTYPES[self.dtype], "shape": shape, "data_offsets": [0, middle]},
+                "index": {"dtype": "U8", "shape": [end - middle], "data_offsets": [middle, end]},
+            }
+            text = json.dumps(header).encode().ljust(HEADER_SIZE - 8)
+            file.seek(0)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.seek(HEADER_SIZE + end)
         self.read()
 
     def read(self):

@@ -1,7 +1,6 @@
 """The languages of a `NrccrModel`: adapters that are added, chosen, saved and loaded while its text side stays."""
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -10,12 +9,13 @@ from threading import RLock
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, cached_file
 
+from .files import write_file
 from .language_adapters import NrccrLanguageAdapter
 
 
@@ -296,8 +296,7 @@ class NrccrLanguagesMixin:
         path = Path(directory, LANGUAGE_FILE)
         path.parent.mkdir(parents=True, exist_ok=True)
         # one entry: of several the order, and so the file's bytes, would be drawn anew
-        save_file(weights, path.with_suffix(".tmp"), {"about": json.dumps(about)})
-        os.replace(path.with_suffix(".tmp"), path)
+        write_file(path, save(weights, {"about": json.dumps(about)}))
 
     def load_language(self, language: str, directory: str | Path, **hub_options) -> NrccrLanguageAdapter:
         """

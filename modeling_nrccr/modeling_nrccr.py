@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -29,6 +30,7 @@ from transformers.utils.hub import resolve_revision
 
 from .configuration_nrccr import NrccrConfig
 from .dual_encoders import dual_encoder_settings, load_dual_encoder, read_config, read_dual_encoder
+from .files import writing_weights
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pad_right, pass_pictures, pass_tokens, row_lengths, up_to_end_of_text
@@ -493,6 +495,11 @@ class NrccrPreTrainedModel(PreTrainedModel):
                 init.constant_(module.logit_bias, module.config.logit_bias_init_value)
         elif isinstance(module, NrccrLanguageAdapter):
             module.reset()
+
+    def save_pretrained(self, save_directory: str | Path, *args, **kwargs):
+        """Saves as [`PreTrainedModel.save_pretrained`] does; whom the umask lets may read the weights too."""
+        with writing_weights(save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):

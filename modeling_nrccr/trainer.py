@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
@@ -26,6 +26,7 @@ from .checkpoints import (
 from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval, single_rows
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
+from .files import write_file
 from .losses import NrccrLoss
 from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
@@ -394,7 +395,7 @@ class NrccrTrainer(Trainer):
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
 
     def save_discriminator(self, directory: Path):
-        save_file(self.discriminator.state_dict(), directory / DISCRIMINATOR_FILE)
+        write_file(directory / DISCRIMINATOR_FILE, save(self.discriminator.state_dict()))
         torch.save(self.discriminator_optimizer.state_dict(), directory / DISCRIMINATOR_OPTIMIZER_FILE)
 
     def load_discriminator(self, directory: Path):

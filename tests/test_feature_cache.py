@@ -9,7 +9,7 @@ import torch
 from conftest import WordProcessor, tiny_model
 from safetensors.torch import load_file
 
-from modeling_nrccr import FeatureCache, encode_texts, feature_cache
+from modeling_nrccr import FeatureCache, encode_texts, feature_cache, files
 
 
 CAPTIONS = ["one", "two three", "four five six seven", "one"]
@@ -191,7 +191,7 @@ def test_a_full_disk_leaves_the_cache_as_it_was(tmp_path, monkeypatch, left):
     cache.add_texts(CAPTIONS)
     before = cache.texts.path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "open", lambda *args: FullDisk(open(*args), left), raising=False)
+        patch.setattr(files, "open", lambda *args: FullDisk(open(*args), left), raising=False)
         with pytest.raises(OSError, match="safetensors cannot be written .No space.*make room") as raised:
             cache.add_texts(["eight nine ten", "eleven"], batch_size=1)
     assert raised.value.errno == errno.ENOSPC

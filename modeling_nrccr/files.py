@@ -1,0 +1,131 @@
+"""Files that are replaced as a whole or not at all, and folders that one run at a time writes."""
+
+import errno
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+
+LOCK_FILE = ".lock"
+SUFFIX = ".tmp"  # of what is not whole yet; the name begins with a dot, so that no walk through a folder meets it
+DAY = 24 * 60 * 60  # seconds after which nobody is writing such a file any more: its run was killed
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """
+    Opens a file that takes the place of `path` (whose folder must be there) once all of it is on the disk. Whatever
+    fails leaves what was there, and nothing else. The position at the end is taken for the size.
+
+    Raises:
+        OSError: it cannot be written, which some disks say only when a file is synced or closed.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{SUFFIX}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        if (found := partial.stat().st_size) != size:
+            raise OSError(errno.EIO, f"the disk took {found} of {size} bytes")
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_file(path: str | Path, content: str | bytes):
+    """Replaces `path`, whose folder must be there; text is written as UTF-8."""
+    with replacing(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def cannot_write(path: str | Path, error: Exception) -> OSError:
+    """The error to raise in place of `error`: of its kind, with the file and a remedy."""
+    kind = type(error) if isinstance(error, OSError) and type(error).__module__ == "builtins" else OSError
+    reason = getattr(error, "strerror", None) or str(error)
+    found = kind(f"{path} cannot be written ({reason}): make room, or name another folder; what was there stays")
+    found.errno = getattr(error, "errno", None)
+    return found
+
+
+def sync_folder(folder: Path):
+    """Puts the names in `folder` on the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folder, some network disks sync none
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def remove_leftovers(folder: str | Path):
+    """Removes from `folder` what runs that were killed had not finished, once it is a day old."""
+    for path in Path(folder).glob(f".*{SUFFIX}"):
+        with suppress(OSError):  # another process was faster
+            if time.time() - path.stat().st_mtime > DAY:
+                path.unlink()
+
+
+@contextmanager
+def writing_weights(folder: str | Path):
+    """
+    Wraps a `save_pretrained(folder)`. safetensors writes whole files or none, but readable by their owner alone: they
+    get the mode of `config.json`, which is by umask.
+
+    Raises:
+        OSError: instead of safetensors' own error.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        raise cannot_write(folder, error) from error
+    if (config := Path(folder, "config.json")).exists():
+        for path in Path(folder).glob("*.safetensors"):
+            shutil.copymode(config, path)
+
+
+@contextmanager
+def writing(folder: str | Path, timeout: float = 0) -> Iterator[Path]:
+    """
+    Holds the right to write `folder`, which is made: one run has it at a time, in all of its nested calls. A run that
+    is killed loses it.
+
+    Raises:
+        TimeoutError: another run still has it after `timeout` seconds.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.resolve() / LOCK_FILE, is_singleton=True)
+        lock.acquire(timeout=timeout)
+    except Timeout:
+        raise TimeoutError(
+            f"another run is writing {folder}: wait until it has ended, or name another folder"
+        ) from None
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        yield folder
+    finally:
+        lock.release()
+
+
+def printable(name: str | os.PathLike) -> str:
+    r"""The name of a file as it can be shown and stored: what is not UTF-8, a line break or an escape sequence is
+    written with backslashes (`caf\xe9.jpg`)."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
