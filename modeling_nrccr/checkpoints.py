@@ -21,7 +21,7 @@ MARKER = "complete.json"
 
 
 def mark_complete(directory: str | Path):
-    """Writes names, sizes and checksums of all files in `directory`, last and atomically, once they are on the disk."""
+    """Writes names, sizes and checksums of all files in `directory`, atomically, once these are on the disk."""
     directory, files = Path(directory), {}
     mark_incomplete(directory)
     for path in sorted(directory.rglob("*")):
