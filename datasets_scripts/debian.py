@@ -42,8 +42,11 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
     if cache_dir is None:
         cache_dir = os.environ.get("NRCCR_CACHE")
     if not cache_dir:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nrccr"
-    return Path(cache_dir).expanduser().resolve()
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nrccr"
+    try:
+        return Path(cache_dir).expanduser().resolve()
+    except RuntimeError as error:
+        raise FetchError(f"{cache_dir}: there is no home folder (HOME): set NRCCR_CACHE to a folder") from error
 
 
 def _release_dir(cache_dir: str | Path | None = None) -> Path:

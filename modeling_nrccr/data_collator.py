@@ -90,6 +90,12 @@ def single_rows(rows: Iterable[dict | list[dict]]) -> Iterator[dict]:
         yield from row if isinstance(row, list) else (row,)
 
 
+def without_images(dataset):
+    """Rows without their pictures, which would be decoded for nothing."""
+    media = [name for name in MEDIA_COLUMNS if name in (getattr(dataset, "column_names", None) or ())]
+    return dataset.remove_columns(media) if media else dataset
+
+
 def stack(rows: list[dict], column: str) -> torch.Tensor:
     return torch.stack([torch.as_tensor(row[column], dtype=torch.float32) for row in rows])
 

@@ -102,6 +102,18 @@ def transport_weights(
     return torch.stack(shares).mean(0)
 
 
+def ranking_loss(
+    queries: torch.Tensor, items: torch.Tensor, owner: torch.Tensor, scale: torch.Tensor, rows: int = 4096
+) -> float:
+    """Softmax cross-entropy of `queries` `(n, dim)` over all `items` `(m, dim)`, of which `owner` `(n,)` is each
+    query's: what recalls measure, but without their steps."""
+    losses = [
+        F.cross_entropy(scale * part @ items.t(), own, reduction="sum")
+        for part, own in zip(queries.split(rows), owner.split(rows))
+    ]
+    return float(sum(losses)) / max(1, len(queries))
+
+
 def contrastive_loss(
     a: torch.Tensor,
     b: torch.Tensor,

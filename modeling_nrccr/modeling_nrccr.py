@@ -4,7 +4,8 @@ The model turns inputs into embeddings and nothing else: losses are in `losses.p
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from inspect import signature
@@ -108,7 +109,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Ten
     mask = mask.unsqueeze(-1).to(states.dtype)
     if how == "max":
         return states.masked_fill(mask == 0, torch.finfo(states.dtype).min).amax(1)
-    return (states * mask).sum(1) / mask.sum(1)
+    return (states * mask).sum(1) / mask.sum(1).clamp(min=1)  # of a row that is all padding: 0
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -563,7 +564,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         if config.source_text_side is not None:
             self.source_text_side = type(self)(NrccrConfig(**config.source_text_side))
         self.kept_in_eval: list[nn.Module] = []
-        self.recompute_passes = False  # see `run_tower`
+        self.recompute_passes, self.checkpoint_every = False, 0  # see `run_tower`
         self.post_init()
 
     @classmethod
@@ -817,12 +818,54 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         computes the rest again with the same dropout."""
 
         def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            with self.lora(language):
+            with self.lora(language), self.checkpointed_layers("boundary_states" in inputs, language):
                 return self.text_tower(attention_mask=mask, **inputs)
 
         if self.recompute_passes and torch.is_grad_enabled():
             return checkpoint(run, inputs, use_reentrant=False)
         return run(inputs)
+
+    @contextmanager
+    def checkpointed_layers(self, resumed: bool, language: str | None) -> Iterator:
+        """Keep of every `checkpoint_every`-th layer of the text tower its input alone: the backward pass computes the
+        rest again, by this language's LoRA. (That of transformers would leave out layers that are frozen but for
+        LoRA, and compute them again by whatever LoRA is in them then.) `resumed`: from the boundary."""
+        layers, tower = [], self.text_tower
+        if self.checkpoint_every and torch.is_grad_enabled():
+            frozen = len(tower.layers()) - tower.num_trained_layers if resumed else 0
+            layers = getattr(*tower.layer_list())[frozen :: self.checkpoint_every]
+
+        def checkpointed(forward: Callable) -> Callable:
+            def again(*args, **kwargs):
+                with self.lora(language):
+                    return forward(*args, **kwargs)
+
+            return functools.partial(checkpoint, again, use_reentrant=False)
+
+        for layer in layers:
+            layer.forward = checkpointed(layer.forward)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ):
+        """As in transformers: trains in less memory, and computes each layer twice. Raises ValueError for an option
+        that would have no effect on the text tower."""
+        if gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}) or offload:
+            given = (gradient_checkpointing_kwargs or {}) | {"offload": offload}
+            raise ValueError(f"activation_checkpointing_kwargs {given}: every_n_layers alone has an effect here")
+        self.checkpoint_every = every_n_layers
+        tower = self.visual_tower
+        if tower is not None and any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.encoder.activation_checkpointing_enable(every_n_layers=every_n_layers)
+
+    def gradient_checkpointing_disable(self):
+        """As in transformers."""
+        self.checkpoint_every = 0
 
     def text_inputs(
         self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None

@@ -11,26 +11,29 @@ from accelerate.utils import broadcast
 from safetensors.torch import load_file, save
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
-from .callbacks import BestWeightsCallback, EpochDecayCallback
+from .callbacks import BestWeightsCallback, EpochDecayCallback, TieCallback
 from .checkpoints import (
     checkpoint_directory,
+    damage,
     is_complete,
     last_complete_checkpoint,
     mark_complete,
     mark_incomplete,
     remove_old_checkpoints,
 )
-from .data_collator import KEY_PREFIX, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval, single_rows
+from .data_collator import KEY_PREFIX, DataCollatorForCrossLingualRetrieval, single_rows, without_images
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
 from .files import write_file
-from .losses import NrccrLoss
+from .losses import NrccrLoss, ranking_loss
 from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
 from .training_args import NrccrTrainingArguments
+from .training_checks import TrainingChecks, fit_batches, not_a_number
 
 
 logger = logging.get_logger(__name__)
@@ -90,6 +93,8 @@ class NrccrTrainer(Trainer):
         self.save_total_limit, args.save_total_limit = args.save_total_limit, None
         # the order of the rows: else drawn from the random state, which is each process's own
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
+        args.logging_nan_inf_filter = False  # it would log 0: `compute_loss` stops instead
+        fit_batches(args, train_dataset)
         self.resumed_state: TrainerState | None = None
         text_layers = None if args.trained_text_layers < 0 else args.trained_text_layers
         if args.train_language is None:
@@ -144,13 +149,16 @@ class NrccrTrainer(Trainer):
                 self.discriminator.parameters(), lr=args.discriminator_learning_rate
             )
         self.add_callback(Checkpoints(self))
-        if args.keep_best_in_memory:
-            self.add_callback(BestWeightsCallback())
-        if args.early_stopping_patience > 0:
-            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
         if args.lr_decay_per_epoch != 1 or args.plateau_factor != 1:
             decay = EpochDecayCallback(args.lr_decay_per_epoch, args.plateau_factor, args.plateau_interval)
             self.add_callback(decay)
+        self.add_callback(TieCallback())  # before those that ask whether an evaluation is the best so far
+        if args.early_stopping_patience > 0:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+        if args.keep_best_in_memory:
+            self.add_callback(BestWeightsCallback())
+        self.checks = TrainingChecks(model)
+        self.add_callback(self.checks)
 
     # ------------------------------------------------------------------------------------------------- the losses
 
@@ -187,6 +195,9 @@ class NrccrTrainer(Trainer):
             terms["discriminator_loss"] = self.discriminator_step(outputs, *masks)
             terms["adversarial_loss"] = self.adversarial_loss(outputs, masks[1])
             loss = loss + self.args.adversarial_loss_weight * terms["adversarial_loss"]
+        if not torch.isfinite(loss):
+            broken = [name for name, term in terms.items() if not torch.isfinite(term)]
+            raise ValueError(not_a_number(self.args, self.state, ", ".join(broken) or "the sum of the loss"))
         for name, term in terms.items():
             self.term_history[name].append(term.detach())
         return (loss, outputs) if return_outputs else loss
@@ -257,8 +268,9 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics over the full split, both directions, with `args.eval_query_column` as queries; a dict of datasets
-        gives each its name as a prefix."""
+        """Metrics over the full split, both directions, with `args.eval_query_column` as queries, and `loss`, by which
+        evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each its name as
+        a prefix."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
@@ -269,6 +281,8 @@ class NrccrTrainer(Trainer):
             sources = self.encode_captions(eval_dataset, "source_caption")
         metrics = compute_retrieval_metrics(queries, images, caption_to_image, sources, weight)
         metrics["t2v_sum_recall"] = sum(metrics[f"t2v_recall@{k}"] for k in RECALL_AT)  # what the paper chooses by
+        scale = self.accelerator.unwrap_model(self.model).logit_scale.detach().exp().cpu()
+        metrics["loss"] = ranking_loss(queries, images, caption_to_image, scale)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -323,6 +337,27 @@ class NrccrTrainer(Trainer):
         embeds[mine] = encode([items[i] for i in mine])
         return self.accelerator.reduce(embeds.to(self.args.device), "sum").cpu()  # all others add 0: exact
 
+    # ------------------------------------------------------------------------------------------- batches, schedule
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; of a stream too, a last batch that is not full is left out (`dataloader_drop_last`)."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        names = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
+        options = {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        size = self.args.per_device_train_batch_size
+        loader = DataLoader(self.train_dataset, batch_size=size, collate_fn=self.data_collator, **options)
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As the Trainer's; a warm-up that would never end takes a tenth of the steps."""
+        if (warmup := self.args.get_warmup_steps(num_training_steps)) >= num_training_steps:
+            self.args.warmup_steps = num_training_steps // 10
+            logger.warning(
+                f"warmup_steps={warmup}, but {num_training_steps} steps are trained: {self.args.warmup_steps} instead"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     # ------------------------------------------------------------------------------------------- saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -331,12 +366,13 @@ class NrccrTrainer(Trainer):
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 logger.warning(f"{self.args.output_dir} holds no complete checkpoint: training starts anew")
-        elif resume_from_checkpoint and not is_complete(resume_from_checkpoint):
+        elif resume_from_checkpoint and (reason := damage(resume_from_checkpoint)):
             raise ValueError(
-                f"{resume_from_checkpoint} is not a complete checkpoint (the run was killed while it was written, or "
-                "a file is missing): resume from an earlier one, or with True from the newest complete one"
+                f"the checkpoint {resume_from_checkpoint} {reason}: resume from an earlier one, or with True from the "
+                "newest whole one"
             )
         self.resumed_state = None
+        self.checks.begin()
         if self.args.train_language is not None and not resume_from_checkpoint:
             self.calibrate_language()
         if resume_from_checkpoint:
@@ -406,12 +442,6 @@ class NrccrTrainer(Trainer):
         self.discriminator.load_state_dict(load_file(directory / DISCRIMINATOR_FILE))
         state = torch.load(directory / DISCRIMINATOR_OPTIMIZER_FILE, weights_only=True)
         self.discriminator_optimizer.load_state_dict(state)
-
-
-def without_images(dataset):
-    """Rows without their pictures, which would be decoded for nothing."""
-    media = [name for name in MEDIA_COLUMNS if name in getattr(dataset, "column_names", ())]
-    return dataset.remove_columns(media) if media else dataset
 
 
 class Checkpoints(TrainerCallback):

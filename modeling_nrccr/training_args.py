@@ -14,10 +14,21 @@ from transformers.training_args import ParallelMode
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from .discriminator import KINDS
+from .limits import check_numbers
 from .losses import NrccrLossArguments
 
 
 logger = logging.get_logger(__name__)
+
+LEAST = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0, "max_steps": -1, "min_steps": 0, "early_stopping_patience": 0, "plateau_interval": 1,
+    "trained_text_layers": -1, "weight_decay": 0, "max_grad_norm": 0, "margin": 0, "eval_source_query_weight": 0,
+}  # fmt: skip
+ABOVE = {
+    "num_train_epochs": 0, "learning_rate": 0, "discriminator_learning_rate": 0, "lr_decay_per_epoch": 0,
+    "plateau_factor": 0, "temperature": 0, "feature_distillation_beta": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -61,6 +72,10 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         metadata={"help": f"One of {', '.join(KINDS)}. Released code: strong for VATEX, else not-so-weak."},
     )
     discriminator_learning_rate: float = field(default=1e-3, metadata={"help": "Its own Adam. Released code: 1e-3."})
+    min_steps: int = field(
+        default=0,
+        metadata={"help": "So many steps at least: more epochs of few rows, where `max_steps` does not say how many."},
+    )
     bf16_if_fast: bool = field(
         default=False, metadata={"help": "bf16 on an accelerator or a CPU that has instructions for it."}
     )
@@ -120,6 +135,11 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
             self.bf16 = self.bf16 or (cpu_has_bf16() is True if on_cpu else is_torch_bf16_gpu_available())
         if not torch.accelerator.is_available() and (launched_processes() > 1 or self.bf16):
             self.use_cpu = True  # else accelerate makes no group of processes, each trains alone; and bf16 is refused
+        check_numbers(self, LEAST, ABOVE)
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: give a number of steps, or -1 for num_train_epochs")
+        if str(self.resume_from_checkpoint).lower() in ("false", "no", "none", ""):
+            self.resume_from_checkpoint = None
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and cpu_has_bf16() is False:
             logger.warning(

@@ -256,7 +256,7 @@ def test_killed_while_a_checkpoint_is_written_or_deleted(server, whole, tmp_path
     assert newest is not None
     half = [str(path) for path in directory.glob("checkpoint-*") if not is_complete(path)]
     assert len(half) == 1
-    with pytest.raises(ValueError, match="checkpoint-[0-9]+ is not a complete checkpoint.*resume from an earlier"):
+    with pytest.raises(ValueError, match="checkpoint-[0-9]+ is not complete.*resume from an earlier"):
         trainer_of(directory, "epochs").train(resume_from_checkpoint=half[0])
     moved = tmp_path / "moved"
     shutil.copytree(directory, moved)
