@@ -1,0 +1,87 @@
+"""How a tokenizer reads a language, measured on captions before anything is trained."""
+
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+
+SPACES = {"▁", "Ġ", "</w>"}  # pieces of nothing but a word's beginning or end
+RARE = 0.01  # share of letters below which a script is a stray sign
+
+
+def words_of(text: str) -> list[str]:
+    """Runs of letters and their marks, composed: digits, signs and apostrophes part them."""
+    text = unicodedata.normalize("NFC", text)
+    return "".join(sign if unicodedata.category(sign)[0] in "LM" else " " for sign in text).split()
+
+
+def script_of(word: str) -> str:
+    """The script of most of its letters, by the first word of their Unicode names: "Greek", "Cyrillic", "Thai"."""
+    names = Counter(unicodedata.name(sign, "UNKNOWN").split()[0].split("-")[0].capitalize() for sign in word)
+    return names.most_common(1)[0][0]
+
+
+def signs_of(word: str) -> int:
+    """Its length in signs; a wide one (Chinese, Japanese, Korean) is a syllable or a word, and counts two."""
+    return sum(2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in word)
+
+
+def tokenizer_coverage(tokenizer, texts: Sequence[str]) -> dict:
+    """
+    Counts what a tokenizer makes of the words of `texts`.
+
+    Args:
+        tokenizer: of transformers.
+        texts: captions of one language.
+
+    Returns:
+        Shares are from 0 to 1, of words as often as they occur:
+        `texts`, `words`; `tokens_per_word`, `tokens_per_text`;
+        `unknown`, of tokens: the tokenizer's unknown token;
+        `spelled_out`, of words of several signs: those that come out in as many pieces as they have signs, or more
+        (single letters, or bytes);
+        `unread`, of words: unknown in part, or spelled out;
+        `altered`, of words: those that do not come back, whatever their case (accents that are stripped, signs that
+        are dropped);
+        `scripts`, by script the share of its words; `unread_scripts`: those of which most words are unread.
+
+    Raises:
+        ValueError: there is no word.
+    """
+    counts = Counter(word for text in texts for word in words_of(text))
+    if not counts:
+        raise ValueError(f"{len(texts)} texts without a word: nothing can be said of how they are read")
+    words = list(counts)
+    encoded = tokenizer(words, add_special_tokens=False)["input_ids"]
+    unknown_id = getattr(tokenizer, "unk_token_id", None)
+    total, signs = Counter(), Counter()  # of words, and of signs by script
+    of_script, unread_of_script = Counter(), Counter()
+    for word, ids in zip(words, encoded):
+        count = counts[word]
+        pieces = [piece for piece in tokenizer.convert_ids_to_tokens(ids) if piece not in SPACES]
+        length = signs_of(word)
+        unknown = sum(number == unknown_id for number in ids)
+        spelled_out = not unknown and length > 1 and len(pieces) >= length
+        back = "".join(tokenizer.decode(ids).split())
+        unread = not ids or unknown > 0 or spelled_out
+        total.update({
+            "words": count, "tokens": count * len(ids), "unknown": count * unknown, "spelled_out": count * spelled_out,
+            "longer": count * (length > 1), "unread": count * unread,
+            "altered": count * (unicodedata.normalize("NFC", back).casefold() != word.casefold()),
+        })  # fmt: skip
+        script = script_of(word)
+        signs[script] += count * len(word)
+        of_script[script] += count
+        unread_of_script[script] += count * unread
+    written = {script: of_script[script] / total["words"] for script, number in signs.most_common()
+               if number > RARE * signs.total()}  # fmt: skip
+    shares = {
+        "texts": len(texts), "words": total["words"],
+        "tokens_per_word": total["tokens"] / total["words"], "tokens_per_text": total["tokens"] / len(texts),
+        "unknown": total["unknown"] / max(1, total["tokens"]),
+        "spelled_out": total["spelled_out"] / max(1, total["longer"]),
+        "unread": total["unread"] / total["words"], "altered": total["altered"] / total["words"],
+        "scripts": written,
+    }  # fmt: skip
+    unread = [script for script in written if unread_of_script[script] > of_script[script] / 2]
+    return shares | {"unread_scripts": unread}
