@@ -34,11 +34,12 @@ from pathlib import Path
 import torch
 from atomic import write_file
 from data import load_caption_dataset
-from evaluate_retrieval import evaluate_dataset, split_seed
+from evaluate_retrieval import evaluate_dataset
 from PIL import Image
 from search import load_with_languages
 from table import markdown_table
 from torch import nn
+from trained_split import check_unseen, source_captions, split_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datasets_scripts.debian import FetchError
@@ -365,7 +366,8 @@ def measure(sides: list[Side], folder: Path, engines: dict[str, OnnxModel]) -> l
 def count_found(name: str, models: dict[str, nn.Module], processor: NrccrProcessor, args) -> dict[str, float]:
     """SumR of the human test captions of `args.dataset` by model; `name`: of the folder of the trained one."""
     options = {"data_dir": args.data_dir} if args.data_dir else {}
-    test = load_caption_dataset(args.dataset, args.target, split_seed(name, None), **options)["test"]
+    test = load_caption_dataset(args.dataset, args.target, split_seed(name, None, args.dataset), **options)["test"]
+    check_unseen(name, source_captions(test), f"the test of {args.dataset}")
     results = {key: evaluate_dataset(model, processor, test, show_progress=False) for key, model in models.items()}
     return {key: result["all"]["metrics"]["sum_recall"] for key, result in results.items()}
 

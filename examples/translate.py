@@ -33,7 +33,7 @@ from data import TRANSLATION_RECORD, load_caption_dataset, load_engine, translat
 
 from datasets_scripts.columns import CAPTION_FEATURES
 from datasets_scripts.debian import FetchError
-from modeling_nrccr.translation import TranslationError, add_translations, one_line
+from modeling_nrccr.translation import TranslationError, add_translations, one_line, split_engines, split_spec
 from modeling_nrccr.translation_cache import CachedTranslator
 
 
@@ -140,7 +140,7 @@ def check_output(output: Path, overwrite: bool):
 
 def neural_options(spec: str, state: PartialState, num_beams: int) -> dict:
     """Of several processes each has a GPU of its own."""
-    is_neural = any(step.startswith(("seq2seq:", "ctranslate2:")) for step in spec.split("+"))
+    is_neural = any(step.startswith(("seq2seq:", "ctranslate2:")) for step in split_spec(spec)[0])
     return {"device": str(state.device), "num_beams": num_beams} if is_neural else {}
 
 
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None):
                 load_engine(
                     spec, pairs, args.data_dir, args.cache, state, **neural_options(spec, state, args.num_beams)
                 )
-                for spec in args.translator.split(",")
+                for spec in split_engines(args.translator)
             ]
         names = [engine.name for engine in engines]
         if len(set(names)) < len(names):

@@ -1,7 +1,7 @@
 """Intervals and paired comparisons of retrieval results, from the ranks of single queries.
 
-An interval is the middle 95 % of 1,000 draws of the test groups, with replacement. Rows that are compared are counted on
-the same draws, so what makes a test hard for both cancels.
+An interval is the middle 95 % of 1,000 draws of the test groups, with replacement. Rows that are compared are counted
+on the same draws, so what makes a test hard for both cancels.
 """
 
 from collections.abc import Sequence

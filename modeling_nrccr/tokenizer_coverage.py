@@ -7,6 +7,13 @@ from collections.abc import Sequence
 
 SPACES = {"▁", "Ġ", "</w>"}  # pieces of nothing but a word's beginning or end
 RARE = 0.01  # share of letters below which a script is a stray sign
+# Measured on captions of tuxpaint+cldr_emoji in 82 languages (docs/languages.md). Unread words: of scripts that an
+# English tokenizer (MiniLM's WordPiece, CLIP's bytes) does not know 41 % or more; by that of multilingual-e5-small at
+# most 19 %.
+UNREAD = 0.25
+# Tokens of a caption, to those of its English: 1.18 to 1.35 where LoRA in the base is known to be good (e5: Galician,
+# Catalan, Spanish, Czech), 1.87 to 2.17 for the same four by MiniLM, where it is known to be bad. Between them.
+LONGER = 1.6
 
 
 def words_of(text: str) -> list[str]:
@@ -17,8 +24,9 @@ def words_of(text: str) -> list[str]:
 
 def script_of(word: str) -> str:
     """The script of most of its letters, by the first word of their Unicode names: "Greek", "Cyrillic", "Thai"."""
-    names = Counter(unicodedata.name(sign, "UNKNOWN").split()[0].split("-")[0].capitalize() for sign in word)
-    return names.most_common(1)[0][0]
+    names = Counter(unicodedata.name(sign, "UNKNOWN").split()[0].split("-")[0] for sign in word)
+    name = names.most_common(1)[0][0]
+    return name if name == "CJK" else name.capitalize()
 
 
 def signs_of(word: str) -> int:
@@ -85,3 +93,29 @@ def tokenizer_coverage(tokenizer, texts: Sequence[str]) -> dict:
     }  # fmt: skip
     unread = [script for script in written if unread_of_script[script] > of_script[script] / 2]
     return shares | {"unread_scripts": unread}
+
+
+def why_unread(coverage: dict, source: dict) -> list[str]:
+    """
+    Says why a text encoder with this tokenizer should not be taught a language; nothing where it may.
+
+    Args:
+        coverage: [`tokenizer_coverage`] of captions in the language.
+        source: the same of the captions that they translate. Where both are written in one script, the tokens that a
+            caption takes tell whether the encoder has met the language: there every letter is known.
+    """
+    reasons = []
+    if coverage["unread_scripts"]:
+        reasons.append(f"it cannot read {' and '.join(coverage['unread_scripts'])} letters")
+    if coverage["unread"] > UNREAD:
+        reasons.append(
+            f"{coverage['unread']:.0%} of the words are unknown to it, or come out as single letters or bytes "
+            f"({source['unread']:.0%} of the source captions')"
+        )
+    longer = coverage["tokens_per_text"] / source["tokens_per_text"]
+    if not reasons and next(iter(coverage["scripts"])) == next(iter(source["scripts"])) and longer > LONGER:
+        reasons.append(
+            f"a caption takes {longer:.1f} times the tokens of its source ({coverage['tokens_per_word']:.1f} a word, "
+            f"not {source['tokens_per_word']:.1f}): it cuts the words of a language that it was not made for"
+        )
+    return reasons
