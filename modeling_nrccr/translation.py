@@ -86,11 +86,14 @@ class Translator:
         version (`str`): all else that decides an answer, for the keys of caches: the revision or fingerprint of a
             model or its data, and settings such as beams.
         batch_size (`int`): texts in a batch, unless `_batches` cuts them otherwise.
+        leaves_untranslated (`bool`): a text without an answer stays as it is, and is counted; default: an error. Where
+            more than half are without one it is an error too. A cache asks for such texts again.
     """
 
     name: str
     version: str = ""
     batch_size: int = 1000
+    leaves_untranslated: bool = False
 
     def supported_pairs(self) -> list[tuple[str, str]]:
         """The pairs `(source, target)` of language codes that this installation has."""
@@ -198,12 +201,17 @@ class Translator:
                 f"{self.name} {source}-{target}: {len(distinct)} captions went in, {count} answers came to "
                 f"{len(translated.keys() & set(distinct))} of them"
             )
-        for row, line in enumerate(lines):
-            if not translated[line]:
+        silent = [row for row, line in enumerate(lines) if not translated[line]]
+        if silent:
+            first = f"row {silent[0]}: no answer to {_shorten(lines[silent[0]])!r}"
+            if not self.leaves_untranslated or 2 * len(silent) > len(lines):
                 raise TranslationError(
-                    f"{self.name} {source}-{target}: row {row}: no answer to {_shorten(line)!r}; leave it out"
+                    f"{self.name} {source}-{target}: {first} ({len(silent)} of {len(lines)} rows); leave it out"
                 )
-        return [translated[line] for line in lines]
+            logger.warning(
+                f"{self.name} {source}-{target}: {len(silent)} of {len(lines)} captions stay as they are: {first}"
+            )
+        return [translated[line] or line for line in lines]
 
 
 class ApertiumTranslator(Translator):
