@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from arguments import option, parse_fields
 from atomic import write_file
-from caption_sources import Captions, by_language, read_captions, read_eval
+from caption_sources import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
 from card import PARALLEL, describe_reading, language_card
 from data import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
 from encoders import encoder_label, find_encoder
@@ -277,8 +277,14 @@ def read_data(
     else:
         for language, file in by_language(script.captions, languages, "--captions").items():
             captions[language] = read_captions(Path(file), language, with_pictures)
+        several = [of_language.translations for of_language in captions.values() if of_language.translations]
+        if any(first == second for first, second in itertools.combinations(several, 2)):
+            raise ValueError(
+                f"{script.captions} does not say which of {script.target_language} it translates into: name a file of "
+                "each, gl=FILE;ca=FILE, or the languages in its first line, en<TAB>gl<TAB>ca"
+            )
     if script.eval:
-        if len(languages) > 1 and len(set(by_language(script.eval, languages, "--eval").values())) == 1:
+        if len(languages) > 1 and not OF_LANGUAGE.match(script.eval):
             raise ValueError(
                 f"--eval {script.eval} has captions of one language, but {script.target_language} are added: name a "
                 f'file of each, --eval "{";".join(f"{language}=FILE" for language in languages)}"'

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrTrainer, encode_images, encode_texts
 from modeling_nrccr.languages import LANGUAGE_FILE
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import add_language  # noqa: E402
+from caption_sources import read_captions  # noqa: E402
 from examination import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED, merge_reports, verdict  # noqa: E402
 from trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split  # noqa: E402
 
@@ -145,12 +147,94 @@ def test_several_languages_in_one_adapter(files, tmp_path, monkeypatch):
         run(files, tmp_path / "three", target_language="gl,ca,es", translator=engines)
     with pytest.raises(ValueError, match="human.csv has captions of one language"):
         run(files, tmp_path / "two", target_language="gl,ca", translator=engines, eval=files / "human.csv")
+    both = {"target_language": "gl,ca", "translator": engines, "num_train_epochs": 1}
+    report = run(files, tmp_path / "both", eval=f"gl={files}/human.csv;ca={files}/human.csv", **both)
+    assert set(report["verdicts"]) == {"gl", "ca"} and {"gl: base", "ca: this language"} <= report["found"].keys()
     counts = {"queries": 2, "pictures": 2, "groups": 2, "left_out": []}
     one = {"verdict": "use", "reasons": [], "found": {"base": {}}} | counts
     other = one | {"verdict": "do not use", "reasons": ["worse"]}
     merged = merge_reports({"gl": one, "ca": other})
     assert merged["verdict"] == "do not use" and merged["reasons"] == ["ca: worse"] and merged["queries"] == 4
     assert list(merged["found"]) == ["gl: base", "ca: base"]
+
+
+def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tmp_path, monkeypatch, capsys):
+    """No engine is asked; a broken picture is left out before anything is trained, and the report is written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()  # beside the file, as for training
+    for number in range(1, 24):
+        shutil.copy(files / f"{number}.png", tmp_path / "images")
+    (tmp_path / "images/0.png").write_bytes((files / "0.png").read_bytes()[:40])
+    shutil.copy(files / "human.csv", tmp_path)
+    shutil.copy(files / "captions.txt", tmp_path)
+    lines = (files / "translations/forth.tsv").read_text().splitlines()[1:]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines))
+    report = run(
+        files, tmp_path / "gl", captions=tmp_path / "pairs.tsv", eval=tmp_path / "human.csv", translator="nobody",
+        num_train_epochs=1, lexicon="wordnet:10",
+    )  # fmt: skip
+    assert report["translator"] == "parallel sentences" and report["captions"] == 300 and report["data"] == "pairs"
+    assert (report["queries"], report["pictures"]) == (23, 23) and "0.png" in report["left_out"][0]
+    assert "translated query" not in report["found"] and "this language" in report["found"]
+    found = report["found"]["this language"]
+    for name, (low, high) in found["intervals"].items():
+        assert low <= found[name] <= high
+    printed = capsys.readouterr().out
+    assert printed.index("left out, 1 test pictures") < printed.index("pairs to train on")
+    assert "lexicon is left out, parallel sentences ask no engine" in printed
+    low, high = found["intervals"]["sum_recall"]
+    assert f"{found['sum_recall']:.1f} ({low:.1f} to {high:.1f})" in (tmp_path / "gl/README.md").read_text()
+    with pytest.raises(ValueError, match="does not say which of gl,ca it translates into"):
+        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", target_language="gl,ca")
+    with pytest.raises(ValueError, match="no translation back, which .*--pair_weighting agreement"):
+        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", pair_weighting="agreement")
+
+
+def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
+    pairs = [(f"a dog {number}", f"un can {number}") for number in range(200)]
+    body = "".join(f"{source}\t{target}\n" for source, target in pairs)
+    wide = "".join(f"{source}\tun gos\t{target}\n" for source, target in pairs)
+    columns = "".join(f"{source},{target}\n" for source, target in pairs)
+    for name, text in {
+        "a.tsv": body, "b.tsv": "source\ttarget\n" + body, "c.tsv": "en\tca\tgl\n" + wide,
+        "d.csv": "source,target\n" + columns,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+        read = read_captions(tmp_path / name, "gl")
+        assert list(zip(read.texts, read.translations)) == pairs
+    with pytest.raises(ValueError, match="c.tsv, line 1: no column 'es', but en, ca, gl"):
+        read_captions(tmp_path / "c.tsv", "es")
+    (tmp_path / "a.tsv").write_text(body + "a dog without\n")
+    with pytest.raises(ValueError, match="a.tsv, line 201: a sentence and its translation are needed"):
+        read_captions(tmp_path / "a.tsv", "gl")
+
+
+def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copy(files / "translations/forth.tsv", tmp_path)
+    options = {"translator": f"file:{tmp_path}/forth.tsv", "num_train_epochs": 1, "eval": files / "human.csv"}
+    report = run(files, tmp_path / "gl", **options)
+    assert "translated query" not in report["found"] and "no pair gl-en" in report["reasons"][-2]
+    with pytest.raises(ValueError, match="no pair gl-en"):
+        run(files, tmp_path / "no", **options | {"back_translation_loss_weight": 1})
+
+
+def test_a_language_that_learned_nothing_is_an_error(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(NrccrTrainer, "train", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="0 steps moved no weight of the language"):
+        run(files, tmp_path / "gl")
+    assert not (tmp_path / "gl").exists()
+
+
+def test_the_report_is_written_whatever_happens_to_the_test(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(add_language.Examination, "report", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(files, tmp_path / "gl", eval=files / "human.csv", num_train_epochs=1)
+    report = json.loads((tmp_path / "gl/report.json").read_text())
+    assert report["verdict"] == "not tested" and "ZeroDivisionError" in report["reasons"][0]
+    assert (tmp_path / "gl" / LANGUAGE_FILE).is_file() and (tmp_path / "gl/README.md").is_file()
 
 
 def test_languages_are_balanced():
