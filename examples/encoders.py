@@ -1,15 +1,19 @@
-"""Finds a pretrained encoder: a folder, a hub id, or one of the two that can be built from PyPI wheels."""
+"""Finds a pretrained encoder: a folder, a hub id, or one of those that can be built from PyPI wheels."""
 
 import os
 from pathlib import Path
 
 from pretrained_image_encoder import build_image_encoder
-from pretrained_text_encoder import build_text_encoder
+from pretrained_text_encoder import build_minilm, build_text_encoder
 from transformers import AutoConfig
 from wheels import cache_folder
 
 
-BUILT = {"multilingual-e5-small": build_text_encoder, "efficientnet-lite0": build_image_encoder}
+BUILT = {
+    "multilingual-e5-small": build_text_encoder,
+    "all-MiniLM-L6-v2": build_minilm,
+    "efficientnet-lite0": build_image_encoder,
+}
 
 
 def find_encoder(name: str) -> str:
