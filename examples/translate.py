@@ -15,10 +15,7 @@ on disk: run again after it was ended in whatever way, it goes on from there.
 """
 
 import argparse
-import glob
 import json
-import os
-import shutil
 import sys
 import time
 from datetime import timedelta
@@ -30,6 +27,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from data import TRANSLATION_RECORD, load_caption_dataset, load_engine, translated_by, translation_cache_path
+from folders import replacing_folder
 
 from datasets_scripts.columns import CAPTION_FEATURES
 from datasets_scripts.debian import FetchError
@@ -110,25 +108,18 @@ def check(before: datasets.DatasetDict, after: datasets.DatasetDict, engines: li
 
 def write(dataset: datasets.DatasetDict, output: Path, record: dict):
     """One Parquet file a split and the record: the folder appears whole or not at all. Empty splits have no file."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    partial, old = (output.with_name(f".{output.name}.{os.getpid()}-{what}.tmp") for what in ("new", "old"))
-    (partial / "data").mkdir(parents=True)
-    for split, rows in dataset.items():
-        if len(rows):
-            file = partial / "data" / f"{split}-00000-of-00001.parquet"  # so that load_dataset knows any split's name
-            rows.to_parquet(file)
-            if (written := pq.read_metadata(file).num_rows) != len(rows):
-                raise OSError(f"{file} has {written} rows of {len(rows)}: is the disk full?")
-    (partial / TRANSLATION_RECORD).write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    if output.exists():
-        os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(output, lambda path: path.name in ("data", TRANSLATION_RECORD), "translations") as partial:
+        (partial / "data").mkdir()
+        for split, rows in dataset.items():
+            if len(rows):
+                # named so that load_dataset knows any split's name
+                file = partial / "data" / f"{split}-00000-of-00001.parquet"
+                rows.to_parquet(file)
+                if (written := pq.read_metadata(file).num_rows) != len(rows):
+                    raise OSError(f"{file} has {written} rows of {len(rows)}: is the disk full?")
+        (partial / TRANSLATION_RECORD).write_text(
+            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def check_output(output: Path, overwrite: bool):
