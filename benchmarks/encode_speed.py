@@ -186,7 +186,7 @@ def pictures_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Ten
 def pictures_of_peer(folder: Path, dtype: torch.dtype, workers: int) -> tuple[float, torch.Tensor, dict]:
     from torch.utils.data import DataLoader
 
-    from modeling_nrccr.processing_nrccr import load_image  # the same pixels
+    from modeling_nrccr.media import load_image  # the same pixels
 
     model, processor, _ = picture_model()
     model.to(dtype)

@@ -10,31 +10,15 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
+from modeling_nrccr.bootstrap import DRAWS, WAYS, draw_groups, hits, interval, sum_recall
 from modeling_nrccr.files import write_file
 
 
-DRAWS = 1000
-RECALL_AT = (1, 5, 10)
-
-
-def hits(ranks: pd.DataFrame, groups: list[str]) -> np.ndarray:
-    """Of each group: queries, and those found among the first 1, 5 and 10, of shape `(2, 4, num_groups)` for both
-    directions."""
-    result = np.zeros((2, 1 + len(RECALL_AT), len(groups)))
+def group_hits(ranks: pd.DataFrame, groups: list[str]) -> np.ndarray:
+    """[`hits`] of a run's ranks, in the order of `groups`."""
     number = {group: i for i, group in enumerate(groups)}
-    for way, direction in enumerate(("t2v", "v2t")):
-        part = ranks[ranks["direction"] == direction]
-        of = part["group"].map(number).to_numpy()
-        np.add.at(result[way, 0], of, 1)
-        for i, k in enumerate(RECALL_AT, 1):
-            np.add.at(result[way, i], of, part["rank"].to_numpy() <= k)
-    return result
-
-
-def sum_recall(counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """SumR of each draw, of shape `(num_draws,)`; `draws (num_draws, num_groups)`: how often each group was drawn."""
-    drawn = np.einsum("wkg,dg->dwk", counts, draws)
-    return 100 * (drawn[..., 1:] / drawn[..., :1]).sum((1, 2))
+    parts = [ranks[ranks["direction"] == way] for way in WAYS]
+    return hits([part["rank"] for part in parts], [part["group"].map(number) for part in parts], len(groups))
 
 
 class Bootstrap:
@@ -54,23 +38,20 @@ class Bootstrap:
                 place = (*split[:3], of_gallery)
                 if place not in self.draws:
                     groups = sorted(set(part["group"]))
-                    generator = np.random.default_rng([run.split_seed, len(groups)])
-                    shares = np.full(len(groups), 1 / len(groups))
                     self.groups[place] = groups
-                    self.draws[place] = generator.multinomial(len(groups), shares, DRAWS).astype(float)
-                self.counts[run, of_gallery, of_query] = hits(part, self.groups[place])
+                    self.draws[place] = draw_groups(len(groups), [run.split_seed, len(groups)])
+                self.counts[run, of_gallery, of_query] = group_hits(part, self.groups[place])
         return self.counts[key], self.draws[split]
 
     def sums(self, run, gallery: str, query: str) -> np.ndarray:
         """The SumR of the run, then of each draw, of shape `(1 + DRAWS,)`."""
-        counts, draws = self.load(run, gallery, query)
-        return sum_recall(counts, np.concatenate([np.ones((1, draws.shape[1])), draws]))
+        return sum_recall(*self.load(run, gallery, query))
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
     """`values` of shape `(num_runs, 1 + DRAWS)`: the mean over runs and its interval."""
     mean = values.mean(0)
-    low, high = np.percentile(mean[1:], [2.5, 97.5])
+    low, high = interval(mean)
     result = {"mean": mean[0], "low": low, "high": high, "runs": len(values), "sd": values[:, 0].std()}
     return {name: round(float(value), 2) for name, value in result.items()}
 

@@ -103,7 +103,7 @@ def find_caption_file(data_dir: Path, name: str | None = None) -> Path:
     if len(files) > 1:
         raise ValueError(
             f"{data_dir} has {len(files)} files of captions, {', '.join(file.name for file in files)}: name one "
-            "(caption_file)"
+            f"(caption_file), as in --dataset caption_files:{files[0].name}"
         )
     if not files or not files[0].is_file() or files[0].suffix not in SUFFIXES:
         raise FileNotFoundError(

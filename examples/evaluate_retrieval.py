@@ -17,13 +17,13 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
 from search import BASE, add_language_option, load_with_languages, read_by
 from table import format_table
+from trained_split import check_unseen, source_captions, split_seed
 from transformers import BatchFeature
 
 from datasets_scripts.debian import FetchError
@@ -162,28 +162,6 @@ def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[
     return {f"{way}_mean_rank_variance": mean_rank_variance(ranks[..., i]) for i, way in enumerate(WAYS)}
 
 
-def split_seed(model: str, seed: int | None) -> int:
-    """
-    The seed of the split that the model was trained with, as the `metrics.json` beside it tells.
-
-    Raises:
-        ValueError: for another `seed`, which would put pictures of the training set into the test.
-    """
-    record = Path(model) / "metrics.json"
-    if not record.is_file():
-        seed = seed or 0
-        print(f"{record} is not there; assuming that the model was trained with split seed {seed}", file=sys.stderr)
-        return seed
-    settings = json.loads(record.read_text(encoding="utf-8"))["settings"]
-    trained = settings["split_seed"] if "split_seed" in settings else settings["seed"]
-    if seed not in (None, trained):
-        raise ValueError(
-            f"{model} was trained with split seed {trained}: with --seed {seed} the test would hold pictures of the "
-            f"training set. Leave --seed out, or train with --split_seed {seed}."
-        )
-    return trained
-
-
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -209,7 +187,7 @@ def main(argv: list[str] | None = None):
 
 def evaluate(args: argparse.Namespace):
     model, processor = load_with_languages(args.model, args.language)
-    seed = split_seed(args.model, args.seed)
+    seed = split_seed(args.model, args.seed, args.dataset)
     languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
     if not languages:
         raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
@@ -221,6 +199,9 @@ def evaluate(args: argparse.Namespace):
         splits = load_caption_dataset(args.dataset, language, seed, **options)
         if args.split not in splits:
             raise ValueError(f"No split {args.split!r}; there are {', '.join(splits)}.")
+        if args.split != "train":
+            english = source_captions(splits[args.split])
+            check_unseen(args.model, english, f"the {args.split} split of {args.dataset}, seed {seed}")
         by_language[language] = evaluate_dataset(
             model, processor, splits[args.split], batch_size=args.batch_size, known_images=known_images,
             num_frames=args.num_frames, language=readers[language],

@@ -20,7 +20,6 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,11 +32,13 @@ from pathlib import Path
 
 import torch
 from data import load_caption_dataset
-from evaluate_retrieval import evaluate_dataset, split_seed
+from evaluate_retrieval import evaluate_dataset
+from folders import replacing_folder
 from PIL import Image
 from search import load_with_languages
 from table import markdown_table
 from torch import nn
+from trained_split import check_unseen, source_captions, split_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datasets_scripts.debian import FetchError
@@ -275,6 +276,11 @@ def compare(side: Side, onnx: OnnxModel) -> tuple[float, float]:
     return largest, cosine
 
 
+def is_exported(path: Path) -> bool:
+    """Whether a file may be of an export: a side, or what a processor is saved as."""
+    return path.is_file() and path.name.endswith((".onnx", ".onnx.data", ".json", ".txt", ".model", ".jinja", ".py"))
+
+
 def export(
     model: NrccrModel,
     processor: NrccrProcessor,
@@ -284,7 +290,7 @@ def export(
     torch_export: Path | None = None,
 ) -> dict[str, dict[str, float]]:
     """
-    Writes all files, or none.
+    Writes all files, or none, and leaves none of an earlier export.
 
     Args:
         sides: of `list_sides`.
@@ -294,7 +300,7 @@ def export(
         By file what `compare` found: `{"text.onnx": {"max_difference": ..., "min_cosine": ...}, ...}`.
 
     Raises:
-        ValueError: where a file in float32 gives other embeddings than the model.
+        ValueError: where a file in float32 gives other embeddings than the model; or `folder` holds what is no export.
     """
     load_onnx()
     if torch_export is not None and torch_export.resolve().is_relative_to(folder.resolve()):
@@ -302,10 +308,8 @@ def export(
             f"--torch_export {torch_export} lies in {folder}: .pt2 archives may hold pickled parts, which a published "
             "folder must not. Name a folder elsewhere"
         )
-    folder.mkdir(parents=True, exist_ok=True)
     found, programs = {}, {}
-    with tempfile.TemporaryDirectory(dir=folder) as work, model.lora(model.language):
-        work = Path(work)
+    with replacing_folder(folder, is_exported, "an export") as work, model.lora(model.language):
         for side in sides:
             programs[side.name] = trace(side)
             export_side(side, programs[side.name], work)
@@ -322,8 +326,6 @@ def export(
                     raise ValueError(f"{file} differs by {difference:.1e} from the model, more than {TOLERANCE}: "
                                      "nothing was written; try another version of torch or onnxruntime")  # fmt: skip
         processor.save_pretrained(work)
-        for path in work.iterdir():
-            os.replace(path, folder / path.name)
     if torch_export is not None:
         torch_export.mkdir(parents=True, exist_ok=True)
         for name, program in programs.items():
@@ -365,7 +367,8 @@ def measure(sides: list[Side], folder: Path, engines: dict[str, OnnxModel]) -> l
 def count_found(name: str, models: dict[str, nn.Module], processor: NrccrProcessor, args) -> dict[str, float]:
     """SumR of the human test captions of `args.dataset` by model; `name`: of the folder of the trained one."""
     options = {"data_dir": args.data_dir} if args.data_dir else {}
-    test = load_caption_dataset(args.dataset, args.target, split_seed(name, None), **options)["test"]
+    test = load_caption_dataset(args.dataset, args.target, split_seed(name, None, args.dataset), **options)["test"]
+    check_unseen(name, source_captions(test), f"the test of {args.dataset}")
     results = {key: evaluate_dataset(model, processor, test, show_progress=False) for key, model in models.items()}
     return {key: result["all"]["metrics"]["sum_recall"] for key, result in results.items()}
 

@@ -20,7 +20,6 @@ import mteb
 import torch
 from data import dataset_languages, load_caption_dataset
 from datasets import Dataset
-from evaluate_retrieval import split_seed
 from langcodes import Language
 from mteb import TaskMetadata
 from mteb.abstasks import AbsTaskRetrieval
@@ -29,6 +28,7 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from search import BASE, add_language_option, load_with_languages, read_by
 from table import format_markdown
+from trained_split import check_unseen, source_captions, split_seed
 
 from datasets_scripts.debian import FetchError
 from modeling_nrccr import encode_images, encode_texts
@@ -141,9 +141,11 @@ def caption_task(name: str, category: str, splits: Mapping[str, Dataset]) -> Abs
 
 def own_tasks(model: str, dataset: str, languages: list[str], data_dir: str | None = None) -> list[AbsTaskRetrieval]:
     """Both directions of a data set's test split: of the split that the model was trained with."""
-    seed = split_seed(model, None)
+    seed = split_seed(model, None, dataset)
     splits = {language: load_caption_dataset(dataset, language, seed, data_dir=data_dir) for language in languages}
     tests = {language: parts["test"] for language, parts in splits.items()}
+    for rows in tests.values():
+        check_unseen(model, source_captions(rows), f"the test of {dataset}, seed {seed}")
     return [caption_task(dataset, category, tests) for category in DIRECTIONS]
 
 

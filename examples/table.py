@@ -30,13 +30,15 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def format_markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The recalls and SumR of the same rows as a Markdown table."""
+    """The recalls and SumR of the same rows as a Markdown table, with the intervals of rows that bring them."""
     shown = [name for name in METRICS if name.startswith("R@")]
     head = ["", *(f"{way} {name}" for way in WAYS for name in shown), "SumR"]
     lines = []
     for name, metrics in rows.items():
-        recalls = [metrics[f"{way}_{METRICS[metric]}"] for way in WAYS for metric in shown]
-        lines.append([name, *(f"{value:.1f}" for value in recalls), f"{metrics['sum_recall']:.1f}"])
+        columns = [*(f"{way}_{METRICS[metric]}" for way in WAYS for metric in shown), "sum_recall"]
+        ends = metrics.get("intervals", {})
+        brackets = [" ({:.1f} to {:.1f})".format(*ends[key]) if key in ends else "" for key in columns]
+        lines.append([name, *(f"{metrics[key]:.1f}{bracket}" for key, bracket in zip(columns, brackets))])
     return markdown_table(head, lines)
 
 

@@ -29,10 +29,11 @@ from card import training_settings, write_model_card
 from data import check_lexicon, find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from encoders import encoder_label, find_encoder
-from evaluate_retrieval import metrics_by_source, split_seed
+from evaluate_retrieval import metrics_by_source
 from search import load_model
 from search_page import QueryRow, Result, write_search_page
 from table import format_table
+from trained_split import split_seed, write_trained_split
 from transformers import AutoImageProcessor, AutoTokenizer, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -47,7 +48,7 @@ from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
-from modeling_nrccr.translation import Translator
+from modeling_nrccr.translation import Translator, split_engines
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "joint.yaml"
@@ -211,7 +212,7 @@ class Experiment:
         if self.media == "visual_feats" and model.vision_encoder == "none" and model.visual_feat_dim is None:
             model.visual_feat_dim = self.dataset["train"][0]["visual_feats"].shape[-1]
         if script.base is not None:
-            split_seed(script.base, script.split_seed)  # an error where it was trained on other pictures
+            split_seed(script.base, script.split_seed, script.dataset)  # an error where it has seen the test
         self.encoders: NrccrModel | None = None
         self.english: NrccrTrainer | None = None  # that holds the base
         self.caches: dict[tuple, FeatureCache] = {}  # by what of the text is cached
@@ -242,7 +243,7 @@ class Experiment:
     def add_human_captions(self, count: int):
         """Of so many training captions (-1: all), drawn by the split seed, the human target caption; beside the
         translated ones, or with `target="human"` alone."""
-        rows = self.of_kept(self.load("human", self.script.translator.split(",")[0])[0]["train"])
+        rows = self.of_kept(self.load("human", split_engines(self.script.translator)[0])[0]["train"])
         if count > len(rows):
             raise ValueError(f"human_captions={count}, but there are {len(rows)}: -1 takes all")
         if count >= 0:
@@ -551,6 +552,10 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     trainer.model.save_pretrained(output_dir)
     trainer.processing_class.save_pretrained(output_dir)
     write_sentence_transformers_files(output_dir, trainer.model.visual_tower is not None)
+    script = experiment.script
+    bases = [script.base] if script.base else []
+    captions = experiment.rows["train"]["source_caption"]
+    write_trained_split(output_dir, script.dataset, script.split_seed, captions, bases)
     report["settings"]["training"] = training_settings(trainer.args)
     write_file(output_dir / "metrics.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     rows = report_rows(report)

@@ -15,10 +15,7 @@ on disk: run again after it was ended in whatever way, it goes on from there.
 """
 
 import argparse
-import glob
 import json
-import os
-import shutil
 import sys
 import time
 from datetime import timedelta
@@ -30,10 +27,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from data import TRANSLATION_RECORD, load_caption_dataset, load_engine, translated_by, translation_cache_path
+from folders import replacing_folder
 
 from datasets_scripts.columns import CAPTION_FEATURES
 from datasets_scripts.debian import FetchError
-from modeling_nrccr.translation import TranslationError, add_translations, one_line
+from modeling_nrccr.translation import TranslationError, add_translations, one_line, split_engines, split_spec
 from modeling_nrccr.translation_cache import CachedTranslator
 
 
@@ -97,7 +95,9 @@ def check(before: datasets.DatasetDict, after: datasets.DatasetDict, engines: li
             ):
                 lines = {row: one_line(texts[row] or "") for row in needed}
                 known = engine.cache.lookup(engine, *engine.check_pair(*languages), set(lines.values()))
-                wrong = [row for row in needed if answers[row] is None or known.get(lines[row]) != answers[row]]
+                # one that was not answered ("") stays as it was
+                made_of = {row: known.get(line) if known.get(line) != "" else line for row, line in lines.items()}
+                wrong = [row for row in needed if answers[row] is None or made_of[row] != answers[row]]
                 if wrong:
                     row = wrong[0]
                     raise TranslationError(
@@ -108,25 +108,18 @@ def check(before: datasets.DatasetDict, after: datasets.DatasetDict, engines: li
 
 def write(dataset: datasets.DatasetDict, output: Path, record: dict):
     """One Parquet file a split and the record: the folder appears whole or not at all. Empty splits have no file."""
-    output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):  # of a run that was killed
-        shutil.rmtree(leftover)
-    partial, old = (output.with_name(f".{output.name}.{os.getpid()}-{what}.tmp") for what in ("new", "old"))
-    (partial / "data").mkdir(parents=True)
-    for split, rows in dataset.items():
-        if len(rows):
-            file = partial / "data" / f"{split}-00000-of-00001.parquet"  # so that load_dataset knows any split's name
-            rows.to_parquet(file)
-            if (written := pq.read_metadata(file).num_rows) != len(rows):
-                raise OSError(f"{file} has {written} rows of {len(rows)}: is the disk full?")
-    (partial / TRANSLATION_RECORD).write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    if output.exists():
-        os.replace(output, old)
-    os.replace(partial, output)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacing_folder(output, lambda path: path.name in ("data", TRANSLATION_RECORD), "translations") as partial:
+        (partial / "data").mkdir()
+        for split, rows in dataset.items():
+            if len(rows):
+                # named so that load_dataset knows any split's name
+                file = partial / "data" / f"{split}-00000-of-00001.parquet"
+                rows.to_parquet(file)
+                if (written := pq.read_metadata(file).num_rows) != len(rows):
+                    raise OSError(f"{file} has {written} rows of {len(rows)}: is the disk full?")
+        (partial / TRANSLATION_RECORD).write_text(
+            json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def check_output(output: Path, overwrite: bool):
@@ -140,7 +133,7 @@ def check_output(output: Path, overwrite: bool):
 
 def neural_options(spec: str, state: PartialState, num_beams: int) -> dict:
     """Of several processes each has a GPU of its own."""
-    is_neural = any(step.startswith(("seq2seq:", "ctranslate2:")) for step in spec.split("+"))
+    is_neural = any(step.startswith(("seq2seq:", "ctranslate2:")) for step in split_spec(spec)[0])
     return {"device": str(state.device), "num_beams": num_beams} if is_neural else {}
 
 
@@ -181,7 +174,7 @@ def main(argv: list[str] | None = None):
                 load_engine(
                     spec, pairs, args.data_dir, args.cache, state, **neural_options(spec, state, args.num_beams)
                 )
-                for spec in args.translator.split(",")
+                for spec in split_engines(args.translator)
             ]
         names = [engine.name for engine in engines]
         if len(set(names)) < len(names):

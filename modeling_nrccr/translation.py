@@ -86,11 +86,14 @@ class Translator:
         version (`str`): all else that decides an answer, for the keys of caches: the revision or fingerprint of a
             model or its data, and settings such as beams.
         batch_size (`int`): texts in a batch, unless `_batches` cuts them otherwise.
+        leaves_untranslated (`bool`): a text without an answer stays as it is, and is counted; default: an error. Where
+            more than half are without one it is an error too. A cache asks for such texts again.
     """
 
     name: str
     version: str = ""
     batch_size: int = 1000
+    leaves_untranslated: bool = False
 
     def supported_pairs(self) -> list[tuple[str, str]]:
         """The pairs `(source, target)` of language codes that this installation has."""
@@ -198,12 +201,17 @@ class Translator:
                 f"{self.name} {source}-{target}: {len(distinct)} captions went in, {count} answers came to "
                 f"{len(translated.keys() & set(distinct))} of them"
             )
-        for row, line in enumerate(lines):
-            if not translated[line]:
+        silent = [row for row, line in enumerate(lines) if not translated[line]]
+        if silent:
+            first = f"row {silent[0]}: no answer to {_shorten(lines[silent[0]])!r}"
+            if not self.leaves_untranslated or 2 * len(silent) > len(lines):
                 raise TranslationError(
-                    f"{self.name} {source}-{target}: row {row}: no answer to {_shorten(line)!r}; leave it out"
+                    f"{self.name} {source}-{target}: {first} ({len(silent)} of {len(lines)} rows); leave it out"
                 )
-        return [translated[line] for line in lines]
+            logger.warning(
+                f"{self.name} {source}-{target}: {len(silent)} of {len(lines)} captions stay as they are: {first}"
+            )
+        return [translated[line] or line for line in lines]
 
 
 class ApertiumTranslator(Translator):
@@ -352,15 +360,30 @@ _TRANSLATORS = {
 }  # fmt: skip
 _FORMS = (
     "apertium, seq2seq:ID_OR_FOLDER, ctranslate2:FOLDER, dictionary:PAIR_OR_FILE, chat:MODEL@URL, file:PATH, and "
-    "A+es+B for two in a row"
+    'A+es+B for two in a row; what holds a "," or "+es+" of its own is put in double quotes: file:"a,b.tsv"'
 )
-_PIVOT = re.compile(r"\+([a-z]{2,3}(?:-[A-Za-z0-9]+)*)\+")
+_QUOTED = r'"[^"]*"'
+_PIVOT = re.compile(rf"({_QUOTED})|\+([a-z]{{2,3}}(?:-[A-Za-z0-9]+)*)\+")
+
+
+def split_engines(specs: str) -> list[str]:
+    """The specs of several engines, joined by ','; not at one that stands in double quotes, as in
+    `apertium,file:"a,b.tsv"`. Raises ValueError for a quotation mark without its second."""
+    if specs.count('"') % 2:
+        raise ValueError(f"{specs!r} has an odd number of quotation marks: each opens or closes a path")
+    return [part.strip() for part in re.findall(rf"(?:{_QUOTED}|[^,\"])+", specs) if part.strip()]
 
 
 def split_spec(spec: str) -> tuple[list[str], list[str]]:
-    """The engines of a spec and the languages between them: `apertium+es+apertium`, one engine twice by way of es."""
-    parts = _PIVOT.split(spec)
-    return parts[::2], parts[1::2]
+    """The engines of a spec and the languages between them: `apertium+es+apertium`, one engine twice by way of es.
+    Nothing is split within double quotes, which stay."""
+    engines, pivots, start = [], [], 0
+    for match in _PIVOT.finditer(spec):
+        if match[2]:
+            engines.append(spec[start : match.start()])
+            pivots.append(match[2])
+            start = match.end()
+    return [*engines, spec[start:]], pivots
 
 
 def load_translator(spec: "str | Translator", **kwargs) -> Translator:
@@ -374,6 +397,7 @@ def load_translator(spec: "str | Translator", **kwargs) -> Translator:
     - `chat:MODEL@URL`: a chat-completion server, such as `chat:qwen3@http://localhost:8000/v1`.
     - `file:PATH`: ready translations, TSV, JSONL or Parquet.
     - `A+es+B`: two engines in a row by way of Spanish (`apertium+es+apertium`); more are possible.
+    - `file:"a,b.tsv"`: a path with what parts engines stands in double quotes.
 
     Args:
         kwargs: for the engine; of several in a row each gets those that it knows.
@@ -388,10 +412,12 @@ def load_translator(spec: "str | Translator", **kwargs) -> Translator:
     parts, pivots = split_spec(spec)
     engines: dict[str, Translator] = {}
     unused = set(kwargs)
+    for part in parts:
+        if part.partition(":")[0] not in _TRANSLATORS:
+            raise ValueError(f"unknown translator {part!r}; known: {_FORMS}")
     for part in dict.fromkeys(parts):
         kind, _, argument = part.partition(":")
-        if kind not in _TRANSLATORS:
-            raise ValueError(f"unknown translator {part!r}; known: {_FORMS}")
+        argument = argument.replace('"', "")
         engine = _TRANSLATORS[kind]
         engine = engine if isinstance(engine, type) else engine()
         parameters = inspect.signature(engine).parameters

@@ -130,6 +130,7 @@ class CachedTranslator(Translator):
     ):
         self.translator, self.state = translator, state
         self.name, self.version = translator.name, translator.version
+        self.leaves_untranslated = translator.leaves_untranslated
         self.cache = cache if isinstance(cache, TranslationCache) else TranslationCache(cache)
         self.num_translated = self.num_found = 0
 

@@ -36,7 +36,8 @@ class FileTranslator(Translator):
         files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES) if path.is_dir() else [path]
         if not files or not files[0].is_file() or files[0].suffix not in _SUFFIXES:
             raise ValueError(
-                f"{path} is no file of translations ({', '.join(_SUFFIXES)}) and no folder that holds one"
+                f"{path} is no file of translations ({', '.join(_SUFFIXES)}) and no folder that holds one; a path "
+                'with "," or "+es+" in it is put in double quotes, file:"PATH"'
             )
         self.name = name or f"file-{path.stem}"
         self.version = file_fingerprint(files)

@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -12,12 +14,15 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrTrainer, encode_images, encode_texts
 from modeling_nrccr.languages import LANGUAGE_FILE
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import add_language  # noqa: E402
+from caption_sources import read_captions  # noqa: E402
+from examination import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED, merge_reports, verdict  # noqa: E402
+from trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split  # noqa: E402
 
 
 WORDS = ("red", "blue", "big", "small", "old", "cat", "dog", "house", "tree", "boat")
@@ -62,7 +67,8 @@ def run(files: Path, output: Path, **options):
 def test_from_captions_to_a_language_file_and_its_report(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     report = run(files, tmp_path / "gl", eval=files / "human.csv", rivals="all")
-    assert {path.name for path in (tmp_path / "gl").iterdir()} == {LANGUAGE_FILE, "report.json", "README.md"}
+    files_made = {LANGUAGE_FILE, "report.json", "README.md", SPLIT_FILE}
+    assert {path.name for path in (tmp_path / "gl").iterdir()} == files_made
     names = ("this language", *add_language.RIVALS)
     rows = {"base", "translated query", "English, before"}
     rows |= {form.format(name) for name in names for form in ("{}", "{}, half its translation", "English, {}")}
@@ -101,7 +107,7 @@ def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatc
     other.text_tower.encoder.save_pretrained(tmp_path / "encoder")
     NrccrProcessor.from_pretrained(files / "base").tokenizer.save_pretrained(tmp_path / "encoder")
     report = run(files, tmp_path / "gl", text_encoder=tmp_path / "encoder", eval=files / "human.csv")
-    assert report["text_encoder"] == str(tmp_path / "encoder")
+    assert report["text_encoder"] == "encoder"
     model = NrccrModel.from_pretrained(tmp_path / "gl/model")
     model.load_language("gl", tmp_path / "gl")
     base, processor = NrccrModel.from_pretrained(files / "base"), NrccrProcessor.from_pretrained(files / "base")
@@ -118,7 +124,7 @@ def test_what_is_wrong_is_said_before_anything_is_trained(files, tmp_path, monke
     with pytest.raises(ValueError, match="few.txt has 2 different captions"):
         run(files, tmp_path / "gl", captions=tmp_path / "few.txt")
     (tmp_path / "human.csv").write_text("image,target_caption\nnone.png,redo\n")
-    with pytest.raises(ValueError, match="human.csv, line 2: there is no picture"):
+    with pytest.raises(ValueError, match="human.csv: there is no picture none.png"):
         run(files, tmp_path / "gl", eval=tmp_path / "human.csv")
     with pytest.raises(ValueError, match="no rivals clip"):
         run(files, tmp_path / "gl", rivals="clip")
@@ -137,15 +143,98 @@ def test_several_languages_in_one_adapter(files, tmp_path, monkeypatch):
     for language in ("gl", "ca"):
         model.load_language(language, tmp_path / "two")
         assert f'load_language("{language}"' in (tmp_path / "two/README.md").read_text()
-    with pytest.raises(ValueError, match="names no engine for es: add ';es=ENGINE'"):
+    with pytest.raises(ValueError, match="names nothing for es: add ';es=...'"):
         run(files, tmp_path / "three", target_language="gl,ca,es", translator=engines)
     with pytest.raises(ValueError, match="human.csv has captions of one language"):
         run(files, tmp_path / "two", target_language="gl,ca", translator=engines, eval=files / "human.csv")
-    one = {"verdict": "use", "reasons": [], "found": {"base": {}}, "queries": 2}
+    both = {"target_language": "gl,ca", "translator": engines, "num_train_epochs": 1}
+    report = run(files, tmp_path / "both", eval=f"gl={files}/human.csv;ca={files}/human.csv", **both)
+    assert set(report["verdicts"]) == {"gl", "ca"} and {"gl: base", "ca: this language"} <= report["found"].keys()
+    counts = {"queries": 2, "pictures": 2, "groups": 2, "left_out": []}
+    one = {"verdict": "use", "reasons": [], "found": {"base": {}}} | counts
     other = one | {"verdict": "do not use", "reasons": ["worse"]}
-    merged = add_language.merge_reports({"gl": one, "ca": other})
+    merged = merge_reports({"gl": one, "ca": other})
     assert merged["verdict"] == "do not use" and merged["reasons"] == ["ca: worse"] and merged["queries"] == 4
     assert list(merged["found"]) == ["gl: base", "ca: base"]
+
+
+def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tmp_path, monkeypatch, capsys):
+    """No engine is asked; a broken picture is left out before anything is trained, and the report is written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "images").mkdir()  # beside the file, as for training
+    for number in range(1, 24):
+        shutil.copy(files / f"{number}.png", tmp_path / "images")
+    (tmp_path / "images/0.png").write_bytes((files / "0.png").read_bytes()[:40])
+    shutil.copy(files / "human.csv", tmp_path)
+    shutil.copy(files / "captions.txt", tmp_path)
+    lines = (files / "translations/forth.tsv").read_text().splitlines()[1:]
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines))
+    report = run(
+        files, tmp_path / "gl", captions=tmp_path / "pairs.tsv", eval=tmp_path / "human.csv", translator="nobody",
+        num_train_epochs=1, lexicon="wordnet:10",
+    )  # fmt: skip
+    assert report["translator"] == "parallel sentences" and report["captions"] == 300 and report["data"] == "pairs"
+    assert (report["queries"], report["pictures"]) == (23, 23) and "0.png" in report["left_out"][0]
+    assert "translated query" not in report["found"] and "this language" in report["found"]
+    found = report["found"]["this language"]
+    for name, (low, high) in found["intervals"].items():
+        assert low <= found[name] <= high
+    printed = capsys.readouterr().out
+    assert printed.index("left out, 1 test pictures") < printed.index("pairs to train on")
+    assert "lexicon is left out, parallel sentences ask no engine" in printed
+    low, high = found["intervals"]["sum_recall"]
+    assert f"{found['sum_recall']:.1f} ({low:.1f} to {high:.1f})" in (tmp_path / "gl/README.md").read_text()
+    with pytest.raises(ValueError, match="does not say which of gl,ca it translates into"):
+        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", target_language="gl,ca")
+    with pytest.raises(ValueError, match="no translation back, which .*--pair_weighting agreement"):
+        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", pair_weighting="agreement")
+
+
+def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
+    pairs = [(f"a dog {number}", f"un can {number}") for number in range(200)]
+    body = "".join(f"{source}\t{target}\n" for source, target in pairs)
+    wide = "".join(f"{source}\tun gos\t{target}\n" for source, target in pairs)
+    columns = "".join(f"{source},{target}\n" for source, target in pairs)
+    for name, text in {
+        "a.tsv": body, "b.tsv": "source\ttarget\n" + body, "c.tsv": "en\tca\tgl\n" + wide,
+        "d.csv": "source,target\n" + columns,
+    }.items():  # fmt: skip
+        (tmp_path / name).write_text(text)
+        read = read_captions(tmp_path / name, "gl")
+        assert list(zip(read.texts, read.translations)) == pairs
+    with pytest.raises(ValueError, match="c.tsv, line 1: no column 'es', but en, ca, gl"):
+        read_captions(tmp_path / "c.tsv", "es")
+    (tmp_path / "a.tsv").write_text(body + "a dog without\n")
+    with pytest.raises(ValueError, match="a.tsv, line 201: a sentence and its translation are needed"):
+        read_captions(tmp_path / "a.tsv", "gl")
+
+
+def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copy(files / "translations/forth.tsv", tmp_path)
+    options = {"translator": f"file:{tmp_path}/forth.tsv", "num_train_epochs": 1, "eval": files / "human.csv"}
+    report = run(files, tmp_path / "gl", **options)
+    assert "translated query" not in report["found"] and "no pair gl-en" in report["reasons"][-2]
+    with pytest.raises(ValueError, match="no pair gl-en"):
+        run(files, tmp_path / "no", **options | {"back_translation_loss_weight": 1})
+
+
+def test_a_language_that_learned_nothing_is_an_error(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(NrccrTrainer, "train", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="0 steps moved no weight of the language"):
+        run(files, tmp_path / "gl")
+    assert not (tmp_path / "gl").exists()
+
+
+def test_the_report_is_written_whatever_happens_to_the_test(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(add_language.Examination, "report", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(files, tmp_path / "gl", eval=files / "human.csv", num_train_epochs=1)
+    report = json.loads((tmp_path / "gl/report.json").read_text())
+    assert report["verdict"] == "not tested" and "ZeroDivisionError" in report["reasons"][0]
+    assert (tmp_path / "gl" / LANGUAGE_FILE).is_file() and (tmp_path / "gl/README.md").is_file()
 
 
 def test_languages_are_balanced():
@@ -155,11 +244,53 @@ def test_languages_are_balanced():
     assert [rows.count(name) for name in "abc"] in ([7, 4, 3], [7, 3, 4]) and len(rows) == 14
 
 
-def test_do_not_use():
-    found = {name: {"sum_recall": value} for name, value in (("base", 50), ("translated query", 70), ("ours", 60))}
-    assert add_language.verdict(found, "ours")[0] == "use"
-    assert "translated query finds more" in add_language.verdict(found, "ours")[1][0]
-    assert add_language.verdict(found | {"ours": {"sum_recall": 49}}, "ours")[0] == "do not use"
-    english = {"English, before": {"sum_recall": 90}, "English, ours": {"sum_recall": 88}}
-    word, reasons = add_language.verdict(found | english, "ours")
-    assert word == "do not use" and "English finds less" in reasons[0]
+def draws(mean: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
+    return mean + noise * np.concatenate([[0], np.random.default_rng(seed).standard_normal(1000)])
+
+
+@pytest.mark.parametrize(
+    "ours, fused, translated, expected",
+    [
+        (138, 158, 136, USE_FUSED),
+        (138, 139, 136, USE),  # what the fusion adds is not sure
+        (78, 126, 136, ASK),
+        (19, 20, 21, DO_NOT),  # nothing finds more than the base
+        (5, 6, 21, DO_NOT),
+        (21, 21, 21, DO_NOT),  # an adapter that is the identity
+        (45, 45, 20, TOO_FEW),  # more by its mean, but not surely
+    ],
+)
+def test_the_verdict_follows_from_intervals(ours, fused, translated, expected):
+    wide = 15 if expected == TOO_FEW else 0 if ours == 21 else 1
+    sums = {"base": draws(21), "translated query": draws(translated, wide, 1), "ours": draws(ours, wide, 2),
+            "ours, half its translation": draws(fused, wide, 3)}  # fmt: skip
+    word, reasons = verdict(sums, "ours", 100)
+    assert word == expected and f"base {21:.1f}" in reasons[0]
+    assert ("more (" in reasons[0]) == (expected != DO_NOT or ours == 21)
+    assert verdict(sums, "ours", 1)[0] == TOO_FEW
+    # alone it may be taken or not; a translation that is not there is not recommended
+    alone = {name: sums[name] for name in ("base", "ours")}
+    assert verdict(alone, "ours", 100)[0] in ({USE, TOO_FEW} if ours > 21 else {DO_NOT})
+    # English that surely loses rules it out; a loss that is not sure is said
+    for loss, noise, ruled_out in ((23, 1, True), (3, 5, False), (0.5, 0.1, False)):
+        english = {"English, before": draws(186), "English, ours": draws(186 - loss, noise, 4)}
+        word, reasons = verdict(sums | english, "ours", 100)
+        assert word == (DO_NOT if ruled_out and expected in (USE, USE_FUSED) else expected)
+        assert any("English finds less" in reason for reason in reasons) == (loss > 1)
+
+
+def test_a_base_is_tested_on_nothing_that_it_was_trained_on(tmp_path):
+    captions = [f"a thing {number}" for number in range(60)]
+    write_trained_split(tmp_path, "tuxpaint+cldr_emoji", 3, captions[:40])
+    assert split_seed(str(tmp_path), None) == 3 and split_seed(str(tmp_path), 1, "multi30k:task1") == 1
+    with pytest.raises(ValueError, match="trained with split seed 3: with seed 1 the test would hold"):
+        split_seed(str(tmp_path), 1, "tuxpaint")
+    check_unseen(str(tmp_path), [*captions[38:], None], "the test")  # one or two may be shared
+    with pytest.raises(ValueError, match="trained on 10 of the 30 groups of the test, such as 'a thing 30'"):
+        check_unseen(str(tmp_path), captions[30:], "the test")
+    # what is made of it has seen what it has seen, and keeps its split
+    (tmp_path / "next").mkdir()
+    write_trained_split(tmp_path / "next", "mine", 0, ["another"], [str(tmp_path)])
+    assert split_seed(str(tmp_path / "next"), None) == 3
+    with pytest.raises(ValueError, match="trained on 10 of the 30"):
+        check_unseen(str(tmp_path / "next"), captions[30:], "the test")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -105,6 +106,27 @@ def test_nothing_is_written_where_embeddings_differ(exported, tmp_path, monkeypa
     with pytest.raises(ValueError, match="image.onnx differs by nan from the model, more than 0.0001"):
         export(model, processor, sides[1:], tmp_path, torch_export=tmp_path.with_name("pt2"))
     assert not list(tmp_path.iterdir()) and not tmp_path.with_name("pt2").exists()
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path, monkeypatch):
+    model, sides, folder = exported
+    processor = AutoProcessor.from_pretrained(folder / "onnx")
+    earlier = shutil.copytree(folder / "onnx", tmp_path / "onnx")
+    kept = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    monkeypatch.setattr(export_onnx, "trace", lambda side: torch.export.load(folder / f"pt2/{side.name}.pt2"))
+    monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
+    with pytest.raises(ValueError, match="text.onnx differs"):
+        export(model, processor, sides[:1], earlier)
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == kept
+    monkeypatch.setattr(export_onnx, "TOLERANCE", 1e-4)
+    export(model, processor, sides[:1], earlier)
+    names = {path.name for path in earlier.iterdir()}
+    assert "text.onnx" in names and not {"image.onnx", "text.int8.onnx", "image.int8.onnx"} & names
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+    (earlier / "notes.md").write_text("mine")
+    with pytest.raises(ValueError, match="onnx holds notes.md, which is no part of an export"):
+        export(model, processor, sides[:1], earlier)
+    assert (earlier / "notes.md").read_text() == "mine"
 
 
 def test_what_cannot_be_exported_is_named(published, exported, tmp_path, monkeypatch):

@@ -19,10 +19,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import study as bench  # noqa: E402
-from study_statistics import RECALL_AT, hits, sum_recall, summary  # noqa: E402
+from study_statistics import group_hits, summary  # noqa: E402
 from test_train_example import encoders as encoders  # noqa: E402
 
-from modeling_nrccr.metrics import compute_retrieval_metrics, retrieval_ranks  # noqa: E402
+from modeling_nrccr.bootstrap import sum_recall  # noqa: E402
+from modeling_nrccr.metrics import RECALL_AT, compute_retrieval_metrics, retrieval_ranks  # noqa: E402
 
 
 def write_study(folder: Path, towers: Path) -> Path:
@@ -150,7 +151,7 @@ def test_bootstrap_counts_groups_as_often_as_they_are_drawn():
     owner, names = torch.arange(40), sorted({f"g{i % 7}" for i in range(40)})
     groups = [f"g{i % 7}" for i in range(40)]
     ranks = frame(text, images, owner, groups)
-    counts = hits(ranks, names)
+    counts = group_hits(ranks, names)
     whole = sum_recall(counts, np.ones((1, 7)))[0]
     assert whole == pytest.approx(compute_retrieval_metrics(text, images, owner)["sum_recall"])
     draw = np.array([[2, 0, 1, 0, 0, 3, 1.0]])

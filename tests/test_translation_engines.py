@@ -36,7 +36,8 @@ from transformers import (
 
 from datasets_scripts.debian import freedict_index, prepare_translator
 from modeling_nrccr import translation_seq2seq
-from modeling_nrccr.translation import TranslationError, load_translator
+from modeling_nrccr.translation import TranslationError, load_translator, split_engines, split_spec
+from modeling_nrccr.translation_chat import read_answer
 from modeling_nrccr.translation_dictionary import DictionaryTranslator, dictionary_package, read_dictd
 
 
@@ -497,7 +498,11 @@ class ChatHandler(BaseHTTPRequestHandler):
         elif text == "empty":
             choice["message"]["content"] = "<think>hm</think> "
         elif text == "lines":
-            choice["message"]["content"] = "Here you are:\nLINES"
+            choice["message"]["content"] = "LINES\nMORE LINES"
+        elif text == "refused once" and tries == 1:
+            choice["message"]["content"] = "I'm sorry, but I can't help with that."
+        elif text == "refused":
+            choice["message"]["content"] = "I cannot assist with that request."
         elif text == "cut":
             choice["finish_reason"] = "length"
         elif text == "quoted":
@@ -553,9 +558,6 @@ def test_chat(chat, monkeypatch):
         ("status 401", "HTTP status 401", 1),
         ("two", "2 answers instead of one", 3),
         ("none", "0 answers instead of one", 3),
-        ("empty", "an empty answer", 3),
-        ("lines", "2 lines instead of one, beginning with 'Here you are:'", 3),
-        ("cut", "an answer that is cut off", 3),
         ("no json", "no JSON of a chat completion", 3),
         ("latin-1", "no JSON of a chat completion .*utf-8", 3),
         ("slow", "timed out", 3),
@@ -571,6 +573,71 @@ def test_what_chat_servers_do_wrong(chat, text, problem, tries):
         for batch, answers in translator.translate_batches(["1", "2", "3", "4", text, "6"], "en", "gl"):
             done += zip(batch, answers)
     assert done == [("1", "1"), ("2", "2"), ("3", "3"), ("4", "4")] and chat.asked[text] == tries
+
+
+@pytest.mark.parametrize("text", ["empty", "lines", "cut", "refused"])
+def test_what_a_model_does_not_translate_stays_and_is_counted(chat, text, caplog):
+    translator = load_translator(chat.spec, max_retries=2, retry_delay=0.01, num_threads=1)
+    texts = ["1", "refused once", text, "dog"]
+    assert translator.translate(texts, "en", "gl") == ["1", "REFUSED ONCE", text, "DOG"]
+    assert chat.asked[text] == 3 and chat.asked["refused once"] == 2
+    bodies = [body for _, body, _ in chat.requests if body["messages"][-1]["content"] == text]
+    assert len({json.dumps(body) for body in bodies}) == 3  # never the same request again
+    assert f"1 of 4 captions stay as they are: row 2: no answer to '{text}'" in caplog.text
+    with pytest.raises(TranslationError, match=r"no answer to .*2 of 3 rows"):  # a model that does not do the work
+        translator.translate([text, text, "dog"], "en", "gl")
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("thoughts without a beginning\n</think>\n\nun can", "un can"),
+        ("<think>hm</think><think>hm</think>un can", "un can"),
+        ("```\nun can\n```", "un can"),
+        ("```text\nun can```", "un can"),
+        ("Translation: un can", "un can"),
+        ("**Translation (Galician):** un can", "un can"),
+        ("Galician: un can", "un can"),
+        ("Sure! Here's the translation:\n\n“un can”\n\n(Note: can means dog.)", "un can"),
+        ("The Galician translation is: *un can*", "un can"),
+        ("<translation>un can</translation>", "un can"),
+        ("un can<|im_end|>\n<|im_start|>user\nmore", "un can"),
+        ("un can</s>", "un can"),
+        ("O can: un animal", "O can: un animal"),  # a colon alone is none of that
+        ("Sorry, unha cadela", "Sorry, unha cadela"),
+    ],
+)
+def test_what_is_no_part_of_a_translation_is_taken_off(answer, expected):
+    assert read_answer(answer, "a dog", "Galician") == (expected, "")
+
+
+def test_what_a_caption_has_itself_is_kept_and_what_is_none_is_named():
+    assert read_answer("Nota: un can", "Note: a dog", "Galician") == ("Nota: un can", "")
+    assert read_answer("Caption: o can", "Caption: a dog", "Galician")[0] == "Caption: o can"
+    assert read_answer('"Ola"', '"Hello"', "Galician") == ('"Ola"', "")
+    for answer, problem in {
+        "<think>and so on": "empty", "As an AI language model, I don't translate that": "a refusal",
+        "un can\nun cadelo": "2 lines", "un can " * 30: "209 signs for 5",
+    }.items():  # fmt: skip
+        assert problem in read_answer(answer, "a dog", "Galician")[1]
+
+
+def test_paths_with_what_parts_engines_are_quoted(tmp_path):
+    names = ("a,b.tsv", "a+es+b.tsv", "plain.tsv")
+    for name in names:
+        (tmp_path / name).write_text("en\tgl\na dog\tun can\n")
+    specs = [f'file:"{tmp_path}/{name}"' for name in names]
+    assert split_engines(", ".join(specs) + ",apertium") == [*specs, "apertium"]
+    for spec in specs:
+        assert load_translator(spec).translate(["a dog"], "en", "gl") == ["un can"]
+    engines, pivots = split_spec(f"{specs[1]}+es+apertium")
+    assert engines == [specs[1], "apertium"] and pivots == ["es"]
+    for name in names[:2]:
+        (spec, *_) = split_engines(f"file:{tmp_path}/{name}")
+        with pytest.raises(ValueError, match="put in double quotes"):
+            load_translator(spec)
+    with pytest.raises(ValueError, match="odd number of quotation marks"):
+        split_engines('file:"a,b')
 
 
 def test_chat_languages_and_urls(chat):
