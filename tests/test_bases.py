@@ -35,7 +35,7 @@ def folder(request, tmp_path_factory) -> Path:
     model = bases.save_untrained(bases.BASES[request.param], CAPTIONS, folder, bases.TINY)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
