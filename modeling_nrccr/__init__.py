@@ -16,6 +16,7 @@ from .modeling_efficientnet_lite import EfficientNetLiteModel
 from .modeling_nrccr import NrccrModel, NrccrOutput
 from .processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from .translation import Translator, add_translations, load_translator
+from .two_text_sides import NrccrTwoSidedProcessor, NrccrTwoSidedTextProcessor, join_text_sides
 
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ if TYPE_CHECKING:
     from .trainer import NrccrTrainer
     from .training_args import NrccrTrainingArguments
 
-# AutoProcessor finds a saved processor by its class name among these; the second has no config type of its own.
+# AutoProcessor finds a saved processor by its class name among these; only the first has a config type of its own.
 AutoProcessor.register(NrccrConfig, NrccrProcessor, exist_ok=True)
-AutoProcessor.register(NrccrTextProcessor, NrccrTextProcessor, exist_ok=True)
+for _processor in (NrccrTextProcessor, NrccrTwoSidedProcessor, NrccrTwoSidedTextProcessor):
+    AutoProcessor.register(_processor, _processor, exist_ok=True)
 
 __version__ = "0.1.0"
 

@@ -68,8 +68,8 @@ def encode_texts(
     passes = 1 if as_they_are or hasattr(processor, "boundary_states") else PASSES
 
     def prepare(chunk: Sequence[tuple[str, str | None]]) -> tuple[BatchFeature, list[str | None]]:
-        of_chunk, read_by = zip(*chunk)
-        return processor(text=list(of_chunk), return_tensors="pt"), list(read_by)
+        of_chunk, read_by = map(list, zip(*chunk))
+        return tokenize(processor, of_chunk, read_by), read_by
 
     def embed(prepared: tuple[BatchFeature, list[str | None]]) -> torch.Tensor:
         inputs, read_by = prepared
@@ -92,6 +92,16 @@ def encode_texts(
     embeds = encode(model, unique, prepare, embed, passes * batch_size, "texts" if show_progress else None)
     place = {row: i for i, row in enumerate(unique)}
     return embeds[[place[row] for row in rows]]
+
+
+def tokenize(processor: Callable, texts: list[str], languages: list[str | None]) -> BatchFeature:
+    """Return the inputs of texts, each tokenized by the text side that reads its language; the languages themselves
+    are the caller's to hand on."""
+    if not getattr(processor, "reads_languages", False):
+        return processor(text=texts, return_tensors="pt")
+    inputs = processor(text=texts, languages=languages, return_tensors="pt")
+    inputs.pop("languages")
+    return inputs
 
 
 def languages_of(model: NrccrModel, size: int, languages: Language | Sequence[str | None]) -> list[str | None]:

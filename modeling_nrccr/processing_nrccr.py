@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
@@ -64,6 +64,8 @@ class NrccrTextProcessor(ProcessorMixin):
         lower_case (`bool`): Texts are lower-cased first, as the text encoder was trained (SigLIP 2).
         visual_feat_dim (`int`, *optional*): Expected width of `visual_feats`; by default that of the first row.
     """
+
+    text_options = TEXT_OPTIONS
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ class NrccrTextProcessor(ProcessorMixin):
             data.update(self._process_visual_feats(visual_feats))
         if videos is not None:
             data.update(self._process_videos([list(frames) for frames in videos], options["videos_kwargs"]))
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["languages"])
 
     def _sort_options(self, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """What a call asks of each kind of input; TypeError for what none takes."""
@@ -185,7 +187,7 @@ class NrccrTextProcessor(ProcessorMixin):
             known = getattr(self.image_processor, "valid_kwargs", ImagesKwargs).__annotations__
             of_pictures = set(known) - WITHOUT_EFFECT
         takes = {
-            "text_kwargs": TEXT_OPTIONS,
+            "text_kwargs": self.text_options,
             "images_kwargs": of_pictures,
             "videos_kwargs": of_pictures,
             "audio_kwargs": {"padding"},  # which sentence-transformers gives with everything
@@ -343,10 +345,11 @@ class NrccrProcessor(NrccrTextProcessor):
         text_padding: str = "longest",
         lower_case: bool = False,
         visual_feat_dim: int | None = None,
+        **parts,
     ):
         super().__init__(
             tokenizer, text_prefix, max_text_length, text_padding, lower_case, visual_feat_dim,
-            image_processor=image_processor,
+            image_processor=image_processor, **parts,
         )  # fmt: skip
         self.pad_to_square = pad_to_square
 
@@ -363,8 +366,7 @@ class NrccrProcessor(NrccrTextProcessor):
         )
         config = read_config(name, **hub)
         if config.model_type == "nrccr":
-            processor = cls if config.vision_config is not None else NrccrTextProcessor
-            return processor.from_pretrained(name, **hub, **settings)
+            return AutoProcessor.from_pretrained(name, **hub, **settings)  # of the class that was saved
         settings = text_rules(config) | settings
         tokenizer, image_processor = read_processors(name, config, **hub)
         if image_processor is None:
