@@ -145,7 +145,11 @@ def search(args: argparse.Namespace):
     rows = []
     for query, translation in zip(args.query, translations):
         hits = retriever.search(query, args.k, None, translation, args.source_query_weight)
-        print(f"\n{query}", *(f"{i:4d}  {hit.score:.3f}  {hit.id}" for i, hit in enumerate(hits, 1)), sep="\n")
+        print(
+            f"\n{printable(query)}",
+            *(f"{i:4d}  {hit.score:.3f}  {printable(str(hit.id))}" for i, hit in enumerate(hits, 1)),
+            sep="\n",
+        )
         if args.output:
             rows.append(QueryRow(query, translation, [Result(read_hit(hit), hit.id, hit.score) for hit in hits]))
     if args.output:
