@@ -22,6 +22,7 @@ from modeling_nrccr.files import printable
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import LANGUAGE_FILE
 from modeling_nrccr.media import load_image
+from modeling_nrccr.processor_inputs import text_problem
 
 
 BASE = "base"  # in the place of a language: no adapter, the model's own text side
@@ -128,6 +129,10 @@ def search(args: argparse.Namespace):
     translations = args.translation or [None] * len(args.query)
     if len(translations) != len(args.query):
         raise ValueError(f"Got {len(args.query)} queries and {len(translations)} translations: give each query one.")
+    for option, texts in (("--query", args.query), ("--translation", args.translation or ())):
+        for text in texts:  # before the gallery is encoded
+            if problem := text_problem(text):
+                raise ValueError(f"{option} {problem}")
     model, processor = load_with_languages(args.model, args.language)
     if args.index:
         options = {"collection": args.collection} if is_milvus(args.index) else {}
@@ -140,7 +145,11 @@ def search(args: argparse.Namespace):
     rows = []
     for query, translation in zip(args.query, translations):
         hits = retriever.search(query, args.k, None, translation, args.source_query_weight)
-        print(f"\n{query}", *(f"{i:4d}  {hit.score:.3f}  {hit.id}" for i, hit in enumerate(hits, 1)), sep="\n")
+        print(
+            f"\n{printable(query)}",
+            *(f"{i:4d}  {hit.score:.3f}  {printable(str(hit.id))}" for i, hit in enumerate(hits, 1)),
+            sep="\n",
+        )
         if args.output:
             rows.append(QueryRow(query, translation, [Result(read_hit(hit), hit.id, hit.score) for hit in hits]))
     if args.output:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import base64
 import binascii
-import io
 import re
 import reprlib
 import sys
@@ -22,17 +21,18 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from arguments import option
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from search import BASE, add_language_option, load_with_languages
 
 from modeling_nrccr import NrccrModel, NrccrRetriever, encode_texts
 from modeling_nrccr.encoding import encode
 from modeling_nrccr.gallery_index import is_milvus
-from modeling_nrccr.media import IMAGE_FORMATS, load_image
+from modeling_nrccr.media import IMAGE_FORMATS, count_pixels, load_image
 from modeling_nrccr.metrics import fuse_query_embeds
 from modeling_nrccr.processor_inputs import text_problem
 
@@ -218,7 +218,7 @@ class Service:
         for field, content in files.items():
             if len(content) > self.limits.max_image_bytes:
                 raise HTTPException(413, f"{field} has {len(content)} bytes: {self.limits.max_image_bytes} are taken")
-        pixels = sum(count_pixels(field, content) for field, content in files.items())
+        pixels = sum(read_picture(field, partial(count_pixels, content)) for field, content in files.items())
         if pixels > self.limits.max_pixels:
             names = ", ".join(files)
             raise HTTPException(422, f"{names}: {pixels} pixels in all, {self.limits.max_pixels} are taken a request")
@@ -226,14 +226,11 @@ class Service:
 
     def read_image(self, field: str, content: bytes) -> dict[str, torch.Tensor]:
         """A file to what the model reads of one picture, which is small, however large the picture is."""
-        try:
-            picture = load_image(io.BytesIO(content), self.limits.max_pixels)
-            return self.processor(images=[picture], return_tensors="pt")
-        except UnidentifiedImageError as error:
-            kinds = ", ".join(IMAGE_FORMATS)
-            raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error
-        except Exception as error:  # decoders of broken files raise nearly anything
-            raise HTTPException(422, f"{field} cannot be read as a picture: {error}") from error
+
+        def read() -> dict[str, torch.Tensor]:
+            return self.processor(images=[load_image(content, self.limits.max_pixels)], return_tensors="pt")
+
+        return read_picture(field, read)
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -352,15 +349,13 @@ def decode_base64(field: str, encoded: str) -> bytes:
         raise HTTPException(422, f"{field} is no base64 ({error}): encode the picture's file") from error
 
 
-def count_pixels(field: str, content: bytes) -> int:
-    """By the picture's header."""
+def read_picture(field: str, read: Callable[[], Any]) -> Any:
     try:
-        with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
-            return image.width * image.height
+        return read()
     except UnidentifiedImageError as error:
         kinds = ", ".join(IMAGE_FORMATS)
         raise HTTPException(422, f"{field} is no picture of a known kind: send one of {kinds}") from error
-    except Exception as error:
+    except Exception as error:  # decoders of broken files raise nearly anything
         raise HTTPException(422, f"{field} cannot be read as a picture: {error}") from error
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from modeling_nrccr.files import printable
+
 
 METRICS = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "MedR": "median_rank", "mAP": "map"}
 WAYS = {"t2v": "text to picture", "v2t": "picture to text"}
@@ -13,6 +15,7 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     One line for each entry of `rows`, from its name to the metrics of [`compute_retrieval_metrics`]: recalls in
     percent, median rank and mAP in both directions, and SumR.
     """
+    rows = {printable(name): metrics for name, metrics in rows.items()}  # of sources, which are parts of file names
     label = max([len(name) for name in rows] + [0])
     block = len(METRICS) * (WIDTH + 1)
     head = [

@@ -136,5 +136,6 @@ def is_utf8(name: str | os.PathLike) -> bool:
 def printable(name: str | os.PathLike) -> str:
     r"""The name of a file as it can be shown and stored: what is not UTF-8, a line break or an escape sequence is
     written with backslashes (`caf\xe9.jpg`)."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+    # "\\udc": by which Python stands for what is not UTF-8
+    escapes = (c if c.isprintable() else repr(c)[1:-1].replace("\\udc", "\\x") for c in os.fspath(name))
+    return "".join(escapes)

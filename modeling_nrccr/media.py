@@ -7,9 +7,10 @@ import stat
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
@@ -238,13 +239,23 @@ def load_image(source: str | Path | bytes | BinaryIO | dict, max_pixels: int | N
         source = io.BytesIO(source)
     if isinstance(source, (str, Path)):
         with open_file(source) as stream:
-            return _load(stream, repr(str(source)), max_pixels)
-    return _load(source, "in memory", max_pixels)
+            return _load(stream, repr(str(source)), partial(_decode, max_pixels=max_pixels))
+    return _load(source, "in memory", partial(_decode, max_pixels=max_pixels))
 
 
-def _load(stream: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
+def count_pixels(content: bytes) -> int:
+    """Read from the header of a picture's file how many pixels it has. Raises as [`load_image`] does."""
+    return _load(io.BytesIO(content), "in memory", _count)
+
+
+def _count(stream: BinaryIO, name: str) -> int:
+    with _open_picture(stream, name) as image:
+        return image.width * image.height
+
+
+def _load(stream: BinaryIO, name: str, read: Callable[[BinaryIO, str], Any]) -> Any:
     try:
-        return _decode(stream, name, max_pixels)
+        return read(stream, name)
     except Image.DecompressionBombError:
         raise
     except Exception as error:  # of pixels, or of what stands beside them
@@ -254,7 +265,7 @@ def _load(stream: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
         if bare is None:
             raise
         try:
-            return _decode(io.BytesIO(bare), name, max_pixels)
+            return read(io.BytesIO(bare), name)
         except Exception:
             raise error from None
 

@@ -1,13 +1,17 @@
 """`examples/mteb_eval.py`: mteb's numbers of this model are this repository's."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from evaluate_retrieval import evaluate_dataset
 from test_hub import publish
 from test_sentence_transformers import caption_rows
 from torch.utils.data import DataLoader
+
+from modeling_nrccr import NrccrModel
 
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
@@ -88,6 +92,37 @@ def test_from_the_command_line(folder, test_rows, monkeypatch, tmp_path, capsys)
         mteb_eval.main(["--model", str(folder), "--task", "NoSuchTask"])
     with pytest.raises(SystemExit, match="no such folder"):
         mteb_eval.main(["--model", str(tmp_path / "none"), "--task", "XM3600T2IRetrieval"])
+
+
+def test_what_is_measured_is_the_language_that_is_named(folder, test_rows, monkeypatch, tmp_path, no_bars):
+    model = NrccrModel.from_pretrained(folder)
+    torch.nn.init.normal_(model.add_language("gl").update.weight, std=2.0)
+    model.save_language("gl", tmp_path / "gl")
+    monkeypatch.setattr(mteb_eval, "load_caption_dataset", lambda *_, **options: DatasetDict(test=test_rows["gl"]))
+    arguments = [
+        "--model",
+        str(folder),
+        "--dataset",
+        "toys",
+        "--target",
+        "gl,es",
+        "--output",
+        str(tmp_path / "m.json"),
+    ]
+    mteb_eval.main([*arguments, "--language", "base", "--language", f"gl={tmp_path / 'gl'}"])
+    report = json.loads((tmp_path / "m.json").read_text())
+    assert report["settings"]["read_by"] == {"gl": "gl", "es": "base"}
+    found = mteb_eval.both_directions(report["scores"])
+    encoder = mteb_eval.NrccrEncoder(str(folder), languages=[f"gl={tmp_path / 'gl'}"])
+    adapted = evaluate_dataset(encoder.model, encoder.processor, test_rows["gl"], show_progress=False, language="gl")
+    plain = evaluate_dataset(encoder.model, encoder.processor, test_rows["gl"], show_progress=False, language=None)
+    for code, expected in (("gl", adapted), ("es", plain)):
+        metrics = expected["all"]["metrics"]
+        assert found[f"toys {code}"]["sum_recall"] == pytest.approx(metrics["sum_recall"], abs=0.02)
+    assert found["toys gl"] != found["toys es"]
+    theirs = SimpleNamespace(hf_subsets_to_langscripts={"default": ["glg-Latn"], "fr": ["fra-Latn"]})
+    encoder.languages = ["base", "gl"]
+    assert encoder.reader(theirs, "default") == "gl" and encoder.reader(theirs, "fr") is None
 
 
 def test_the_model_is_described_and_rows_of_both_kinds_are_refused(encoder, test_rows):

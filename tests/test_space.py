@@ -1,6 +1,7 @@
 """The Space without its page: the folder that is pushed, search, explanations, and what visitors send."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -118,8 +119,8 @@ def test_search_explains_itself(found):
     both = found.query("gato", "gl", picture(3))
     assert both.picture.startswith("data:image/webp;base64,")
     assert both.embed.norm() == pytest.approx(1) and not torch.allclose(both.embed, alone.embed, atol=1e-3)
-    for text in ("", "x" * 201):
-        with pytest.raises(ValueError, match="Type what|201 characters"):
+    for text in ("", "x" * 201, "gato \ud83d"):
+        with pytest.raises(ValueError, match="Type what|201 characters|The query holds '.ud83d' at character 5"):
             found.query(text, "gl")
 
 
@@ -224,3 +225,42 @@ def test_the_page_answers_and_deletes_what_was_sent(found, tmp_path, monkeypatch
     assert len(own.pictures) == 2 and cleared is None and "data:image" in said
     assert not list(uploads.iterdir()) and outside.exists()
     assert page.results(query, app.OWN, False, own).count("<li>") == 2
+
+    picture(4).save(uploads / "c.png")  # beside half of a character, which cannot be sent back
+    query, box, problem = page.ask({"text": "gato \udc80", "files": [str(uploads / "c.png")]}, "gl")
+    assert query is None and "udc80" in problem and box["text"].isascii() and not list(uploads.iterdir())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
+def test_what_is_uploaded_and_never_submitted_is_bounded(found, tmp_path, monkeypatch):
+    import app
+    import uploads
+    from gradio.routes import App
+    from starlette.middleware import Middleware
+    from starlette.testclient import TestClient
+
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    demo = app.build(found)
+    demo.max_file_size = finder.MAX_BYTES
+    limit = Middleware(uploads.UploadLimit, folder=str(tmp_path / "uploads"))
+    client = TestClient(App.create_app(demo, app_kwargs={"middleware": [limit]}))
+
+    def upload(size: int, count: int = 1):
+        files = [("files", (f"{number}.png", os.urandom(size), "image/png")) for number in range(count)]
+        return client.post("/gradio_api/upload", files=files).status_code
+
+    def kept():
+        return sorted(path for path in (tmp_path / "uploads").rglob("*") if path.is_file())
+
+    assert upload(1000, 2) == 200 and len(kept()) == 2
+    monkeypatch.setattr(uploads, "MAX_TOTAL", 2000)
+    assert upload(1000) == 503 and len(kept()) == 2
+    old = kept()[0]
+    os.utime(old, (0, 0))  # waited too long
+    assert upload(500) == 200 and old not in kept() and len(kept()) == 2
+    monkeypatch.setattr(uploads, "MAX_FILES", 2)
+    assert upload(10) == 503 and len(kept()) == 2
+    monkeypatch.setattr(uploads, "MAX_FILES", 3)
+    monkeypatch.setattr(uploads, "MAX_REQUEST", 100_000)
+    monkeypatch.setattr(uploads, "MAX_TOTAL", 10**9)
+    assert upload(400_000) == 413

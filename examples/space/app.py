@@ -1,6 +1,8 @@
 """The Space: `python app.py` in the folder that `build_space.py` wrote, then http://127.0.0.1:7860"""
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +13,8 @@ import gradio as gr
 from cards import Card
 from finder import MAX_BYTES, MAX_OWN, SUFFIXES, Finder, OwnPictures, Query, read_upload
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
+from uploads import MAX_AGE, UploadLimit
 
 from modeling_nrccr import Hit
 from modeling_nrccr.metrics import fuse_query_embeds
@@ -89,7 +93,8 @@ class Page:
     def ask(self, box: dict, language: str) -> tuple[Query | None, dict, str]:
         """The query in the search box, the box without its picture, and what is wrong with it."""
         # left alone where it can be: somebody may be typing the next query by now
-        emptied = {"text": box["text"], "files": []} if box["files"] else gr.skip()
+        text = box["text"].encode("utf-8", "replace").decode()  # halves of characters cannot be sent back
+        emptied = {"text": text, "files": []} if box["files"] else gr.skip()
         try:
             picture = read_upload(box["files"][0]) if box["files"] else None
             return self.finder.query(box["text"], language, picture), emptied, ""
@@ -173,7 +178,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
     # by default what is asked while an answer is under way would be dropped
     common = {"api_visibility": "private", "trigger_mode": "always_last"}
 
-    with gr.Blocks(title="Search pictures in your language", delete_cache=(600, 1800)) as demo:
+    with gr.Blocks(title="Search pictures in your language", delete_cache=(MAX_AGE // 5, MAX_AGE)) as demo:
         query, own = gr.State(None, time_to_live=3600), gr.State(None, time_to_live=3600)
         *others, last = (language.english for language in shown.values())
         names = f"{', '.join(others)} or {last}"
@@ -272,6 +277,7 @@ def main():
     folder = Path(__file__).resolve().parent
     metrics = folder / "model/metrics.json"
     settings = json.loads(metrics.read_text(encoding="utf-8"))["settings"] if metrics.exists() else {}
+    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="uploads-"))  # of this page alone
     gr.set_static_paths([folder / "clips"])
     build(Finder(folder, spoken(folder / "model", settings)), settings.get("source_query_weight", 0.5)).launch(
         theme=THEME,
@@ -280,6 +286,7 @@ def main():
         footer_links=["gradio"],
         run_history=False,
         state_session_capacity=1000,
+        app_kwargs={"middleware": [Middleware(UploadLimit, folder=get_upload_folder())]},
     )
 
 

@@ -38,6 +38,7 @@ APP_FILES = (
     "app.py",
     "cards.py",
     "finder.py",
+    "uploads.py",
     "gallery.py",
     "style.css",
     "README.md",

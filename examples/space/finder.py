@@ -4,7 +4,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 
 import torch
 from cards import data_uri
@@ -16,6 +15,7 @@ from datasets_scripts.debian import FetchError, prepare_translator
 from modeling_nrccr import Hit, NrccrModel, NrccrRetriever, encode_images, encode_texts, load_translator
 from modeling_nrccr.media import load_image
 from modeling_nrccr.metrics import fuse_query_embeds
+from modeling_nrccr.processor_inputs import text_problem
 from modeling_nrccr.translation import TranslationError
 
 
@@ -72,7 +72,6 @@ class Finder:
         if (folder / "index/clips").is_dir():
             self.clips, self.frames = (self.load_index(folder / "index" / name) for name in ("clips", "frames"))
         self.translators = {}
-        self.lock = Lock()  # the model reads one language at a time, the page answers several visitors at once
 
     def load_index(self, folder: Path) -> NrccrRetriever:
         return NrccrRetriever.load(folder, self.model, self.processor)
@@ -86,16 +85,18 @@ class Finder:
     def embed_texts(self, texts: Sequence[str], language: str) -> torch.Tensor:
         """By the language's own adapter where the model has one, of shape `(len(texts), projection_dim)`."""
         adapter = language if language in self.model.language_adapters else None
-        with self.lock, self.model.using_language(adapter):
-            return encode_texts(self.model, texts, self.processor)
+        return encode_texts(self.model, texts, self.processor, languages=adapter)
 
     def query(self, text: str, language: str, picture: Image.Image | None = None) -> Query:
-        """Of a sentence, a picture, or both alike. Raises ValueError for neither, and for a text that is too long."""
+        """Of a sentence, a picture, or both alike. Raises ValueError for neither, and for a text that is too long, or
+        that no text encoder should read."""
         text = " ".join(text.split())
         if len(text) > MAX_QUERY:
             raise ValueError(f"The query has {len(text)} characters; {MAX_QUERY} are enough for a picture.")
         if not text and picture is None:
             raise ValueError("Type what you would like to see, or add a picture.")
+        if text and (problem := text_problem(text)):
+            raise ValueError(f"The query {problem}.")
         parts = [self.embed_texts([text], language)[0]] if text else []
         shown = None
         if picture is not None:
@@ -159,9 +160,9 @@ class Finder:
         refused = []
         for file in map(Path, files):
             try:
-                picture = read_upload(file)
                 if len(own.pictures) >= MAX_OWN:
                     raise ValueError(f"there is room for {MAX_OWN} pictures")
+                picture = read_upload(file)
             except ValueError as error:
                 refused.append(f"{file.name}: {error}")
                 continue
