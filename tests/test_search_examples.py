@@ -266,7 +266,7 @@ def test_the_split_seed_is_that_of_the_training(tmp_path, capsys):
     assert "assuming" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 1, "split_seed": 5}}))
     assert evaluate_retrieval.split_seed(str(tmp_path), None) == evaluate_retrieval.split_seed(str(tmp_path), 5) == 5
-    with pytest.raises(ValueError, match="trained with split seed 5: with --seed 4"):
+    with pytest.raises(ValueError, match="trained with split seed 5: with seed 4"):
         evaluate_retrieval.split_seed(str(tmp_path), 4)
 
 
