@@ -170,6 +170,10 @@ def main(arguments: list[str] | None = None):
         script.text_encoder = find_encoder(script.text_encoder)
     base, base_processor = NrccrModel.from_dual_encoder(script.base), NrccrProcessor.from_dual_encoder(script.base)
     base.to(args.device)
+    if script.text_encoder:
+        for language in [code for code in base.language_adapters if base.has_lora(code)]:
+            print(f"{language} is inside the base's own text side: the new model goes without it", flush=True)
+            base.remove_language(language)
 
     captions, test_rows, load_row = read_data(script, languages, not args.text_only)
     # whatever can fail in the test does so now: pictures, the queries' translations
@@ -206,18 +210,19 @@ def main(arguments: list[str] | None = None):
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
     elif script.kind == "lora" and args.text_only:  # else every step reads the source captions, through all layers
         teach(rows["train"], base, base_processor)
+    side, side_processor = model.language_side(), processor.language_side()
     set_seed(args.seed)
-    model.add_language(name, **script.adapter_settings())
-    cache = frozen_cache(model.train_language(name), processor, rows["train"] + rows["validation"], work)
+    side.add_language(name, **script.adapter_settings())
+    cache = frozen_cache(side.train_language(name), side_processor, rows["train"] + rows["validation"], work)
     args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
-    before = {key: value.clone() for key, value in model.named_parameters() if value.requires_grad}
-    trainer = train(model, cache, rows, args)
-    if all(torch.equal(value, before[key]) for key, value in model.named_parameters() if key in before):
+    before = {key: value.clone() for key, value in side.named_parameters() if value.requires_grad}
+    trainer = train(side, cache, rows, args)
+    if all(torch.equal(value, before[key]) for key, value in side.named_parameters() if key in before):
         raise ValueError(
             f"{trainer.state.global_step} steps moved no weight of the language: it would be the base under another "
             "name. Train for more epochs (--num_train_epochs), in smaller batches (--per_device_train_batch_size)"
         )
-    model.eval().save_language(name, output)
+    side.eval().save_language(name, output)
 
     report = {
         "verdict": NOT_TESTED, "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
@@ -225,7 +230,7 @@ def main(arguments: list[str] | None = None):
         "base": base.made_for(), "text_encoder": script.text_encoder and encoder_label(script.text_encoder),
         "translator": engines, "data": script.dataset or data_name(script.captions, languages),
         "split_seed": script.split_seed, "adapter": script.adapter_settings(), "captions": len(texts),
-        "seed": args.seed, "steps": trainer.state.global_step, "truncated_captions": processor.num_truncated,
+        "seed": args.seed, "steps": trainer.state.global_step, "truncated_captions": side_processor.num_truncated,
         "tokenizer": readings,
     }  # fmt: skip
     loaded = str(output / "model") if script.text_encoder else None
@@ -386,13 +391,14 @@ def translators(script: LanguageArguments, language: str) -> list[str]:
 
 
 def new_text_side(script, base, base_processor, rows, args, work: Path, output: Path):
-    """Another text encoder whose projection is taught by the base's English embeddings, then the rows' teacher."""
+    """Return a model, and its processor, in which another text encoder reads languages and the base's own text side
+    its language, as it always did; saved in `output/model`. The base's English embeddings teach the new side's
+    projection here, and are then the rows' teacher."""
     for part in rows.values():
         teach(part, base, base_processor)
     set_seed(args.seed)
-    text_encoder = find_encoder(script.text_encoder)
-    model = NrccrModel.from_dual_encoder(script.base, text_encoder=text_encoder)
-    processor = base_processor.with_tokenizer(text_encoder, script.text_prefix)
+    model = NrccrModel.from_dual_encoder(script.base, text_encoder=script.text_encoder)
+    processor = base_processor.language_side().with_tokenizer(script.text_encoder, script.text_prefix)
     english = {
         split: [row | {"target_caption": row["source_caption"]} for row in part] for split, part in rows.items()
     }
@@ -402,6 +408,12 @@ def new_text_side(script, base, base_processor, rows, args, work: Path, output: 
     own.output_dir = str(work / "text_side")
     own.num_train_epochs = max(own.num_train_epochs, TEXT_SIDE_EPOCHS)  # on cached states; a recipe for LoRA has few
     train(model, cache, english, own)
+    if base.source_text_side is not None:  # of a base that has two sides the new one takes the place of the second
+        model.source_text_side, model.config.source_text_side = base.source_text_side, base.config.source_text_side
+        processor = join_text_sides(processor, base_processor.source_side)
+    else:
+        model.with_source_text_side(base)
+        processor = join_text_sides(processor, base_processor)
     model.to(args.device)
     model.config.dual_encoder = {"name": str(output / "model"), "revision": None}
     model.eval().save_pretrained(output / "model")

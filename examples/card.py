@@ -99,7 +99,9 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
     write_file(output_dir / "README.md", str(card).rstrip() + "\n")
 
 
-def language_card(report: dict, folder: str, base: str | None = None, whole: bool = False) -> str:
+def language_card(
+    report: dict, folder: str, base: str | None = None, whole: bool = False, license: str | None = None
+) -> str:
     """
     The card of a language, or of a model with the language in it.
 
@@ -108,18 +110,19 @@ def language_card(report: dict, folder: str, base: str | None = None, whole: boo
         folder: where what it describes is, for the snippet.
         base: folder or hub id of the model that the language is loaded into; default: the report's.
         whole: the folder has the model too.
+        license: the base's, where it is known.
     """
     languages = [code.strip() for code in report["language"].split(",")]
     base = base or report["base"]["name"]
     parts = [part.partition(":")[0] for part in report["data"].split("+")]
     data = ModelCardData(
         language=[report["source_language"], *languages],
-        license="other",
-        license_name="that-of-the-base-model",
+        license=license or "other",
+        license_name=None if license else "that-of-the-base-model",
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["cross-lingual-retrieval", "text-to-image-retrieval", "language-adapter", "nrccr"],
-        base_model=base,
+        base_model=[base, *filter(None, [HUB_IDS.get(report["text_encoder"])])],
         datasets=[DATASET_IDS.get(part, part) for part in parts],
         metrics=["recall"] if report["found"] else None,
     )

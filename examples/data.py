@@ -320,8 +320,8 @@ def plain(text: str) -> str:
 
 def teach(rows: list[dict], base: NrccrModel, processor) -> list[dict]:
     """Gives each row the base's embedding of its source caption, as `teacher_text_embeds`; returns them."""
-    with base.using_language(None):  # a base may speak another language by default
-        embeds = encode_texts(base, [row["source_caption"] for row in rows], processor, show_progress=True)
+    captions = [row["source_caption"] for row in rows]
+    embeds = encode_texts(base, captions, processor, show_progress=True, languages=None)
     for row, embed in zip(rows, embeds, strict=True):
         row["teacher_text_embeds"] = embed
     return rows

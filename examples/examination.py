@@ -63,8 +63,7 @@ class Examination:
             except unavailable as error:
                 self.untranslated = str(error)
             else:
-                with base.using_language(None):
-                    self.translated = encode_texts(base, translated, processor)
+                self.translated = encode_texts(base, translated, processor, languages=None)
 
     def ask(self, name: str, queries: torch.Tensor):
         """Counts what `queries`, of shape `(num_queries, projection_dim)`, find; under `name`."""
@@ -75,20 +74,17 @@ class Examination:
         self.sums[name] = sum_recall(counts, self.draws)
 
     def ask_base(self):
-        with self.base.using_language(None):
-            self.ask(BASE, encode_texts(self.base, self.asked, self.processor))
+        self.ask(BASE, encode_texts(self.base, self.asked, self.processor, languages=None))
         if self.translated is not None:
             self.ask(TRANSLATED, self.translated)
         self.ask_english(ENGLISH_BEFORE, self.base)
 
     def ask_english(self, name: str, model: NrccrModel, processor=None):
         if all(self.english):
-            with model.using_language(None):
-                self.ask(name, encode_texts(model, self.english, processor or self.processor))
+            self.ask(name, encode_texts(model, self.english, processor or self.processor, languages=None))
 
     def ask_model(self, name: str, model: NrccrModel, language: str | None, processor=None):
-        with model.using_language(language):
-            queries = encode_texts(model, self.asked, processor or self.processor)
+        queries = encode_texts(model, self.asked, processor or self.processor, languages=language)
         self.ask(name, queries)
         if self.translated is not None:
             self.ask(FUSED.format(name), fuse_query_embeds(queries, self.translated, SHARE))
@@ -113,7 +109,8 @@ def embed_pictures(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The base's embedding of each picture, by name, and those that cannot be read, with the reason. `work`: folder
     that keeps what was computed."""
-    cache = FeatureCache(base.set_trained_layers(0, False), processor, work)
+    side = base.language_side().set_trained_layers(0, False)
+    cache = FeatureCache(side, processor.language_side(), work)
     broken = cache.add_images(names, load, skip_broken=skip_broken)
     good = [name for name in dict.fromkeys(names) if name not in broken]
     if not good:

@@ -112,6 +112,11 @@ class NrccrTextProcessor(ProcessorMixin):
         settings |= {"text_prefix": text_prefix, "max_text_length": max_text_length}
         return type(self)(AutoTokenizer.from_pretrained(name), **parts, **settings)
 
+    def language_side(self) -> "NrccrTextProcessor":
+        """Return what reads the texts that `NrccrModel.language_side` is trained on: this processor, unless there is
+        another for the source language."""
+        return self
+
     # Pipelines of transformers take a processor in the place of a tokenizer, so that texts get their prefix; these two
     # are what they ask of it to pad a batch.
     @property

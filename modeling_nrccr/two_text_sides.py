@@ -14,6 +14,13 @@ class TwoTextSides:
     text_options = TEXT_OPTIONS | {"languages"}
     reads_languages = True  # a call is told which text is in which language
 
+    def language_side(self) -> NrccrTextProcessor:
+        """Return the processor without `source_side`."""
+        parts = settings_of(self)
+        if hasattr(self, "image_processor"):
+            return NrccrProcessor(self.tokenizer, self.image_processor, **parts)
+        return NrccrTextProcessor(self.tokenizer, **parts)
+
     def _process_text(self, text: list[str], languages: str | Sequence[str | None] | None = None, **options) -> dict:
         """Tokenize each text by the side that reads it. `languages`: as of `NrccrModel.get_text_features`, where they
         go with the ids; by default those of `language`."""
@@ -99,12 +106,19 @@ class NrccrTwoSidedProcessor(TwoTextSides, NrccrProcessor):
         self.language = language
 
 
+def settings_of(processor: NrccrTextProcessor) -> dict:
+    """Return what builds it again, beside its parts."""
+    names = (*RULES, "visual_feat_dim") + (("pad_to_square",) if hasattr(processor, "pad_to_square") else ())
+    return {name: getattr(processor, name) for name in names}
+
+
 def join_text_sides(processor: NrccrTextProcessor, source: NrccrTextProcessor) -> NrccrTextProcessor:
     """Return a processor that reads languages and pictures as `processor` does, and the source language as `source`,
     that of the model given to `NrccrModel.with_source_text_side`."""
-    names = (*RULES, "visual_feat_dim") + (("pad_to_square",) if hasattr(processor, "pad_to_square") else ())
-    parts = {name: getattr(processor, name) for name in names}
-    parts |= {"source_tokenizer": source.tokenizer, "source_text": {name: getattr(source, name) for name in RULES}}
+    parts = settings_of(processor) | {
+        "source_tokenizer": source.tokenizer,
+        "source_text": {name: getattr(source, name) for name in RULES},
+    }
     if hasattr(processor, "image_processor"):
         return NrccrTwoSidedProcessor(processor.tokenizer, processor.image_processor, **parts)
     return NrccrTwoSidedTextProcessor(processor.tokenizer, **parts)

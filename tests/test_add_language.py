@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from huggingface_hub import ModelCard
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
@@ -20,6 +21,7 @@ from modeling_nrccr.languages import LANGUAGE_FILE
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import add_language  # noqa: E402
+import push_to_hub  # noqa: E402
 from caption_sources import read_captions  # noqa: E402
 from examination import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED, merge_reports, verdict  # noqa: E402
 from trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split  # noqa: E402
@@ -184,10 +186,40 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
     assert "lexicon is left out, parallel sentences ask no engine" in printed
     low, high = found["intervals"]["sum_recall"]
     assert f"{found['sum_recall']:.1f} ({low:.1f} to {high:.1f})" in (tmp_path / "gl/README.md").read_text()
+    publish_both(files, tmp_path)
     with pytest.raises(ValueError, match="does not say which of gl,ca it translates into"):
         run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", target_language="gl,ca")
     with pytest.raises(ValueError, match="no translation back, which .*--pair_weighting agreement"):
         run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", pair_weighting="agreement")
+
+
+def publish_both(files: Path, folder: Path):
+    """A language's folder, and the base with the language in it, are published: nothing of this machine is in them."""
+    base, processor = NrccrModel.from_pretrained(files / "base"), NrccrProcessor.from_pretrained(files / "base")
+    base.load_language("gl", folder / "gl")
+    query = ["redo blueo bigo"]
+    expected = encode_texts(base.set_language("gl"), query, processor)
+    language = push_to_hub.write_upload(folder / "gl", folder / "language", "me/gl", base_model="me/base")
+    whole = push_to_hub.write_upload(files / "base", folder / "whole", "me/base-gl", [f"gl={folder}/gl"], "me/base")
+    for upload in (language, whole):
+        card = ModelCard.load(upload / "README.md")
+        assert card.data.language == ["en", "gl"] and card.data.base_model == ["me/base"] and card.data.license
+        assert card.data.datasets == ["pairs"] and "too few queries" in card.text and card.text.count("```") == 2
+        for path in upload.iterdir():
+            assert not push_to_hub.is_pickled(path) and str(files).encode() not in path.read_bytes(), path
+            assert str(folder).encode() not in path.read_bytes(), path
+    assert {path.name for path in language.iterdir()} == {LANGUAGE_FILE, "README.md", "report.json", SPLIT_FILE}
+    assert 'load_language("gl", "me/gl")' in (language / "README.md").read_text()
+    assert 'from_pretrained("me/base-gl"' in (whole / "README.md").read_text()
+    base.load_language("gl", language)
+    assert torch.equal(encode_texts(base.set_language("gl"), query, processor), expected)
+    model = NrccrModel.from_pretrained(whole)
+    assert torch.equal(encode_texts(model.set_language("gl"), query, processor), expected)
+    report = json.loads((folder / "gl/report.json").read_text())
+    (folder / "gl/report.json").write_text(json.dumps(report | {"reasons": ["hf_" + "a" * 34]}))
+    with pytest.raises(ValueError, match="holds a token of the Hub"):
+        push_to_hub.write_upload(folder / "gl", folder / "no", "me/gl")
+    assert not (folder / "no").exists()
 
 
 def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
