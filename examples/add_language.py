@@ -47,6 +47,7 @@ from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.media import load_image
 from modeling_nrccr.tokenizer_coverage import tokenizer_coverage, why_unread
 from modeling_nrccr.translation import TranslationError, split_engines
+from modeling_nrccr.two_text_sides import join_text_sides
 
 
 CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
