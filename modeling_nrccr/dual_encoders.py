@@ -128,12 +128,12 @@ def read_config(name: str, **hub) -> PreTrainedConfig:
     return read_open_clip_config(name, **hub) if is_open_clip(name) else read_encoder_config(name, **hub)
 
 
-def read_dual_encoder(name: str, config: PreTrainedConfig, **hub) -> PreTrainedModel:
-    """Reads the whole model, in the precision that it is stored in."""
+def read_dual_encoder(name: str, config: PreTrainedConfig, **options) -> PreTrainedModel:
+    """Reads the whole model; `options` of loading."""
     if is_open_clip(name):
-        return read_open_clip_model(name, config, **hub)
+        return read_open_clip_model(name, config, **options)
     family_of(config)
-    return load_weights(AutoModel.from_pretrained, MODEL_MAPPING[type(config)], name, config=config, **hub)
+    return load_weights(AutoModel.from_pretrained, MODEL_MAPPING[type(config)], name, config=config, **options)
 
 
 def read_processors(name: str, config: PreTrainedConfig, **hub) -> tuple[Any, Any]:

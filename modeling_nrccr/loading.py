@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations.accelerate import check_and_set_device_map
 from transformers.utils import ContextManagers, cached_file
 
 
@@ -169,8 +170,12 @@ def check_shapes(
     """Builds the model without memory, and compares it with `shapes` of its file. Raises ValueError where they differ,
     or where the config's sizes are absurd."""
     context = model_class.get_init_context(torch.get_default_dtype(), False, False, False)
-    with at_most(sum(map(prod, shapes.values())), len(shapes), where), ContextManagers(context):
-        model = model_class(config, **arguments)
+    try:
+        with at_most(sum(map(prod, shapes.values())), len(shapes), where), ContextManagers(context):
+            model = model_class(config, **arguments)
+    except (ArithmeticError, MemoryError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the config of {where} makes no model ({reason}): get its config.json again") from error
     for name, value in model.state_dict().items():
         if name in shapes and tuple(value.shape) != shapes[name]:
             raise ValueError(
@@ -233,3 +238,27 @@ def load_weights(
         )
     check_numbers(model, str(name))
     return (model, info) if with_info else model
+
+
+def place(
+    model: PreTrainedModel,
+    device_map: str | int | dict | torch.device | None = None,
+    max_memory: dict | None = None,
+    offload_folder: str | os.PathLike | None = None,
+    offload_buffers: bool = False,
+) -> PreTrainedModel:
+    """Puts a model that is built on the devices that `device_map` names, as `from_pretrained` would have."""
+    if device_map is None:
+        return model
+    from accelerate import dispatch_model, infer_auto_device_map  # a moment to import
+    from accelerate.utils import get_balanced_memory
+
+    device_map, whole = check_and_set_device_map(device_map), model._no_split_modules
+    if isinstance(device_map, str):
+        if device_map != "sequential":
+            low = device_map == "balanced_low_0"
+            max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=whole, low_zero=low)
+        device_map = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
+    if set(device_map) == {""} and device_map[""] != "disk":
+        return model.to(device_map[""])
+    return dispatch_model(model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers)

@@ -41,7 +41,7 @@ from .files import writing_weights
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pad_right, pass_pictures, pass_tokens, row_lengths, up_to_end_of_text
-from .loading import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, split_options
+from .loading import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, place, split_options
 from .modeling_efficientnet_lite import EfficientNetLiteModel
 from .open_clip import folder_of
 
@@ -470,18 +470,24 @@ class NrccrVisualTower(nn.Module):
 
 
 def load_encoder(
-    tower: NrccrTextTower | NrccrVisualTower, folder: str, config: PreTrainedConfig, **hub
+    tower: NrccrTextTower | NrccrVisualTower,
+    folder: str,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype = torch.float32,
+    **hub,
 ) -> torch.dtype:
     """Read pretrained weights, of a hub id or a folder and its `config`, into a tower; returns the precision that they
-    are stored in. Raises ValueError as `load_weights`."""
+    were read in (`dtype`; "auto": as they are stored). Raises ValueError as `load_weights`."""
     # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
-    encoder, options, whole = type(tower.encoder), {}, isinstance(tower, NrccrTextTower) and config.is_encoder_decoder
+    encoder, options = type(tower.encoder), {"dtype": dtype} | hub
+    whole = isinstance(tower, NrccrTextTower) and config.is_encoder_decoder
     if whole:
         encoder = MODEL_MAPPING[type(config)]
     elif isinstance(tower, NrccrTextTower) and "add_pooling_layer" in signature(encoder).parameters:
         options["add_pooling_layer"] = False
     config = deepcopy(config if whole else tower.encoder.config)
-    loaded = load_weights(encoder.from_pretrained, encoder, folder, config=config, dtype="auto", **options, **hub)
+    config.dtype = None  # it is that of the tower, not of the file
+    loaded = load_weights(encoder.from_pretrained, encoder, folder, config=config, **options)
     loaded = loaded.get_encoder() if whole else loaded
     tower.encoder.load_state_dict(loaded.state_dict())
     return loaded.dtype
@@ -588,13 +594,13 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
                 [`NrccrConfig`]. Without `dtype` the model is in float32; "auto": as the encoders are stored.
         """
         loading, settings = split_options(options, SETTINGS, "from_encoders")
-        hub = of_hub(loading, (*HUB_OPTIONS, "variant"))
+        files = of_hub(loading, (*HUB_OPTIONS, "variant", "dtype"))
         names = [text_encoder] + ([vision_encoder] if vision_encoder else [])
-        configs = [read_encoder_config(name, **of_hub(hub)) for name in names]
+        configs = [read_encoder_config(name, **of_hub(loading)) for name in names]
         model = cls(NrccrConfig(text_config=configs[0], vision_config=(configs + [None])[1], **settings))
         towers = [model.text_tower] + ([model.visual_tower] if vision_encoder else [])
-        stored = [load_encoder(*parts, **hub) for parts in zip(towers, names, configs)]
-        return model.placed(functools.reduce(torch.promote_types, stored), **loading)
+        read = [load_encoder(*parts, **files) for parts in zip(towers, names, configs)]
+        return place(model.to(functools.reduce(torch.promote_types, read)), **of_hub(loading, PLACE_OPTIONS))
 
     @classmethod
     def from_dual_encoder(
@@ -614,39 +620,23 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
                 `load_weights`.
         """
         loading, settings = split_options(options, SETTINGS, "from_dual_encoder")
-        hub = of_hub(loading, (*HUB_OPTIONS, "variant"))
+        files = {"dtype": torch.float32} | of_hub(loading, (*HUB_OPTIONS, "variant", "dtype"))
         own = of_hub(loading, EVERYWHERE)
         revision = resolve_revision(
             folder_of(name), revision, **of_hub(own, ("token", "local_files_only", "cache_dir"))
         )
-        hub |= {"revision": revision} if revision else {}
-        config = read_config(name, **of_hub(hub))
+        files |= {"revision": revision} if revision else {}
+        config = read_config(name, **of_hub(files))
         if config.model_type == cls.config_class.model_type:
-            model = cls.from_pretrained(name, dtype="auto", **hub, **settings)
-            stored = model.dtype
+            model = cls.from_pretrained(name, **files, **settings)
         else:
-            dual = read_dual_encoder(name, config, **hub)
-            stored = dual.dtype
-            model = cls(NrccrConfig(**(dual_encoder_settings(config) | settings)))
+            dual = read_dual_encoder(name, config, **files)
+            model = cls(NrccrConfig(**(dual_encoder_settings(config) | settings))).to(dual.dtype)
             load_dual_encoder(model, dual)
         model.config.dual_encoder = {"name": str(name), "revision": getattr(revision, "resolved", None)}
         if text_encoder is not None:
             model = model.with_new_text_side(text_encoder, **own)
-        return model.eval().placed(stored, **loading)
-
-    def placed(self, stored: torch.dtype, dtype: str | torch.dtype | None = None, **loading) -> "NrccrModel":
-        """In the precision that was asked for ("auto": `stored`; None: float32), on the devices of `device_map`."""
-        if isinstance(dtype, str):
-            dtype = stored if dtype == "auto" else getattr(torch, dtype, dtype)
-        if not isinstance(dtype, (torch.dtype, type(None))):
-            raise ValueError(f"dtype={dtype!r}: auto, or a precision of torch such as bfloat16")
-        self.to(dtype or torch.float32)
-        place = of_hub(loading, PLACE_OPTIONS)
-        if not place:
-            return self
-        config, weights = deepcopy(self.config), self.state_dict()
-        model = type(self).from_pretrained(None, config=config, state_dict=weights, dtype=self.dtype, **place)
-        return model.train(self.training)
+        return place(model.eval(), **of_hub(loading, PLACE_OPTIONS))
 
     def with_new_text_side(self, text_encoder: str, **hub) -> "NrccrModel":
         """The same picture side, which it shares, beside another text encoder and a new projection after it."""

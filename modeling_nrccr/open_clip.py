@@ -179,15 +179,19 @@ def convert_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return made
 
 
-def read_open_clip_model(name: str, config: CLIPConfig, **hub) -> CLIPModel:
+def read_open_clip_model(
+    name: str, config: CLIPConfig, dtype: str | torch.dtype = torch.float32, variant: None = None, **hub
+) -> CLIPModel:
     """
-    Reads the weights, in the precision that they are stored in.
+    Reads the weights, as `dtype` ("auto": in the precision that they are stored in).
 
     Raises:
-        ValueError: for a folder without safetensors, and for weights that are not whole, not finite, or not those of
-            the config; it names the tensor.
+        ValueError: for a variant, which open_clip has none of, a folder without safetensors, and weights that are not
+            whole, not finite, or not those of the config; it names the tensor.
     """
     folder = folder_of(name)
+    if variant:
+        raise ValueError(f"variant={variant!r}: open_clip's files have none")
     path = next((path for file in WEIGHTS if (path := find_file(folder, file, **hub))), None)
     if path is None:
         raise ValueError(
@@ -209,7 +213,7 @@ def read_open_clip_model(name: str, config: CLIPConfig, **hub) -> CLIPModel:
             "in one of them alone"
         )
     weights = convert_weights(load_file(path))
-    model = CLIPModel.from_pretrained(None, config=config, state_dict=weights)
+    model = CLIPModel.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
     check_numbers(model, path)
     return model.eval()
 

@@ -30,7 +30,7 @@ MODELS = {
         "model_cfg": {
             "embed_dim": 10,
             "vision_cfg": VISION | {"mlp_ratio": 3.0, "patch_size": 6, "head_width": 16},
-            "text_cfg": TEXT | {"layers": 3, "context_length": 9, "mlp_ratio": 2.0},
+            "text_cfg": TEXT | {"layers": 3, "context_length": 12, "mlp_ratio": 2.0},
         },
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear", "resize_mode": "squash"},
     },

@@ -2,15 +2,19 @@ import io
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
+import encoders
 import numpy as np
 import pretrained_image_encoder
 import pretrained_text_encoder
 import pytest
 import torch
 import wheels
+from encoders import find_encoder
+from hub_server import hub_server, use_hub
 from PIL import Image
 from pretrained_image_encoder import build_image_encoder, convert_efficientnet_lite_state_dict
 from pretrained_text_encoder import build_text_encoder, convert_name, dequantize
@@ -259,6 +263,46 @@ def test_a_built_encoder_of_another_size_is_not_taken(image_wheel, tmp_path):
     assert build_image_encoder(tmp_path / "out", image_size=64) == tmp_path / "out"
     with pytest.raises(ValueError, match="has image_size=64, not 128: name another folder"):
         build_image_encoder(tmp_path / "out")
+
+
+# --- finding one
+
+
+def test_a_name_is_found_or_refused_at_once(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setitem(encoders.BUILT, "efficientnet-lite0", lambda folder: built.append(folder) or folder)
+    BertConfig().save_pretrained(tmp_path / "here" / "bert")
+    (tmp_path / "here" / "of_open_clip").mkdir()
+    (tmp_path / "here" / "of_open_clip" / "open_clip_config.json").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_encoder("bert") == "bert" and find_encoder("open_clip:of_open_clip") == "open_clip:of_open_clip"
+    refused = {
+        "brt": "no such folder as brt, and the hub has no brt .*did you mean bert?",
+        "someone/brt": "no such folder as someone/brt, and the hub has no someone/brt",
+        "eficientnet-lite0": "did you mean efficientnet-lite0?",
+        "here/is/no/bert": "no such folder as here/is/no/bert, and no hub id is so",
+        "of_open_clip": "holds no config.json, but open_clip_config.json: write open_clip:of_open_clip",
+        "open_clip:bert": "holds no open_clip_config.json, so it is no model",
+        "open_clip:someone/brt": "the hub has no someone/brt",
+    }
+    with hub_server() as hub:
+        use_hub(monkeypatch, hub)
+        hub.serve_folder("me/bert", tmp_path / "here" / "bert")
+        assert find_encoder("me/bert") == "me/bert"
+        for name, message in refused.items():
+            asked = len(hub.log)
+            with pytest.raises(ValueError, match=message):
+                find_encoder(name)
+            assert len(hub.log) <= asked + 1
+    start = time.perf_counter()
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(ValueError, match="no hub answers at "):
+        find_encoder("me/brt")
+    assert find_encoder("me/efficientnet-lite0") == str(built[0])
+    assert time.perf_counter() - start < 5
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="its cache has no me/brt, and HF_HUB_OFFLINE is set"):
+        find_encoder("me/brt")
 
 
 # --- the real ones
