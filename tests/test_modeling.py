@@ -95,6 +95,7 @@ def test_save_and_load_keeps_the_embeddings(tmp_path):
         "length_groups.py",
         "loading.py",
         "open_clip.py",
+        "files.py",
     }
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
 
