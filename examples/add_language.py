@@ -65,7 +65,7 @@ class LanguageArguments:
     """What is added to what."""
 
     config: str = option(str(CONFIG), "YAML file with any of these fields.")
-    base: str = option("outputs/demo", "Folder or hub id of a dual encoder: CLIP, SigLIP 2, ..., or a model of ours.")
+    base: str = option("outputs/demo", "Folder or hub id: CLIP, SigLIP 2, ..., open_clip:NAME, or a model of ours.")
     text_encoder: str | None = option(None, "Another text encoder in the place of the base's own, e.g. multilingual.")
     text_prefix: str = option("", "Of text_encoder, e.g. 'query: ' for e5.")
     captions: str | None = option(

@@ -203,7 +203,7 @@ def load_weights(
     name: str,
     *arguments,
     config: PreTrainedConfig,
-    may_lack: Collection[str] = (),
+    may_lack: tuple[str, ...] = (),
     **options,
 ) -> PreTrainedModel | tuple[PreTrainedModel, dict]:
     """
@@ -212,6 +212,7 @@ def load_weights(
 
     Args:
         model_class: What `load` builds.
+        may_lack: How the names of tensors begin that need not be there.
         options: Of `load`; those that are neither its own nor of loading go to the class.
 
     Raises:
@@ -230,7 +231,7 @@ def load_weights(
     model, info = load(
         name, *arguments, config=config, output_loading_info=True, use_safetensors=True, **options
     )  # fmt: skip
-    if missing := sorted(set(info["missing_keys"]) - set(may_lack)):
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith(may_lack)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(
             f"{name} lacks {', '.join(missing[:5])}{more} of {model_class.__name__}: its weights are those of another "

@@ -265,7 +265,9 @@ def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     dtype = torch.get_default_dtype()
     if type(config) in MODEL_MAPPING:
         model = AutoModel.from_config(config, dtype=dtype)
-        return model.get_encoder() if config.is_encoder_decoder else model
+        # of parts, not of config.is_encoder_decoder, which is False where an encoder was saved alone (T5EncoderModel)
+        both = all(isinstance(getattr(model, part, None), PreTrainedModel) for part in ("encoder", "decoder"))
+        return model.get_encoder() if both else model
     return getattr(transformers, type(config).__name__.replace("Config", "Model"))._from_config(config, dtype=dtype)
 
 
@@ -480,9 +482,12 @@ def load_encoder(
     were read in (`dtype`; "auto": as they are stored). Raises ValueError as `load_weights`."""
     # by the tower's own class: AutoModel reads a dual encoder as both of its towers, and without projection
     encoder, options = type(tower.encoder), {"dtype": dtype} | hub
-    whole = isinstance(tower, NrccrTextTower) and config.is_encoder_decoder
-    if whole:
-        encoder = MODEL_MAPPING[type(config)]
+    whole = isinstance(tower, NrccrTextTower) and encoder is not (
+        of_config := MODEL_MAPPING.get(type(config), encoder)
+    )
+    if whole:  # an encoder-decoder
+        encoder = of_config
+        options["may_lack"] = ("decoder.",)  # of folders with the encoder alone
     elif isinstance(tower, NrccrTextTower) and "add_pooling_layer" in signature(encoder).parameters:
         options["add_pooling_layer"] = False
     config = deepcopy(config if whole else tower.encoder.config)

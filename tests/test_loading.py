@@ -11,7 +11,17 @@ import torch
 from conftest import tiny_batch, tiny_model
 from hub_server import hub_server, use_hub
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertModel, CLIPConfig, CLIPModel, ViTConfig, ViTModel
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    T5Config,
+    T5EncoderModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from modeling_nrccr import NrccrModel, NrccrProcessor
 
@@ -231,6 +241,15 @@ def test_a_folder_that_cannot_be_right_is_refused_in_a_sentence(clip, tmp_path, 
         (NrccrModel.from_pretrained if ours else NrccrModel.from_dual_encoder)(folder)
     assert "\n" not in str(raised.value) and str(folder) in str(raised.value)
     assert time.perf_counter() - start < 5
+
+
+def test_an_encoder_without_its_decoder_is_whole(tmp_path):
+    config = T5Config(vocab_size=41, d_model=24, d_kv=6, d_ff=37, num_layers=2, num_heads=4)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    NrccrModel.from_encoders(tmp_path, visual_feat_dim=5)
+    change_weights(tmp_path, lambda w: w.pop(find(w, "encoder.final_layer_norm.weight")))
+    with pytest.raises(ValueError, match="lacks encoder.final_layer_norm.weight"):
+        NrccrModel.from_encoders(tmp_path, visual_feat_dim=5)
 
 
 def test_encoders_are_looked_at_as_well(encoders, tmp_path):
