@@ -46,7 +46,7 @@ class Extractor:
         folder = find_encoder(vision_encoder)
         config = NrccrConfig(vision_config=AutoConfig.from_pretrained(folder), visual_encoder_output=output)
         self.tower = NrccrVisualTower(config)
-        load_encoder(self.tower, folder)
+        load_encoder(self.tower, folder, config.vision_config)
         self.tower.eval().to(PartialState().device)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         self.pad_to_square = pad_to_square
