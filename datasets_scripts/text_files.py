@@ -12,7 +12,7 @@ import datasets
 from .columns import CaptionBuilder, clean_caption
 from .debian import data_fingerprint
 from .features import VisualFeats, open_features
-from .picture_files import find_pictures, shown
+from .picture_files import find_pictures, shown, spellings
 
 
 CONVERT = "convert the file, such as by `iconv -f LATIN1 -t UTF-8` (or -f UTF-16)"
@@ -174,6 +174,7 @@ class TextFilesBuilder(CaptionBuilder):
             folders, what, option = [self.config.visual_feature], "features", "visual_feature"
             reader = open_features(self.config.visual_feature)
             ids = {name: (image_id, name, Path(name).stem) for name, image_id in names.items()}
+            ids = {name: [key for given in keys for key in spellings(given)] for name, keys in ids.items()}
             ids = {name: next((key for key in keys if key in reader), None) for name, keys in ids.items()}
             media = {name: {"path": str(reader.path), "id": key} for name, key in ids.items() if key is not None}
         elif folders:

@@ -8,6 +8,7 @@ import os
 import unicodedata
 
 import datasets
+import numpy as np
 import pytest
 import train
 from PIL import Image
@@ -192,6 +193,11 @@ def test_names_are_identifiers(folder):
     assert sorted(row["image"].width for row in rows.values()) == [9, 10, 11, 12, 13]
     with pytest.raises(FileNotFoundError, match=r"has no pictures of 'c\\u202fd.png'"):
         build(folder, "image,caption\nc\u202fd.png,x\n")
+    (folder / "FeatureData").mkdir()
+    np.save(folder / "FeatureData/f.npy", np.ones((1, 3), np.float32))
+    (folder / "FeatureData/f.id.txt").write_text(unicodedata.normalize("NFD", "árbore"))
+    (row,) = all_rows(build(folder, "image,caption\nárbore.png,x\n", visual_feature=folder / "FeatureData")).values()
+    assert row["visual_feats"].shape == (1, 3)
 
 
 def test_a_picture_is_one_however_it_is_called(folder):
