@@ -11,9 +11,10 @@ import numpy as np
 
 from .columns import CaptionBuilder, caption_columns
 from .features import VisualFeats, open_features
+from .picture_files import visible_files
 from .released_layout import Captions, SplitCaptions, read_released
 from .text_files import read_text_lines
-from .videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from .videos import MOVING_SUFFIXES, VIDEO_SUFFIXES, picture_suffixes
 
 
 _CAPTION_SUFFIXES = (".txt", ".json", ".csv", ".npy")
@@ -56,7 +57,7 @@ class BenchmarkBuilder(CaptionBuilder):
 
     BUILDER_CONFIG_CLASS = BenchmarkConfig
     ITEM = "video"  # or "image"
-    SUFFIXES = VIDEO_SUFFIXES
+    SUFFIXES = (*VIDEO_SUFFIXES, *MOVING_SUFFIXES)
     SOURCE: str  # what to put into data_dir, for messages
 
     def __init__(self, *args, data_dir: str | Path | None = None, **kwargs):
@@ -226,11 +227,27 @@ def first_of_items(captions: Mapping[tuple[str, str], str]) -> dict[str, str]:
     return first
 
 
+def tell_left_out(captions: SplitCaptions, splits: Iterable[Iterable[str]]):
+    """Print how many items have captions and are in none of the splits, which are lists of items."""
+    known = {item for split in splits for item in split}
+    items = dict.fromkeys(item for part in (captions.source, captions.human) for item, _ in part or ())
+    if unknown := [item for item in items if item not in known]:
+        path = (captions.human or captions.source).path
+        count = f"{len(unknown):,} of {len(items):,} items"
+        print(f"{path.parent}: {count} are in no split and left out, such as {unknown[0]}", flush=True)
+
+
 def media_files(folder: str | Path, suffixes: Iterable[str]) -> dict[str, Path]:
     """Files in and below a folder by their name without suffix. Raises ValueError where two have the same."""
+    paths = map(Path, visible_files(folder))
+    return by_stem(path for path in paths if path.suffix.lower() in suffixes and path.is_file())
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their name without suffix. Raises ValueError where two have the same."""
     files = {}
-    for path in sorted(Path(folder).rglob("*")):
-        if path.suffix.lower() in suffixes and (other := files.setdefault(path.stem, path)) != path:
+    for path in paths:
+        if (other := files.setdefault(path.stem, path)) != path:
             raise ValueError(f"{other} and {path} are both {path.stem!r}: rename or remove one")
     return files
 
@@ -290,8 +307,8 @@ def read_id_list(path: Path) -> dict[str, int]:
     items = {}
     for number, line in lines:
         item = line.strip()
-        for suffix in (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES):
-            item = item.removesuffix(suffix)
+        if Path(item).suffix.lower() in (*VIDEO_SUFFIXES, *picture_suffixes()):
+            item = item.removesuffix(Path(item).suffix)
         if not item:
             raise ValueError(f"{path}, line {number}: no id")
         if item in items:

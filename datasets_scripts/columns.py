@@ -1,10 +1,12 @@
 """The columns that every builder yields, and the base of builders whose pictures have captions in two languages."""
 
 import io
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from PIL import Image
@@ -30,6 +32,18 @@ CAPTION_FEATURES = {
 TARGETS = ("translated", "human")
 
 
+def clean_caption(text: str) -> str:
+    """Write a caption with single spaces and composed accents (NFC), as engines and tokenizers know them."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
+
+
+def caption_texts(captions: Any, place: str) -> list[str]:
+    """Check that a data set has a list of captions here. Raises ValueError that names the place."""
+    if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
+        raise ValueError(f"{place}: must be a list of texts, not {str(captions)[:40]!r}; fetch the file again")
+    return captions
+
+
 def caption_columns(
     image_id: str,
     source_caption: str | None,
@@ -46,6 +60,7 @@ def caption_columns(
     translation fills them. Validation and test target captions are always human; their human English is kept apart.
     `caption_id`: where a picture has several captions, or the data names them itself.
     """
+    source_caption, human_caption = (text and clean_caption(text) for text in (source_caption, human_caption))
     is_train, is_human = split == "train", target == "human"
     target_caption = human_caption if not is_train or is_human else None
     return {

@@ -10,9 +10,18 @@ MSCOCO with captions in English, and in Chinese (COCO-CN) or Japanese (STAIR Cap
 from collections.abc import Iterable
 from pathlib import Path
 
-from .benchmark import BenchmarkBuilder, BenchmarkConfig, find_file, media_files, read_id_list, read_json, require_file
+from .benchmark import (
+    BenchmarkBuilder,
+    BenchmarkConfig,
+    find_file,
+    media_files,
+    read_id_list,
+    read_json,
+    require_file,
+    tell_left_out,
+)
 from .released_layout import Captions, SplitCaptions, merged, read_caption_file
-from .videos import IMAGE_SUFFIXES
+from .videos import picture_suffixes
 
 
 def read_coco(path: Path) -> Captions:
@@ -51,7 +60,7 @@ class Mscoco(BenchmarkBuilder):
         "ja": {"train": (113287, None), "validation": (5000, None), "test": (5000, None)},
     }
     ITEM = "image"
-    SUFFIXES = IMAGE_SUFFIXES
+    SUFFIXES = picture_suffixes()
     SOURCE = (
         "captions_train2014.json and captions_val2014.json of COCO and, for zh, COCO-CN (coco-cn_train.txt, ..., "
         "imageid.human-written-caption.txt), for ja, STAIR (stair_captions_v1.2_train.json and _val.json) and "
@@ -79,6 +88,8 @@ class Mscoco(BenchmarkBuilder):
         else:
             human = self._coco(folder, "stair_captions_v*_{}.json")
             splits = self._karpathy(folder, english)
+        splits = {split: list(items) for split, items in splits.items()}
+        tell_left_out(SplitCaptions(human=human), splits.values())
         whole = SplitCaptions(english, human)
         return {split: whole.of_items(items) for split, items in splits.items()}
 

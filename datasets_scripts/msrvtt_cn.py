@@ -12,7 +12,15 @@ import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .benchmark import BenchmarkBuilder, BenchmarkConfig, find_file, read_id_list, read_json, require_file
+from .benchmark import (
+    BenchmarkBuilder,
+    BenchmarkConfig,
+    find_file,
+    read_id_list,
+    read_json,
+    require_file,
+    tell_left_out,
+)
 from .released_layout import Captions, Key, SplitCaptions, merged
 from .text_files import read_text_lines
 
@@ -87,6 +95,7 @@ class MsrvttCn(BenchmarkBuilder):
                 f"{folder} has no Chinese captions (*train_zh.caption.txt, *val_zh..., *test_zh...): they are not in "
                 "the official files, but in those released with the method"
             )
+        tell_left_out(everything, [split_of])
         return {
             split: everything.of_items(video for video, of in split_of.items() if of == split)
             for split in dict.fromkeys(SPLITS.values())

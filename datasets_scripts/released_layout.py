@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .columns import clean_caption
 from .text_files import read_text_lines
 
 
@@ -47,7 +48,9 @@ class Captions(dict[Key, str]):
         )
 
     def add(self, key: Key, caption: str, place: str):
-        caption = " ".join(caption.split())
+        if not isinstance(caption, str):
+            raise ValueError(f"{place}: caption {'#'.join(key)} is {caption!r}, no text; remove it, or fill it")
+        caption = clean_caption(caption)
         if not caption:
             raise ValueError(f"{place}: caption {'#'.join(key)} has no text; remove it, or fill it")
         if key in self:

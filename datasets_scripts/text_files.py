@@ -1,7 +1,7 @@
 """Caption files as they come from users and upstream: read whole and checked, each error with its file and line."""
 
 import gzip
-import os
+import io
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,32 +9,53 @@ from pathlib import Path
 
 import datasets
 
-from .columns import CaptionBuilder
+from .columns import CaptionBuilder, clean_caption
 from .debian import data_fingerprint
 from .features import VisualFeats, open_features
+from .picture_files import find_pictures, shown, spellings
+
+
+CONVERT = "convert the file, such as by `iconv -f LATIN1 -t UTF-8` (or -f UTF-16)"
 
 
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, plain or gzip, numbered from 1, without their ends; blank ones too."""
+    """The lines of a text file, plain or gzip, numbered from 1, without their ends; blank ones too. It is in UTF-8, or
+    in UTF-16 and says so by its first bytes."""
     path, number = Path(path), 0
-    with path.open("rb") as file:
-        is_gzip = path.suffix == ".gz" or file.read(2) == b"\x1f\x8b"  # a downloaded file has no suffix
     try:
-        with gzip.open(path) if is_gzip else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_text(path) as file:
+            start = file.peek(2)[:2]
+            if start in (b"\xff\xfe", b"\xfe\xff"):
+                lines = (line.encode() for line in io.TextIOWrapper(file, "utf-16", newline="\n"))
+            else:
+                lines = file
+            for number, line in enumerate(lines, 1):
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if "\0" in text:
+                    raise ValueError(f"{path}, line {number}: not UTF-8, but UTF-16, or no text at all; {CONVERT}")
                 yield number, text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not UTF-8 ({error}); convert the file (`iconv -t UTF-8`)") from error
+        number += error.encoding.startswith("utf-16")  # which is decoded before the line is counted
+        raise ValueError(f"{path}, line {number}: not UTF-8 ({error}); {CONVERT}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged after line {number} ({error}); fetch the file again") from error
+
+
+def open_text(path: Path) -> io.BufferedReader:
+    """Open a file whose content, not its name, tells whether it is packed: a downloaded file has no suffix, and a
+    browser unpacks what stays called `.gz`."""
+    file = path.open("rb")
+    if file.peek(2)[:2] != b"\x1f\x8b":
+        return file
+    file.close()
+    return io.BufferedReader(gzip.open(path))
 
 
 def read_captions(path: str | Path) -> list[str]:
     """One caption a line, with single spaces. Raises ValueError for a line without text."""
     captions = []
     for number, line in read_text_lines(path):
-        captions.append(" ".join(line.split()))
+        captions.append(clean_caption(line))
         if not captions[-1]:
             raise ValueError(f"{path}, line {number}: no text; the files of other languages count on this line")
     return captions
@@ -48,23 +69,6 @@ def check_aligned(files: dict[Path, Sequence[str]]):
             f"{shortest} ends after line {len(files[shortest])}, but {longest} has {len(files[longest])}: their lines "
             "belong together; fetch both again"
         )
-
-
-def find_pictures(folders: Iterable[str | Path], names: Iterable[str]) -> dict[str, str]:
-    """
-    The path of each named picture: in the first of `folders` that has it, else anywhere below them; without those that
-    are nowhere. Raises ValueError for a name that is below them twice.
-    """
-    names, files = list(dict.fromkeys(names)), {}
-    for folder in folders:
-        files |= {n: path for n in names if n not in files and os.path.isfile(path := os.path.join(folder, n))}
-    wanted = set(names) - files.keys()
-    for parent, _, found in (step for folder in (folders if wanted else ()) for step in os.walk(folder)):
-        for name in wanted.intersection(found):
-            path = os.path.join(parent, name)
-            if not os.path.samefile(files.setdefault(name, path), path):
-                raise ValueError(f"{name} is both {files[name]} and {path}: name it by its path, or remove one")
-    return files
 
 
 @dataclass
@@ -170,27 +174,32 @@ class TextFilesBuilder(CaptionBuilder):
             folders, what, option = [self.config.visual_feature], "features", "visual_feature"
             reader = open_features(self.config.visual_feature)
             ids = {name: (image_id, name, Path(name).stem) for name, image_id in names.items()}
+            ids = {name: [key for given in keys for key in spellings(given)] for name, keys in ids.items()}
             ids = {name: next((key for key in keys if key in reader), None) for name, keys in ids.items()}
             media = {name: {"path": str(reader.path), "id": key} for name, key in ids.items() if key is not None}
         elif folders:
             what, option = "pictures", "image_dir"
-            media = {name: {"path": path, "bytes": None} for name, path in find_pictures(folders, names).items()}
+            media = {name: {"path": path, "bytes": None} for name, path in self._find_pictures(names).items()}
         else:
             return dict.fromkeys(names)
         missing = [name for name in names if name not in media]
         if missing and (self.config.missing == "error" or not media):
             raise FileNotFoundError(
-                f"{self._place(missing[0])}{' and '.join(folders)} has no {what} of {missing[0]}, nor of "
+                f"{self._place(missing[0])}{' and '.join(folders)} has no {what} of {shown(missing[0])}, nor of "
                 f"{len(missing) - 1:,} others of {len(names):,}; add them, name the folder that has them ({option}), "
                 "or leave them out with missing='skip'"
             )
         if missing:
-            places = "".join(f"\n  {self._place(name)}{name}" for name in missing)
+            places = "".join(f"\n  {self._place(name)}{shown(name)}" for name in missing)
             print(f"{self.name}: left out, without {what}: {len(missing):,} of {len(names):,}{places}", flush=True)
         return media
 
     def _picture_folders(self) -> list[str]:
         return [self.config.image_dir] if self.config.image_dir else []
+
+    def _find_pictures(self, names: Iterable[str]) -> dict[str, str]:
+        """The path of each picture that there is."""
+        return find_pictures(self._picture_folders(), names, self._place)
 
     def _place(self, name: str) -> str:
         """Where a picture is named, for messages."""

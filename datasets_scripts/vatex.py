@@ -9,7 +9,16 @@ VATEX: videos of 10 seconds with ten English and ten Chinese captions each.
 
 from pathlib import Path
 
-from .benchmark import BenchmarkBuilder, BenchmarkConfig, find_file, read_id_list, read_json, require_file
+from .benchmark import (
+    BenchmarkBuilder,
+    BenchmarkConfig,
+    find_file,
+    read_id_list,
+    read_json,
+    require_file,
+    tell_left_out,
+)
+from .columns import caption_texts
 from .released_layout import Captions, SplitCaptions
 
 
@@ -34,8 +43,8 @@ def read_vatex(path: Path) -> SplitCaptions:
             raise ValueError(f"{place} has no {error}: videoID, enCap and chCap are read") from error
         if (item, "0") in split.source:
             raise ValueError(f"{place}: {item} is there already")
-        for captions, texts in ((split.source, english), (split.human, chinese)):
-            for k, text in enumerate(texts):
+        for captions, texts, name in ((split.source, english, "enCap"), (split.human, chinese, "chCap")):
+            for k, text in enumerate(caption_texts(texts, f"{place}, {name}")):
                 captions.add((item, str(k)), text, place)
     return split
 
@@ -81,4 +90,5 @@ class Vatex(BenchmarkBuilder):
                     raise ValueError(f"{lists[split]}, line {number}: {item} is not in {held_out.source.path}")
                 if split == "test" and item in ids["validation"]:
                     raise ValueError(f"{lists[split]}, line {number}: {item} is in {lists['validation']} too")
+        tell_left_out(held_out, ids.values())
         return {"train": train} | {split: held_out.of_items(items) for split, items in ids.items()}

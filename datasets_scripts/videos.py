@@ -1,6 +1,9 @@
 """Frames of videos: PyAV decodes what FFmpeg knows, Pillow animated WebP and GIF; bounded, whatever the file holds."""
 
 import io
+import os
+import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +13,31 @@ from PIL import Image
 from .features import sample_positions
 
 
-VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".webp", ".wmv")
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff")
+VIDEO_SUFFIXES = (
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mkv", ".mov", ".mp4",
+    ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".ogm", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv",
+)  # fmt: skip
+MOVING_SUFFIXES = (".apng", ".avif", ".avifs", ".gif", ".png", ".webp")  # of pictures that may be videos
 MAX_FRAMES = 50_000  # 28 minutes at 30 frames a second
 MAX_PIXELS = 4096 * 2304
 MAX_SECONDS = 3600.0
+
+
+def picture_suffixes() -> frozenset[str]:
+    """Suffixes of pictures, as Pillow knows them."""
+    Image.init()
+    return frozenset(Image.registered_extensions()) - set(VIDEO_SUFFIXES)
+
+
+TURNS = {
+    (-1, 0, 0, 1): Image.Transpose.FLIP_LEFT_RIGHT,
+    (1, 0, 0, -1): Image.Transpose.FLIP_TOP_BOTTOM,
+    (-1, 0, 0, -1): Image.Transpose.ROTATE_180,
+    (0, 1, 1, 0): Image.Transpose.TRANSPOSE,
+    (0, -1, -1, 0): Image.Transpose.TRANSVERSE,
+    (0, 1, -1, 0): Image.Transpose.ROTATE_270,
+    (0, -1, 1, 0): Image.Transpose.ROTATE_90,
+}
 
 
 def read_frames(
@@ -68,15 +91,18 @@ def _open(video: str | Path | bytes | dict) -> tuple[str, io.BufferedIOBase]:
     if isinstance(video, bytes):
         return f"a video of {len(video)} bytes", io.BytesIO(video)
     try:
+        if not stat.S_ISREG(os.stat(video).st_mode):  # a pipe would be waited for forever
+            raise ValueError(f"{video} is no regular file, but a folder, a pipe or a device: leave it out")
         return str(video), open(video, "rb")
     except OSError as error:
         raise ValueError(f"{video} cannot be opened: {error.strerror}") from error
 
 
 def _is_animation(header: bytes) -> bool:
-    """What Pillow reads: WebP (of which PyAV sees the first picture at best), GIF, and still pictures."""
+    """What Pillow reads: WebP (of which PyAV sees the first picture at best), GIF, AVIF, and still pictures."""
     starts = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
-    return (header[:4] == b"RIFF" and header[8:12] == b"WEBP") or header.startswith(starts)
+    is_webp = header[:4] == b"RIFF" and header[8:12] == b"WEBP"
+    return is_webp or header[4:12] in (b"ftypavif", b"ftypavis") or header.startswith(starts)
 
 
 def _check(name: str, limits: dict[str, float], **found: float | None):
@@ -91,13 +117,14 @@ def _check(name: str, limits: dict[str, float], **found: float | None):
 
 def _read_animation(name: str, stream: io.BufferedIOBase, num_frames: int, limits: dict) -> list[Image.Image]:
     with Image.open(stream) as image:
-        _check(name, limits, pixels_a_frame=image.width * image.height)
         total = getattr(image, "n_frames", 1)
+        if total > 1:  # a still picture is bounded by Pillow, and decoded by what reads pictures
+            _check(name, limits, pixels_a_frame=image.width * image.height)
         _check(name, limits, frames=total)
         frames = []
         for position in sample_positions(total, num_frames):
             image.seek(position)
-            frames.append(image.convert("RGBA"))  # transparency is kept, the processor puts it on white
+            frames.append(image.copy())  # 16-bit or transparent as it is: the processor makes all pictures RGB
         return frames
 
 
@@ -114,7 +141,10 @@ def _video_stream(stream: io.BufferedIOBase, name: str) -> Iterator:
     with av.open(stream, container_options={"protocol_whitelist": "pipe"}) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
-        yield container, container.streams.video[0]
+        video = container.streams.video[0]
+        if video.codec_context is None:
+            raise ValueError(f"it is {container.format.long_name}, for which FFmpeg here has no decoder")
+        yield container, video
 
 
 def _read_stream(name: str, stream: io.BufferedIOBase, num_frames: int, limits: dict) -> list[Image.Image]:
@@ -129,7 +159,7 @@ def _read_stream(name: str, stream: io.BufferedIOBase, num_frames: int, limits: 
 
 def _count_frames(name: str, stream: io.BufferedIOBase, limits: dict) -> int:
     """Of packets, without decoding: what a container says of its length need not be so."""
-    total = 0
+    total, end = 0, 0.0
     with _video_stream(stream, name) as (container, video):
         context = video.codec_context
         seconds = container.duration / 1e6 if container.duration else None
@@ -138,9 +168,12 @@ def _count_frames(name: str, stream: io.BufferedIOBase, limits: dict) -> int:
             total += packet.size > 0
             if packet.pts is not None:
                 seconds = float((packet.pts - (video.start_time or 0)) * packet.time_base)
+                end = max(end, seconds)
             _check(name, limits, frames=total, seconds=seconds)
-        if total < 0.9 * video.frames:
-            raise ValueError(f"it is truncated: {total} of {video.frames} frames")
+        length = float(video.duration * video.time_base) if video.duration else container.duration / 1e6
+        # of a variable rate, some containers count the ticks: it goes on to the end all the same
+        if total < 0.9 * video.frames and end < 0.9 * length - 0.1:
+            raise ValueError(f"it is truncated: {total} of {video.frames} frames, {end:.1f} of {length:.1f} s")
     return total
 
 
@@ -152,8 +185,19 @@ def _decode(name: str, stream: io.BufferedIOBase, positions: list[int], limits: 
             if seen in wanted:
                 _check(name, limits, pixels_a_frame=frame.width * frame.height)
                 image = frame.to_image()
-                frames.append(image.rotate(frame.rotation, expand=True) if frame.rotation else image)
+                turn = _turn(frame)
+                frames.append(image if turn is None else image.transpose(turn))
             seen += 1
             if len(frames) == len(wanted):
                 return frames, None
     return frames, seen
+
+
+def _turn(frame) -> Image.Transpose | None:
+    """What brings a frame upright: its display matrix turns and mirrors, by quarters."""
+    side = [part for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
+    if not side:
+        return None
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(side[0]))  # x becomes a x + c y, and y becomes b x + d y
+    signs = (a > 0) - (a < 0), (b > 0) - (b < 0), (c > 0) - (c < 0), (d > 0) - (d < 0)
+    return TURNS.get((signs[0], 0, 0, signs[3]) if abs(a) > abs(b) else (0, signs[1], signs[2], 0))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .columns import caption_columns
+from .columns import caption_columns, caption_texts, clean_caption
 from .text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
 
 
@@ -68,13 +68,13 @@ class Xm3600(TextFilesBuilder):
         try:
             record = json.loads(line)
             key, captions = record["image/key"], record.get(self.config.name, {"caption": []})["caption"]
-            captions = [" ".join(caption.split()) for caption in captions]
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not readable as JSON ({error}); fetch the file again") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{where}: not as published, with image/key and {self.config.name}: {{caption: [...]}} ({error!r})"
             ) from error
+        captions = list(map(clean_caption, caption_texts(captions, f"{where}, {self.config.name}")))
         if not all(captions):
             raise ValueError(f"{where}: caption {captions.index('')} in {self.config.name} has no text")
         return key, captions

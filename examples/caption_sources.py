@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets_scripts.caption_files import read_csv, read_jsonl, read_records
-from datasets_scripts.text_files import find_pictures, read_text_lines
+from datasets_scripts.columns import clean_caption
+from datasets_scripts.picture_files import find_pictures
+from datasets_scripts.text_files import read_text_lines
 from modeling_nrccr.media import load_image
 from modeling_nrccr.translation import one_line
 
@@ -65,7 +67,7 @@ def read_captions(path: Path, language: str, with_pictures: bool = False) -> Cap
         pairs = list(dict.fromkeys(read_pairs(path, language)))
         captions = Captions([source for source, _ in pairs], translations=[target for _, target in pairs])
     elif path.suffix == ".txt":
-        lines = (" ".join(line.split()) for _, line in read_text_lines(path))
+        lines = (clean_caption(line) for _, line in read_text_lines(path))
         captions = Captions(list(dict.fromkeys(filter(None, lines))))
     else:
         named = {}

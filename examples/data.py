@@ -1,5 +1,6 @@
 """Loads and translates the caption data sets that the examples train and test on."""
 
+import glob
 import json
 import random
 import time
@@ -7,17 +8,19 @@ from pathlib import Path
 
 import datasets
 from accelerate import PartialState
+from PIL import Image
 
 from datasets_scripts.animated_emoji import AnimatedEmoji
 from datasets_scripts.caption_files import CaptionFiles
 from datasets_scripts.cldr_emoji import CldrEmoji
-from datasets_scripts.columns import CAPTION_FEATURES
+from datasets_scripts.columns import CAPTION_FEATURES, clean_caption
 from datasets_scripts.debian import FetchError, cache_folder, find_data, prepare_translator
 from datasets_scripts.mscoco import Mscoco
 from datasets_scripts.msrvtt_cn import MsrvttCn
 from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.scenes import Scenes
 from datasets_scripts.splits import check_ids
+from datasets_scripts.text_files import read_text_lines
 from datasets_scripts.tuxpaint import Tuxpaint
 from datasets_scripts.vatex import Vatex
 from datasets_scripts.wordnet import common_words
@@ -25,6 +28,7 @@ from datasets_scripts.xm3600 import Xm3600
 from modeling_nrccr import NrccrModel
 from modeling_nrccr.data_collator import MEDIA_COLUMNS
 from modeling_nrccr.encoding import encode_texts
+from modeling_nrccr.media import load_image
 from modeling_nrccr.translation import Translator, add_translations, load_translator, split_engines
 from modeling_nrccr.translation_cache import CachedTranslator
 
@@ -63,6 +67,16 @@ def find_font(data_dir: str | None = None) -> Path | None:
         print(f"search.png will lack accents: {error}")
         return None
     return folder / "DejaVuSans.ttf"
+
+
+class StillPicture(datasets.Image):
+    """A column of pictures that are read as [`load_image`] reads them all: damaged metadata cost none."""
+
+    def decode_example(self, value: dict, token_per_repo_id=None) -> Image.Image:
+        return load_image(value)
+
+    def __eq__(self, other) -> bool:  # a column like any of pictures, to what compares or joins data sets
+        return isinstance(other, datasets.Image) and vars(self) == vars(other)
 
 
 def load_caption_dataset(
@@ -112,6 +126,9 @@ def load_caption_dataset(
     joined = {
         split: datasets.concatenate_datasets([part[split] for part in parts if split in part]) for split in splits
     }
+    for split, rows in joined.items():
+        if isinstance(rows.features.get("image"), datasets.Image):
+            joined[split] = rows.cast_column("image", StillPicture())
     check_ids(joined)
     return datasets.DatasetDict(joined)
 
@@ -124,7 +141,10 @@ def read_translated(
         raise ValueError(f"parquet needs data_dir, a folder that translate.py wrote; {data_dir} has no data/*.parquet")
     if target != "translated":
         raise ValueError(f"{data_dir} is translated; {target} captions are in the data that it was made of")
-    dataset = datasets.load_dataset("parquet", data_dir=str(data_dir))
+    files = {}
+    for file in sorted(Path(data_dir).glob("data/*.parquet")):  # by name: of a folder's, `[` and `*` are a pattern
+        files.setdefault(file.name.split("-")[0].removesuffix(".parquet"), []).append(glob.escape(str(file)))
+    dataset = datasets.load_dataset("parquet", data_files=files)
     for split, rows in dataset.items():
         if missing := CAPTION_FEATURES.keys() - set(rows.column_names):
             raise ValueError(f"{data_dir}, {split} lacks the columns {', '.join(sorted(missing))}")
@@ -281,7 +301,7 @@ def lexicon_rows(
             raise ValueError(f"lexicon={lexicon!r} is English, not {source_language!r}: name a file, a word a line")
         words = common_words(int(lexicon.partition(":")[2]), data_dir)
     else:
-        words = list(dict.fromkeys(filter(None, map(str.strip, Path(lexicon).read_text("utf-8").splitlines()))))
+        words = list(dict.fromkeys(filter(None, (clean_caption(line) for _, line in read_text_lines(lexicon)))))
     pairs = [(source_language, target_language), (target_language, source_language)]
     found = {}
     for spec in split_engines(translator):

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,13 @@ from safetensors.numpy import save
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoImageProcessor
 
-from datasets_scripts.benchmark import media_files
+from datasets_scripts.benchmark import by_stem
 from datasets_scripts.features import ShardFeatures
-from datasets_scripts.videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_frames
+from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrConfig
-from modeling_nrccr.feature_cache import fingerprint
+from modeling_nrccr.feature_cache import fingerprint, load_media
 from modeling_nrccr.files import replacing, write_file
-from modeling_nrccr.media import to_rgb
+from modeling_nrccr.media import IMAGE_SUFFIXES, describe_others, is_clip, load_image, to_rgb, walk
 from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
 from modeling_nrccr.processing_nrccr import to_square
 
@@ -139,7 +140,7 @@ def extract(
                 frames = {}
                 for item in chunk[begin : begin + batch_size]:
                     try:
-                        frames[item] = read_frames(media[item], num_frames)
+                        frames[item] = load_media(str(media[item]), partial(frames_of, num_frames=num_frames))
                     except ValueError as error:
                         if not skip_broken:
                             raise
@@ -150,6 +151,27 @@ def extract(
                 write_shard(output / f"features-{first + shard // shard_size:05d}.{format}", feats)
             extracted += len(feats)
     return extracted, len(media) - len(new), broken
+
+
+def frames_of(path: str, num_frames: int) -> list[Image.Image]:
+    """Sampled frames of a video, or a still picture alone."""
+    return read_frames(path, num_frames) if is_clip(path) else [load_image(path)]
+
+
+def find_media(folder: str) -> tuple[dict[str, Path], list[str]]:
+    """
+    Pictures and videos by item, and what is left out, in words. A picture of the same name as a video is its cover.
+
+    Raises:
+        ValueError: there are none, or two of one name.
+    """
+    found = walk(folder, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+    clips = {path for path in found.files if is_clip(path)}
+    left_out = [describe_others(found.others)] if found.others else []
+    left_out += [f"{name}: {reason}" for name, reason in found.left_out]
+    if not found.files:
+        raise ValueError("; ".join([f"{folder} holds no pictures or videos", *left_out]))
+    return by_stem(path for path in found.files if path not in clips) | by_stem(sorted(clips)), left_out
 
 
 def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtype: str) -> dict[str, np.ndarray]:
@@ -182,12 +204,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--skip_broken", action="store_true", help="leave out what cannot be read, and list it")
     args = parser.parse_args(argv)
     try:
-        # videos after pictures: a picture of the same name is the video's cover
-        media = media_files(args.media, IMAGE_SUFFIXES) | media_files(args.media, VIDEO_SUFFIXES)
-        if not media:
-            raise ValueError(
-                f"{args.media} holds no pictures or videos ({', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})"
-            )
+        media, left_out = find_media(args.media)
         started = time.perf_counter()
         PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
         extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
@@ -196,6 +213,8 @@ def main(argv: list[str] | None = None):
         extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
     except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
         sys.exit(f"error: {error}")
+    for line in left_out:
+        print(f"left out: {line}")
     for line in broken:
         print(f"skipped: {line}")
     seconds = time.perf_counter() - started

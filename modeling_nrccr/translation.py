@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -48,8 +49,9 @@ def debian_package(source: str, target: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """A text as engines get it and caches know it: control characters and line breaks become single spaces."""
-    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", text).split())
+    """A text as engines get it and caches know it: accents composed (NFC), control characters and line breaks single
+    spaces."""
+    return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", unicodedata.normalize("NFC", text)).split())
 
 
 def file_fingerprint(paths: Iterable[str | Path]) -> str:

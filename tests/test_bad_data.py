@@ -4,6 +4,7 @@ What concerns the cache of features alone is in test_feature_cache.py."""
 import json
 import multiprocessing
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from modeling_nrccr import FeatureCache
 
 
 pytestmark = pytest.mark.usefixtures("no_bars")
+FIXTURES = Path(__file__).parent / "fixtures" / "media"
 
 
 # ------------------------------------------------------------------------------------------------- broken pictures
@@ -165,6 +167,43 @@ def test_a_caption_without_picture_is_named_or_left_out_and_listed(folder, capsy
         load_caption_dataset("caption_files", data_dir=str(folder))
     with pytest.raises(ValueError, match="missing must be error or skip, got 'ignore'"):
         CaptionFiles(data_dir=folder, missing="ignore")
+
+
+@pytest.mark.parametrize("name", ["exif_broken.webp", "orient6_strtag.jpg", "textbomb.png", "rawprofile_broken.png"])
+def test_a_picture_with_damaged_metadata_is_trained_on(folder, name):
+    (folder / "images" / name).write_bytes((FIXTURES / name).read_bytes())
+    write_captions(folder, *SPLITS, f"{name},e,train")
+    dataset = load_caption_dataset("caption_files", data_dir=str(folder))
+    size = (200, 320) if name.startswith("orient6") else (320, 200)
+    assert dataset["train"][2]["image"].size == size
+    assert dataset["train"].select([2, 0]).map(lambda row: {"n": 1})[0]["image"].size == size
+
+
+def test_a_folder_with_brackets_in_its_name_is_no_pattern(folder):
+    write_captions(folder, *SPLITS)
+    dataset = load_caption_dataset("caption_files", data_dir=str(folder))
+    written = folder / "mine [2024] *"
+    for split, rows in dataset.items():
+        (written / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(written / "data" / f"{split}-00000-of-00001.parquet")
+    again = load_caption_dataset("parquet", data_dir=str(written))
+    assert {split: rows["caption_id"][:] for split, rows in again.items()} == {
+        split: rows["caption_id"][:] for split, rows in dataset.items()
+    }
+
+
+def test_equal_pictures_of_two_splits_are_told(folder, capsys):
+    columns = {"caption_id": ["a"], "image": [str(folder / "images/0.png")]}
+    (folder / "copy.png").write_bytes((folder / "images/0.png").read_bytes())
+    dataset = {
+        "train": Dataset.from_dict(columns | {"image_id": ["x/0"]}).cast_column("image", Image()),
+        "test": Dataset.from_dict(columns | {"image_id": ["y/0"], "image": [str(folder / "copy.png")]}),
+    }
+    dataset["test"] = dataset["test"].cast_column("image", Image())
+    check_ids(dataset)
+    assert (
+        "1 pictures of one split equal one of another, such as x/0 of train and y/0 of test" in capsys.readouterr().out
+    )
 
 
 # ------------------------------------------------------------------------------------------------ ids that are twice

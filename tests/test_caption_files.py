@@ -1,9 +1,14 @@
 """A user's own CSV or JSONL of `image,caption` beside a folder of pictures."""
 
+import csv
+import gzip
 import json
 import logging
+import os
+import unicodedata
 
 import datasets
+import numpy as np
 import pytest
 import train
 from PIL import Image
@@ -87,7 +92,7 @@ def test_jsonl_with_human_captions_and_splits(folder, capsys):
 def test_splits_keep_groups_and_pictures_together(folder):
     rows = [("image", "caption", "group")]
     for i in range(60):
-        Image.new("RGB", (2, 2)).save(folder / f"{i}.png")
+        Image.new("RGB", (2, 2), (i, 0, 0)).save(folder / f"{i}.png")
         rows += [(f"{i}.png", f"thing {i}", f"g{i // 2}" if i >= 40 else ""), (f"{i}.png", f"pair {i % 20}", "")]
     text = "\n".join(map(",".join, rows))
     splits = []
@@ -124,7 +129,11 @@ BROKEN = [
     ("image,caption\ndog.png,a dog, asleep\n", r"line 2: more fields than the first line has.*in quotes"),
     ("image,caption\ndog.png\n", r"line 2: fewer fields"),
     ('image,caption\ndog.png,"a dog\n', r"captions\.csv, line 2: not readable as CSV"),
-    ("image,caption\ndog.png,café\n".encode("latin-1"), r"captions\.csv, line 2: not UTF-8"),
+    ("image,caption\ndog.png,café\n".encode("latin-1"), r"captions\.csv, line 2: not UTF-8 .*iconv -f LATIN1"),
+    ("image,caption\ndog.png,x\n".encode("utf-16-le"), r"captions\.csv, line 1: not UTF-8, but UTF-16"),
+    ("image,caption,caption\ndog.png,x,y\n", r"line 1: the column 'caption' is there twice"),
+    ('image,caption\n\ndog.png,a\nanimals/cat.jpg,"b\ndog.png,"c"\n', r"captions\.csv, line 4: not readable as CSV"),
+    ('image,caption\ndog.png,"a\nb"\nanimals/cat.jpg,\n', r"captions\.csv, line 4: caption is empty"),
     ("image,caption,split\ndog.png,a,train\ndog.png,b,test\n", r"line 3: dog\.png is in test, and in line 2 in train"),
     ("image,caption,split\ndog.png,a,tset\n", r"line 2: split is 'tset', not train, validation or test"),
     ("image,caption,caption_id\ndog.png,a,1\ndog.png,b,1\n", r"captions\.csv, line 3: 1 is in line 2 already"),
@@ -144,6 +153,7 @@ def test_what_is_amiss_is_named_with_its_line(folder, text, message):
         ('["dog.png", "x"]', r"line 2: must be an object with image and caption, not '\[\"dog"),
         ('{"image": "dog.png", "caption": ["x"]}', r"line 2: caption must be text, not \['x'\]"),
         ('{"image": "dog.png", "caption": null}', r"line 2: caption is empty"),
+        (r'{"image": "dog.png", "caption": "a \ud83d"}', r"line 2: caption holds '.ud83d', half a character"),
     ],
 )
 def test_broken_jsonl(folder, line, message):
@@ -151,9 +161,99 @@ def test_broken_jsonl(folder, line, message):
         build(folder, '{"image": "dog.png", "caption": "x"}\n' + line + "\n", "captions.jsonl")
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("captions.tsv", ROWS.replace('"', "").replace(",", "\t", 1).encode()),
+        ("captions.csv", gzip.compress(ROWS.encode())),
+        ("captions.csv.gz", gzip.compress(ROWS.encode())),
+        ("captions.csv.gz", ROWS.encode()),
+        ("captions.csv", ROWS.encode("utf-16")),
+        ("captions.csv", ROWS.replace("\n", "\r\n").encode("utf-8-sig")),
+    ],
+)
+def test_files_of_captions_in_many_forms(folder, name, content):
+    if name.endswith(".tsv"):
+        content = "\n".join(
+            "\t".join(line)
+            for line in csv.reader(ROWS.splitlines())  # commas need no quotes there
+        ).encode()
+    rows = all_rows(build(folder, content, name))
+    captions = {row["source_caption"] or row["reference_source_caption"] for row in rows.values()}
+    assert captions == {"A fox, asleep.", "A cat.", "A dog.", "Fox"}
+
+
+def test_names_are_identifiers(folder):
+    """Blanks of all kinds tell files apart; accents stored in the other way do not."""
+    names = ["a\u202fb.png", "a b.png", "a  b.png", "a\xa0b.png", unicodedata.normalize("NFD", "árbore.png")]
+    for i, name in enumerate(names):
+        Image.new("RGB", (9 + i, 4)).save(folder / "images" / name)
+    lines = [f"{name},thing {i}" for i, name in enumerate([*names[:4], "árbore.png"])]
+    rows = all_rows(build(folder, "\n".join(["image,caption", *lines])))
+    assert sorted(row["image"].width for row in rows.values()) == [9, 10, 11, 12, 13]
+    with pytest.raises(FileNotFoundError, match=r"has no pictures of 'c\\u202fd.png'"):
+        build(folder, "image,caption\nc\u202fd.png,x\n")
+    (folder / "FeatureData").mkdir()
+    np.save(folder / "FeatureData/f.npy", np.ones((1, 3), np.float32))
+    (folder / "FeatureData/f.id.txt").write_text(unicodedata.normalize("NFD", "árbore"))
+    (row,) = all_rows(build(folder, "image,caption\nárbore.png,x\n", visual_feature=folder / "FeatureData")).values()
+    assert row["visual_feats"].shape == (1, 3)
+
+
+def test_a_picture_is_one_however_it_is_called(folder):
+    (folder / "images" / "link.png").symlink_to(folder / "images" / "dog.png")
+    names = [
+        "dog.png",
+        "./dog.png",
+        "images/dog.png",
+        str(folder / "images/dog.png"),
+        "animals/../dog.png",
+        "link.png",
+    ]
+    text = "\n".join(["image,caption", *(f"{name},caption {i}" for i, name in enumerate(names))])
+    rows = all_rows(build(folder, text))
+    assert {row["image_id"] for row in rows.values()} == {"pictures/dog.png"} and len(rows) == 6
+    assert len({row["split"] for row in rows.values()}) == 1
+    with pytest.raises(ValueError, match=r"line 3: dog\.png is in test, and in line 2 in train"):
+        build(folder, "image,caption,split\ndog.png,a,train\n./dog.png,b,test\n")
+    # and one by its content
+    (folder / "copy.png").write_bytes((folder / "images/dog.png").read_bytes())
+    with pytest.raises(
+        ValueError, match=r"line 3: copy\.png is in test, and in line 2 the equal picture dog\.png in train"
+    ):
+        build(folder, "image,caption,split\ndog.png,a,train\ncopy.png,b,test\n")
+    for i in range(30):
+        for name in ("one", "two"):
+            Image.new("RGB", (2, 2), (i, 0, 0)).save(folder / f"{name}{i}.png")
+    text = "\n".join(["image,caption", *(f"{name}{i}.png,{name} {i}" for i in range(30) for name in ("one", "two"))])
+    side = {row["image_id"]: row["split"] for row in all_rows(build(folder, text)).values()}
+    assert all(side[f"pictures/one{i}.png"] == side[f"pictures/two{i}.png"] for i in range(30))
+    assert set(side.values()) == {"train", "validation", "test"}
+
+
+def test_files_outside_the_folder_are_refused(folder, tmp_path):
+    Image.new("RGB", (3, 3)).save(tmp_path / "secret.png")
+    (folder / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "out").symlink_to(tmp_path)
+    for name in ("../../secret.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "out/secret.png"):
+        with pytest.raises(ValueError, match=r"captions\.csv, line 2: .*secret\.png, out of .*images and .*image_dir"):
+            build(folder, f"image,caption\n{name},x\n")
+    for name in ("secret.png", str(tmp_path / "secret.png")):  # the user says where
+        assert len(all_rows(build(folder, f"image,caption\n{name},x\n", image_dir=tmp_path))) == 1
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(ValueError, match=r"line 2: pipe\.png is a pipe or a device, no regular file"):
+        build(folder, "image,caption\npipe.png,x\n")
+
+
+def test_captions_are_composed(folder):
+    text = unicodedata.normalize("NFD", "image,caption,target_caption,split\ndog.png,a café,unha árbore,test\n")
+    (row,) = all_rows(build(folder, text)).values()
+    assert (row["reference_source_caption"], row["target_caption"]) == ("a café", "unha árbore")
+
+
 def test_missing_files(folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="mine has no CSV or JSONL file: write image,caption in the first line"
+        FileNotFoundError, match="mine has no CSV, TSV or JSONL file: write image,caption in the first line"
     ):
         build(folder)
     with pytest.raises(FileNotFoundError, match=r"csv, line 4: .*has no pictures of owl\.png, nor of 1 others of 3"):

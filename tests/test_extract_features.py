@@ -11,6 +11,7 @@ import extract_features
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTImageProcessorPil
 from upstream_formats import colours, write_webp
 
@@ -20,6 +21,7 @@ from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
 
 
 SCRIPT = Path(extract_features.__file__)
+FIXTURES = Path(__file__).parent / "fixtures" / "media"
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,26 @@ def test_kill_in_the_middle_and_go_on(media, tower, tmp_path, launcher):
     assert 0 < len(before) < 66
     subprocess.run(run, env=environ, check=True, capture_output=True)
     assert_equal(all_features(tmp_path / "f"), all_features(tmp_path / "whole"))
+
+
+def test_pictures_are_read_as_pictures(media, tower, tmp_path, capsys):
+    """Of any size, depth and kind, whatever is wrong beside their pixels; what is not read is counted."""
+    Image.new("RGB", (4200, 2800), (200, 30, 90)).save(media / "photo.jpg")  # more than a video may have
+    Image.fromarray(np.full((40, 40), 13107, np.uint16)).save(media / "deep.png")
+    Image.new("L", (40, 40), 51).save(media / "plain.png")
+    for name in ("exif_broken.webp", "textbomb.png", "ref.avif"):
+        (media / name).write_bytes((FIXTURES / name).read_bytes())
+    (media / "cover.webp").write_bytes((media / "clips/clip4.webp").read_bytes())
+    colours(1)[0].save(media / "cover.jpg")  # of that video
+    (media / "._clip0.mp4").touch()
+    (media / "a.raw").touch()
+    extract(media, tmp_path / "f", tower)
+    out = capsys.readouterr().out
+    assert "13 extracted" in out and "left out: 1 of kinds that are not read (.raw 1)\n" in out
+    features = open_features(tmp_path / "f")
+    assert features["cover"].shape == (3, 16)
+    assert {features[name].shape for name in ("photo", "deep", "exif_broken", "textbomb", "ref")} == {(1, 16)}
+    np.testing.assert_allclose(features["deep"], features["plain"], rtol=1e-5, atol=1e-6)
 
 
 def test_your_own_videos_are_a_data_set(media, tower, tmp_path):

@@ -177,7 +177,7 @@ def test_the_folder_may_be_the_upstream_repository(folder, tmp_path):
 def broken_caption_files():
     whole = gzip.compress("".join(f"eins {i}\n" for i in range(9)).encode(), mtime=0)
     yield "truncated", whole[:-12], r"train\.de\.gz: damaged after line \d"
-    yield "not gzip", b"eins\n" * 9, r"train\.de\.gz: damaged after line 0 .*fetch the file again"
+    yield "noise", b"\x1f\x8beins", r"train\.de\.gz: damaged after line 0 .*fetch the file again"
     yield "misaligned", gzip.compress(b"eins\n" * 8), r"train\.de\.gz ends after line 8, but .* has 9"
     yield "blank", gzip.compress(b"eins\n" * 4 + b" \n" + b"eins\n" * 4), r"train\.de\.gz, line 5: no text"
     yield "Latin-1", gzip.compress(b"eins\n" * 5 + b"f\xfcnf\n" * 4), r"train\.de\.gz, line 6: not UTF-8 .*0xfc"

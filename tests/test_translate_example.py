@@ -94,7 +94,7 @@ def pictures(tmp_path, monkeypatch):
             human = "" if split == "train" else f"popisek {caption}"
             lines.append(f"{split}{i % 4}.png,{caption.strip()},{human.strip()},{split}")
         for i in range(4):
-            Image.new("RGB", (4, 4), (i, 20, 30)).save(folder / "images" / f"{split}{i}.png")
+            Image.new("RGB", (4, 4), (i, 20, len(split))).save(folder / "images" / f"{split}{i}.png")
     (folder / "captions.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -144,7 +144,7 @@ def test_what_it_writes_is_a_data_set(pictures, slow, capsys):
     assert sorted(path.name for path in output.iterdir()) == ["data", "translation.json"]
     assert not list(pictures.parent.glob(".out*"))
     loaded, engine = data.load_translated_dataset("parquet", "en", "cs", 0, "translated", "apertium", str(output))
-    assert engine.name == "slow" and loaded["test"][5]["image"].getpixel((0, 0)) == (1, 20, 30)
+    assert engine.name == "slow" and loaded["test"][5]["image"].getpixel((0, 0)) == (1, 20, 4)
 
     with pytest.raises(SystemExit, match="holds translations already: name another --output_dir, or --overwrite"):
         translate.main(flags_of(pictures))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+import unicodedata
 
 import datasets
 import pytest
@@ -18,6 +19,7 @@ from modeling_nrccr.translation import (
     load_translator,
     split_spec,
 )
+from modeling_nrccr.translation_cache import CachedTranslator
 from modeling_nrccr.translation_chain import ChainTranslator
 
 
@@ -209,6 +211,21 @@ class Reverser(Translator):
 
     def _translate(self, texts, source, target):
         return [f"{text[::-1]} {target}" for text in texts]
+
+
+def test_engines_get_composed_accents(tmp_path):
+    """Files of macOS hold them as letters with marks, which engines know as other words."""
+    seen = []
+
+    class Engine(Reverser):
+        def _translate(self, texts, source, target):
+            seen.extend(texts)
+            return [unicodedata.normalize("NFD", text) for text in texts]
+
+    for engine in (Engine(), CachedTranslator(Engine(), tmp_path / "cache.sqlite")):
+        decomposed = unicodedata.normalize("NFD", "unha árbore")
+        assert engine.translate([decomposed, "unha árbore"], "gl", "en") == ["unha árbore"] * 2
+    assert seen == ["unha árbore"] * 2
 
 
 @pytest.fixture

@@ -113,6 +113,7 @@ def test_streaming_and_parquet(official, tmp_path):
 def test_videos_from_a_folder(official, tmp_path):
     for name in ("t1_000001_000011", "v1", "v2", "v3"):
         write_webp(official / "videos/some" / f"{name}.webp", 2)
+        (official / "videos/some" / f"._{name}.mp4").touch()  # macOS keeps there what other systems have no place for
     with pytest.raises(
         ValueError, match=r"vatex_training_v1\.0\.json, caption t2_000001_000011#0: .* has no video in"
     ):
@@ -188,12 +189,22 @@ def test_several_engines_or_collections_must_be_chosen_from(tmp_path):
         (TRAINING, {}, "is no list of videos"),
         (VALIDATION, videos("a", "a"), r"vatex_validation_v1\.0\.json, \[1\]: a is there already"),
         (VALIDATION, [{"videoID": "a", "enCap": [" "], "chCap": []}], r"\[0\]: caption a#0 has no text"),
+        (VALIDATION, [{"videoID": "a", "enCap": "words", "chCap": []}], r"\[0\], enCap: must be a list.*words"),
+        (VALIDATION, [{"videoID": "a", "enCap": [], "chCap": None}], r"\[0\], chCap: must be a list of texts.*None"),
+        (VALIDATION, [{"videoID": "a", "enCap": ["x", None], "chCap": []}], r"\[0\], enCap: must be a list of texts"),
     ],
 )  # fmt: skip
 def test_broken_official_files(official, name, data, message):
     write_json(official / name, data)
     with pytest.raises(ValueError, match=message):
         build(official)
+
+
+def test_videos_in_no_list_are_told(official, capsys):
+    (official / "validation_ids.txt").write_text("v1\n")
+    (official / "test_ids.txt").write_text("v2.mp4\n")
+    assert len(build(official)["test"]) == 2
+    assert "1 of 3 items are in no split and left out, such as v3" in capsys.readouterr().out
 
 
 def test_broken_json_lists_and_folders(official, tmp_path):

@@ -22,8 +22,8 @@ def quiet(monkeypatch, tmp_path):
 def mine(tmp_path):
     root = tmp_path / "mine"
     root.mkdir()
-    for name in ("fox", "dog"):
-        Image.new("RGB", (40, 40), (9, 99, 9)).save(root / f"{name}.png")
+    for name, colour in (("fox", (9, 99, 9)), ("dog", (9, 9, 99))):
+        Image.new("RGB", (40, 40), colour).save(root / f"{name}.png")
     lines = ["image,caption,target_caption,split", "fox.png,A fox.,Un raposo.,train", "dog.png,A dog.,Un can.,test"]
     (root / "captions.csv").write_text("\n".join(lines))
     return root
@@ -100,7 +100,7 @@ def test_a_dry_run_holds_captions_and_ids_and_no_media(mine, tmp_path, capsys):
 
 
 def test_a_failed_dry_run_leaves_nothing(folder, tmp_path):  # noqa: F811
-    (folder / "task1/raw/val.fr.gz").write_bytes(b"x")
+    (folder / "task1/raw/val.fr.gz").write_bytes(b"\x1f\x8bx")
     with pytest.raises(SystemExit, match=r"error: .*val\.fr\.gz: damaged"):
         push_to_hub.main(
             ["multi30k", "--config", "task1-cs", "--config", "task1-fr", "--data_dir", str(folder)]

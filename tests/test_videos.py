@@ -1,15 +1,22 @@
 """Frames of real, small, long, broken and hostile videos."""
 
 import builtins
+import os
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
-from upstream_formats import greys, write_video, write_webp
+from PIL import Image
+from upstream_formats import colours, greys, write_video, write_webp
 
-from datasets_scripts.videos import read_frames
+from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
+from modeling_nrccr.media import to_rgb
 
 
 av = pytest.importorskip("av", reason='needs PyAV: pip install "modeling_nrccr[video]"')
+
+FIXTURES = Path(__file__).parent / "fixtures" / "media"
 
 
 @pytest.mark.parametrize("name, codec", [("a.mp4", "mpeg4"), ("a.avi", "mpeg4"), ("a.mkv", "mpeg4")])
@@ -37,6 +44,66 @@ def test_limits(tmp_path, limit, what):
             read_frames(file, **limit)
     with pytest.raises(ValueError, match="0.4 seconds, more than the 0.2 allowed"):
         read_frames(tmp_path / "a.mp4", max_seconds=0.2)
+
+
+def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path):
+    """`hflip.mp4` has its yellow square on the right; by other matrices it stands elsewhere."""
+    content, one = (FIXTURES / "hflip.mp4").read_bytes(), 1 << 16
+    at = content.index(b"tkhd") + 44
+    corners = {
+        (-one, 0, 0, one): (1, 0), (one, 0, 0, one): (0, 0), (one, 0, 0, -one): (0, 1), (-one, 0, 0, -one): (1, 1),
+        (0, one, one, 0): (0, 0), (0, -one, -one, 0): (1, 1), (0, one, -one, 0): (1, 0), (0, -one, one, 0): (0, 1),
+    }  # fmt: skip
+    for (a, b, c, d), (right, low) in corners.items():
+        matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+        (tmp_path / "a.mp4").write_bytes(content[:at] + matrix + content[at + 36 :])
+        frame = read_frames(tmp_path / "a.mp4", num_frames=1)[0]
+        assert frame.size == ((160, 96) if a else (96, 160))
+        blue = [
+            (x, y)
+            for x in (0, 1)
+            for y in (0, 1)
+            if frame.getpixel((10 + x * (frame.width - 21), 10 + y * (frame.height - 21)))[2] < 60
+        ]
+        assert blue == [(right, low)], (a, b, c, d)
+
+
+def test_a_variable_rate_is_not_a_truncated_file(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=1000)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for i, image in enumerate(colours(30)):
+            frame = av.VideoFrame.from_image(image)
+            frame.pts = 40 * i
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.avi")) as container:
+        assert container.streams.video[0].frames > 1000  # ticks
+    assert len(read_frames(tmp_path / "a.avi", num_frames=40)) == 30
+    content = write_video(tmp_path / "b.avi", 50).read_bytes()
+    (tmp_path / "b.avi").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"b\.avi cannot be decoded"):
+        read_frames(tmp_path / "b.avi")
+
+
+@pytest.mark.parametrize("name, codec", [("a.3gp", "mpeg4"), ("a.mts", "mpeg2video"), ("a.flv", "flv")])
+def test_other_kinds_of_videos(tmp_path, name, codec):
+    assert Path(name).suffix in VIDEO_SUFFIXES
+    video = write_video(tmp_path / name, 9, (176, 144), codec)
+    assert len(read_frames(video)) == 8
+
+
+def test_still_pictures_have_no_limits_of_videos(tmp_path):
+    Image.fromarray(np.full((40, 50), 13107, np.uint16)).save(tmp_path / "a.png")
+    (frame,) = read_frames(tmp_path / "a.png", max_pixels=100)
+    assert to_rgb(frame).getpixel((0, 0)) == (51, 51, 51)
+    (frame,) = read_frames(FIXTURES / "ref.avif")
+    assert frame.size == (320, 200)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"pipe\.mp4 is no regular file"):
+        read_frames(tmp_path / "pipe.mp4")
+    with pytest.raises(ValueError, match=r"svg\.mp4 cannot be decoded .*it is .*svg.*no decoder"):
+        read_frames(FIXTURES / "svg.mp4")
 
 
 def test_what_is_no_video_names_the_file(tmp_path):

@@ -98,6 +98,7 @@ def changed(**changes):
         ("{", r"captions\.jsonl, line 2: not readable as JSON"),
         (json.dumps(record(0)), rf"line 2: {KEYS[0]} is in line 1 already"),
         (changed(sw={"caption": ["can", " "]}), r"captions\.jsonl, line 2: caption 1 in sw has no text"),
+        (changed(sw={"caption": "can"}), r"line 2, sw: must be a list of texts, not 'can'"),
         (changed(sw=["can"]), r"line 2: not as published, with image/key and sw"),
         (json.dumps({"key": "x"}), r"line 2: not as published.*image/key"),
         ("\x00\udcff", r"captions\.jsonl, line 2: not UTF-8"),

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import cards
 import gradio as gr
 from cards import Card
-from finder import MAX_BYTES, MAX_OWN, SUFFIXES, Finder, OwnPictures, Query, read_upload
+from finder import IMAGE_SUFFIXES, MAX_BYTES, MAX_OWN, Finder, OwnPictures, Query, read_upload
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from uploads import MAX_AGE, UploadLimit
@@ -174,7 +174,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
     page, shown = Page(finder, weight), {code: LANGUAGES[code] for code in finder.languages}
     first = next(iter(shown))
     kinds = [PICTURES, *([CLIPS] if finder.clips else []), OWN]
-    accepted = {"file_types": list(SUFFIXES), "show_label": False}
+    accepted = {"file_types": list(IMAGE_SUFFIXES), "show_label": False}
     # by default what is asked while an answer is under way would be dropped
     common = {"api_visibility": "private", "trigger_mode": "always_last"}
 

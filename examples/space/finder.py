@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from datasets_scripts.debian import FetchError, prepare_translator
 from modeling_nrccr import Hit, NrccrModel, NrccrRetriever, encode_images, encode_texts, load_translator
-from modeling_nrccr.media import load_image
+from modeling_nrccr.media import IMAGE_SUFFIXES, load_image
 from modeling_nrccr.metrics import fuse_query_embeds
 from modeling_nrccr.processor_inputs import text_problem
 from modeling_nrccr.translation import TranslationError
@@ -25,7 +25,6 @@ MAX_QUERY = 200  # characters
 MAX_OWN = 24  # pictures a visitor
 MAX_BYTES = 8 * 2**20  # of one upload
 MAX_PIXELS = 50_000_000  # phones' pictures; more is refused before it is decoded
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
 @dataclass
@@ -175,8 +174,8 @@ class Finder:
 def read_upload(file: str | Path) -> Image.Image:
     """A visitor's picture, made small. Raises ValueError for a large file, or one that is no sound picture."""
     file = Path(file)
-    if file.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"no picture of a known kind ({', '.join(SUFFIXES)})")
+    if file.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(f"no picture of a known kind ({', '.join(IMAGE_SUFFIXES)})")
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"larger than {MAX_BYTES // 2**20} MB")
     try:
