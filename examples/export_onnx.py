@@ -33,7 +33,6 @@ from pathlib import Path
 import torch
 from data import load_caption_dataset
 from evaluate_retrieval import evaluate_dataset
-from folders import replacing_folder
 from PIL import Image
 from search import load_with_languages
 from table import markdown_table
@@ -43,7 +42,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from datasets_scripts.debian import FetchError
 from modeling_nrccr import NrccrConfig, NrccrModel, NrccrProcessor
-from modeling_nrccr.files import write_file
+from modeling_nrccr.files import replacing_folder, write_file
 
 
 TOLERANCE = 1e-4  # of float32: the largest difference between two numbers of an embedding of length 1

@@ -10,6 +10,11 @@ What is left out stands in `left_out.csv` with the reason, in the folder of the 
 here). A file that is broken is not tried again before it changes; `--retry` tries all of them.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import csv
 import hashlib
@@ -17,7 +22,6 @@ import io
 import json
 import secrets
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -268,6 +272,7 @@ class Indexer:
         return [LeftOut(printable(file), BROKEN, reasons[content], content) for file, content in left_out]
 
 
+@command("what was encoded is kept: the same command goes on")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -286,19 +291,16 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
     started = time.perf_counter()
-    try:
-        is_main = PartialState().is_main_process
-        found = list_media(Path(args.gallery).resolve()) if is_main else None
-        with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
-            indexer = Indexer(args)
-            encoded, skipped, left_out = indexer.run(found)
-        if is_main:
-            for file, reason in skipped:
-                print(f"skipped {printable(file)}: {printable(reason)}")
-            print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
-            print(describe(encoded, left_out, found.others, indexer.left_out_path))
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    is_main = PartialState().is_main_process
+    found = list_media(Path(args.gallery).resolve()) if is_main else None
+    with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
+        indexer = Indexer(args)
+        encoded, skipped, left_out = indexer.run(found)
+    if is_main:
+        for file, reason in skipped:
+            print(f"skipped {printable(file)}: {printable(reason)}")
+        print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
+        print(describe(encoded, left_out, found.others, indexer.left_out_path))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from data import TRANSLATION_RECORD, load_caption_dataset, load_engine, translated_by, translation_cache_path
-from folders import replacing_folder
 
 from datasets_scripts.columns import CAPTION_FEATURES
 from datasets_scripts.debian import FetchError
+from modeling_nrccr.files import replacing_folder
 from modeling_nrccr.translation import TranslationError, add_translations, one_line, split_engines, split_spec
 from modeling_nrccr.translation_cache import CachedTranslator
 

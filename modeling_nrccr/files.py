@@ -1,12 +1,14 @@
 """Files that are replaced as a whole or not at all, and folders that one run at a time writes."""
 
+import ctypes
 import errno
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 LOCK_FILE = ".lock"
 SUFFIX = ".tmp"  # of what is not whole yet; the name begins with a dot, so that no walk through a folder meets it
 DAY = 24 * 60 * 60  # seconds
+AT_CWD, RENAME_EXCHANGE = -100, 2  # of renameat2
 
 
 @contextmanager
@@ -39,7 +42,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         if (found := partial.stat().st_size) != size:
             raise OSError(errno.EIO, f"the disk took {found} of {size} bytes")
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -62,10 +65,10 @@ def cannot_write(path: str | Path, error: Exception) -> OSError:
     return found
 
 
-def sync_folder(folder: Path):
-    """Puts the names in `folder` on the disk, where the system can."""
+def sync(path: Path):
+    """Puts a file, or the names in a folder, on the disk, where the system can."""
     with suppress(OSError):  # Windows opens no folder, some network disks sync none
-        number = os.open(folder, os.O_RDONLY)
+        number = os.open(path, os.O_RDONLY)
         try:
             os.fsync(number)
         finally:
@@ -78,6 +81,59 @@ def is_leftover(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > DAY
     except FileNotFoundError:  # another process was faster
         return False
+
+
+@contextmanager
+def replacing_folder(folder: str | Path, is_ours: Callable[[Path], bool], what: str) -> Iterator[Path]:
+    """
+    Opens an empty folder that takes the place of `folder`, at once, when the block has ended without an error; else
+    `folder` stays as it was.
+
+    Args:
+        is_ours: whether a file in `folder` may be replaced, being of an earlier run.
+        what: is written, for the message.
+
+    Raises:
+        ValueError: `folder` holds other files, which would be lost; before the block.
+    """
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    old, new = (folder.with_name(f".{folder.name}-{end}{SUFFIX}") for end in ("old", secrets.token_hex(4)))
+    if old.exists() and not folder.exists():  # a run was killed where folders cannot be exchanged at once
+        os.replace(old, folder)
+    for leftover in folder.parent.glob(f".{escape(folder.name)}-*{SUFFIX}"):
+        if is_leftover(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: name another folder for {what}")
+    if others := [path.name for path in sorted(folder.iterdir()) if not is_ours(path)] if folder.exists() else []:
+        raise ValueError(
+            f"{folder} holds {others[0]}, which is no part of {what}: name another folder, or move it away"
+        )
+    new.mkdir()
+    try:
+        yield new
+        for path in [*new.rglob("*"), new]:
+            sync(path)
+        if folder.exists():
+            exchange(new, folder, old)
+        else:
+            os.replace(new, folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # which has what was there before, once it is exchanged
+
+
+def exchange(new: Path, folder: Path, spare: Path):
+    """Gives two folders each other's names; where the system cannot do so at once, `spare` is one's for a moment."""
+    try:
+        rename = ctypes.CDLL(None).renameat2  # of Linux
+    except (AttributeError, OSError, TypeError):
+        rename = None
+    if rename is None or rename(AT_CWD, os.fsencode(new), AT_CWD, os.fsencode(folder), RENAME_EXCHANGE):
+        os.replace(folder, spare)
+        os.replace(new, folder)
+        os.replace(spare, new)
 
 
 @contextmanager

@@ -1,0 +1,21 @@
+"""Twenty rounds each of what may happen to a run; see `torture.py`, which can be run by itself."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROUNDS = 20
+
+
+@pytest.mark.slow
+def test_every_round_is_survived():
+    command = [sys.executable, str(Path(__file__).with_name("torture.py")), "--rounds", str(ROUNDS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    lines = re.findall(rf"^(.+): survived {ROUNDS} of {ROUNDS} ", done.stdout, re.MULTILINE)
+    assert len(lines) == 2 + 2 * 4, done.stdout
