@@ -6,9 +6,13 @@ Writes shards into `--output`, which the builders of `datasets_scripts` read (`v
 file's name without suffix. Run again, it goes on where it was ended, and adds what is new in `--media`.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +34,7 @@ from datasets_scripts.videos import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrConfig
 from modeling_nrccr.feature_cache import fingerprint
 from modeling_nrccr.files import replacing, write_file
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import to_rgb
 from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
 from modeling_nrccr.processing_nrccr import to_square
@@ -165,6 +170,7 @@ def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtyp
     return feats
 
 
+@command("shards that were written are kept: the same command goes on")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -174,28 +180,23 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--vision_encoder", default="efficientnet-lite0", help="hub id, folder, or efficientnet-lite0")
     parser.add_argument("--visual_encoder_output", default="pooled", help="pooled, cls, mean, or projected (CLIP's)")
     parser.add_argument("--no_pad", action="store_true", help="do not pad to a square (as CLIP was trained)")
-    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=int, default=256, help="pictures or videos a shard")
+    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=number(1), default=8, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=number(1), default=256, help="pictures or videos a shard")
     parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of safetensors")
     parser.add_argument("--skip_broken", action="store_true", help="leave out what cannot be read, and list it")
     args = parser.parse_args(argv)
-    try:
-        # videos after pictures: a picture of the same name is the video's cover
-        media = media_files(args.media, IMAGE_SUFFIXES) | media_files(args.media, VIDEO_SUFFIXES)
-        if not media:
-            raise ValueError(
-                f"{args.media} holds no pictures or videos ({', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})"
-            )
-        started = time.perf_counter()
-        PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
-        extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
-        options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
-        output = Path(args.output)
-        extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    # videos after pictures: a picture of the same name is the video's cover
+    media = media_files(args.media, IMAGE_SUFFIXES) | media_files(args.media, VIDEO_SUFFIXES)
+    if not media:
+        raise ValueError(f"{args.media} holds no pictures or videos ({', '.join(VIDEO_SUFFIXES + IMAGE_SUFFIXES)})")
+    started = time.perf_counter()
+    PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
+    extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
+    options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
+    output = Path(args.output)
+    extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
     for line in broken:
         print(f"skipped: {line}")
     seconds = time.perf_counter() - started

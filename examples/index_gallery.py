@@ -10,6 +10,11 @@ What is left out stands in `left_out.csv` with the reason, in the folder of the 
 here). A file that is broken is not tried again before it changes; `--retry` tries all of them.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import csv
 import hashlib
@@ -17,7 +22,6 @@ import io
 import json
 import secrets
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -39,6 +43,7 @@ from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import is_utf8, printable, write_file, writing
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
 from modeling_nrccr.retriever import NOT_UTF8, Skipped
 
@@ -268,6 +273,7 @@ class Indexer:
         return [LeftOut(printable(file), BROKEN, reasons[content], content) for file, content in left_out]
 
 
+@command("what was encoded is kept: the same command goes on")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -277,28 +283,25 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--index", required=True, help="folder, NAME.db, or the URI of a Milvus server")
     parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
     parser.add_argument("--copy_from", help="another index of this gallery, to begin with")
-    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=int, default=256, help="files between two writes")
+    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=number(1), default=32, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=number(1), default=256, help="files between two writes")
     parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
     parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
     parser.add_argument("--retry", action="store_true", help="try again what was broken and has not changed")
     args = parser.parse_args(argv)
     PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
     started = time.perf_counter()
-    try:
-        is_main = PartialState().is_main_process
-        found = list_media(Path(args.gallery).resolve()) if is_main else None
-        with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
-            indexer = Indexer(args)
-            encoded, skipped, left_out = indexer.run(found)
-        if is_main:
-            for file, reason in skipped:
-                print(f"skipped {printable(file)}: {printable(reason)}")
-            print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
-            print(describe(encoded, left_out, found.others, indexer.left_out_path))
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    is_main = PartialState().is_main_process
+    found = list_media(Path(args.gallery).resolve()) if is_main else None
+    with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
+        indexer = Indexer(args)
+        encoded, skipped, left_out = indexer.run(found)
+    if is_main:
+        for file, reason in skipped:
+            print(f"skipped {printable(file)}: {printable(reason)}")
+        print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
+        print(describe(encoded, left_out, found.others, indexer.left_out_path))
 
 
 if __name__ == "__main__":
