@@ -270,8 +270,8 @@ class NrccrTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Metrics over the full split, both directions, with `args.eval_query_column` as queries, and `cross_entropy`,
-        by which evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each its
-        name as a prefix."""
+        by which evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each
+        its name as a prefix."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
