@@ -244,7 +244,10 @@ def test_the_english_only_baseline_learns_from_its_own_terms_alone(monkeypatch):
 def test_a_second_run_in_one_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", lambda *args: pytest.fail("it ran"))
     (tmp_path / "out-checkpoints").mkdir()
-    holder = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(1, flush=True); sys.stdin.read()"
+    holder = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print(1, flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", holder, str(tmp_path / "out-checkpoints" / LOCK_FILE)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.read(1)
