@@ -40,10 +40,11 @@ def command(kept: str = "nothing was kept: run it again to begin anew") -> Calla
             sys.excepthook = sys.__excepthook__
             show_what_can_be()
             try:
-                result = main(*args, **kwargs)
-                if sys.stdout:
-                    sys.stdout.flush()  # while a closed pipe can still be told of
-                return result
+                try:
+                    return main(*args, **kwargs)
+                finally:
+                    if sys.stdout:
+                        sys.stdout.flush()  # while a closed pipe can still be told of
             except (KeyboardInterrupt, *mistakes()) as error:
                 if os.environ.get("NRCCR_DEBUG"):
                     raise
@@ -72,7 +73,7 @@ def stopped(error: BaseException, kept: str) -> Stopped:
 def nobody_reads() -> bool:
     """Whether standard output is a pipe that was closed, as by `| head`; what is left goes nowhere then."""
     try:
-        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"\n")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True

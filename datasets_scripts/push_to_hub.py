@@ -4,10 +4,13 @@ python -m datasets_scripts.push_to_hub multi30k --config task1-de --data_dir mul
 python -m datasets_scripts.push_to_hub multi30k --config task1-de --data_dir multi30k --repo_id me/multi30k-captions
 """
 
+from .commands import command
+
+
+# isort: split
+
 import argparse
 import os
-import shutil
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +19,6 @@ import datasets
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 
 from .columns import CAPTION_FEATURES
-from .debian import FetchError
 from .verify import builder_options, find_builder
 
 
@@ -128,6 +130,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     return str(url)
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m datasets_scripts.push_to_hub", description=__doc__.split("\n")[0])
     parser.add_argument("name", help="data set, as for datasets_scripts.verify")
@@ -140,8 +143,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if not (args.repo_id or args.dry_run):
         parser.error("name --repo_id, or a folder to look at first: --dry_run DIR")
-    scratch = None if args.dry_run else tempfile.mkdtemp()
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.dry_run or Path(scratch, "upload"))
         write_upload(args.name, folder, args.config, args.license, data_dir=args.data_dir)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -150,11 +152,6 @@ def main(argv: list[str] | None = None):
         where = f"written to {folder}, not uploaded" if args.dry_run else push(folder, args.repo_id, args.private)
         print(f"{len(files)} files: {where}")
         print(f"Terms of the captions: {getattr(find_builder(args.name), 'LICENSE', '') or 'see the source'}")
-    except (ValueError, OSError, FetchError) as error:
-        sys.exit(f"error: {error}")
-    finally:
-        if scratch:
-            shutil.rmtree(scratch)
 
 
 if __name__ == "__main__":

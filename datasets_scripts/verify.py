@@ -4,6 +4,11 @@ python -m datasets_scripts.verify multi30k --data_dir multi30k
 python -m datasets_scripts.verify caption_files --data_dir my-pictures --decode
 """
 
+from .commands import command
+
+
+# isort: split
+
 import argparse
 import importlib
 import inspect
@@ -132,6 +137,7 @@ def where_and_terms(builder: type[datasets.GeneratorBasedBuilder]) -> str:
     return "\n".join(lines)
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m datasets_scripts.verify", description=__doc__.split("\n")[0])
     parser.add_argument("name", help=", ".join(builder_names()))
@@ -145,12 +151,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--config", action="append", default=[], help="one configuration; several times; default: all")
     parser.add_argument("--decode", action="store_true", help="open every picture too")
     args = parser.parse_args(argv)
-    try:
-        builder = find_builder(args.name)
-        options = {name: getattr(args, name) for name in ("image_dir", "media_dir", "visual_feature")}
-        problems = verify(args.name, args.data_dir, args.config, args.decode, **options)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    builder = find_builder(args.name)
+    options = {name: getattr(args, name) for name in ("image_dir", "media_dir", "visual_feature")}
+    problems = verify(args.name, args.data_dir, args.config, args.decode, **options)
     print(f"\n{where_and_terms(builder)}\n")
     if problems:
         print("\n".join(problems))

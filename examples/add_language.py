@@ -16,6 +16,11 @@ where it was stopped. Every field of examples/configs/add_language.yaml is also 
 the file under any name, so under each of them.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import itertools
 import json
 import sys
@@ -24,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from arguments import option, parse_fields
 from caption_sources import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
 from card import PARALLEL, describe_reading, language_card
@@ -42,7 +46,7 @@ from modeling_nrccr import FeatureCache, NrccrLoss, NrccrModel, NrccrProcessor, 
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.feature_cache import fingerprint
-from modeling_nrccr.files import write_file
+from modeling_nrccr.files import write_file, writing
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.media import load_image
 from modeling_nrccr.tokenizer_coverage import tokenizer_coverage, why_unread
@@ -63,6 +67,8 @@ READ = 2000  # captions that the tokenizer is tried on, where there are no human
 @dataclass
 class LanguageArguments:
     """What is added to what."""
+
+    LEAST = {"layers": -1}
 
     config: str = option(str(CONFIG), "YAML file with any of these fields.")
     base: str = option("outputs/demo", "Folder or hub id: CLIP, SigLIP 2, ..., open_clip:NAME, or a model of ours.")
@@ -138,7 +144,8 @@ def training_rows(
 
 def run_fingerprint(script: LanguageArguments, args: NrccrTrainingArguments, rows: dict[str, list[dict]]) -> str:
     """Of what is trained on what: another recipe or other captions are no continuation."""
-    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "text_only")
+    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "text_only",
+             "min_steps", "warmup_steps")  # fmt: skip
     recipe = [getattr(args, name) for name in names] + [NrccrLoss.from_arguments(args).settings]
     texts = [(row["source_caption"], row["target_caption"]) for part in rows.values() for row in part]
     return fingerprint(script.base, script.text_encoder, script.adapter_settings(), recipe, texts)
@@ -155,6 +162,11 @@ def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainin
 def main(arguments: list[str] | None = None):
     classes = (LanguageArguments, NrccrTrainingArguments)
     script, args = parse_fields(classes, sys.argv[1:] if arguments is None else arguments, CONFIG)
+    with writing(f"{args.output_dir}-checkpoints"):
+        run(script, args)
+
+
+def run(script: LanguageArguments, args: NrccrTrainingArguments):
     if (script.captions is None) == (script.dataset is None):
         raise ValueError("give --captions FILE or --dataset NAME, one of the two")
     rivals = RIVALS if script.rivals == "all" else tuple(filter(None, script.rivals.replace("none", "").split(",")))
@@ -216,13 +228,7 @@ def main(arguments: list[str] | None = None):
     side.add_language(name, **script.adapter_settings())
     cache = frozen_cache(side.train_language(name), side_processor, rows["train"] + rows["validation"], work)
     args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
-    before = {key: value.clone() for key, value in side.named_parameters() if value.requires_grad}
     trainer = train(side, cache, rows, args)
-    if all(torch.equal(value, before[key]) for key, value in side.named_parameters() if key in before):
-        raise ValueError(
-            f"{trainer.state.global_step} steps moved no weight of the language: it would be the base under another "
-            "name. Train for more epochs (--num_train_epochs), in smaller batches (--per_device_train_batch_size)"
-        )
     side.eval().save_language(name, output)
 
     report = {
@@ -434,7 +440,4 @@ def rival(name: str, base: NrccrModel, processor, language: str, rows: dict, arg
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError, ImportError, FetchError, TranslationError) as error:  # what a user can put right
-        sys.exit(f"error: {error}")
+    command("what was translated and trained is kept: the same command goes on")(main)()

@@ -5,11 +5,15 @@
 The file is pickled. It is read with an allow-list (tensors, numbers, the training options); anything else is refused.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -130,7 +134,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command()(main)()

@@ -12,9 +12,13 @@ With a language of add_language.py:
     python examples/evaluate_retrieval.py --model outputs/english --language gl=outputs/gl --target gl
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 
@@ -26,12 +30,12 @@ from table import format_table
 from trained_split import check_unseen, source_captions, split_seed
 from transformers import BatchFeature
 
-from datasets_scripts.debian import FetchError
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.data_collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import ACTIVE, Language, picture_rows
 from modeling_nrccr.files import write_file
+from modeling_nrccr.limits import number
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
 
 
@@ -162,6 +166,7 @@ def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[
     return {f"{way}_mean_rank_variance": mean_rank_variance(ranks[..., i]) for i, way in enumerate(WAYS)}
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -171,18 +176,15 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
     parser.add_argument("--visual_feature", help="folder of features, or a name in data_dir/FeatureData")
     parser.add_argument("--media_dir", help="folder of pictures or videos; default: images or videos in data_dir")
-    parser.add_argument("--num_frames", type=int, default=8, help="of each video, as in training")
+    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, as in training")
     parser.add_argument("--target", default="gl", help="language of the queries; several, joined by commas; or all")
     add_language_option(parser, "reads queries that have none of their own")
     parser.add_argument("--split", default="test")
     parser.add_argument("--seed", type=int, help="of the split; default: the one that the model was trained with")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=number(1), default=64)
     parser.add_argument("--output", help="write the numbers to this JSON file")
     args = parser.parse_args(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError, FetchError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    evaluate(args)
 
 
 def evaluate(args: argparse.Namespace):

@@ -13,13 +13,17 @@ model's or `--language gl` (`gl=FOLDER` for one of add_language.py). `--dataset`
 hold pickled parts, and a folder that is published holds none. See docs/export.md.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
 import logging
 import os
 import platform
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +44,6 @@ from torch import nn
 from trained_split import check_unseen, source_captions, split_seed
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from datasets_scripts.debian import FetchError
 from modeling_nrccr import NrccrConfig, NrccrModel, NrccrProcessor
 from modeling_nrccr.files import replacing_folder, write_file
 
@@ -403,6 +406,7 @@ def format_report(report: dict) -> str:
     return "\n".join(parts)
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -418,10 +422,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--target", default="gl", help="language of the data set's queries")
     parser.add_argument("--report", type=Path, help="write the numbers to this JSON file")
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError, ImportError, FetchError) as error:  # what a user can put right: no traceback
-        sys.exit(f"error: {error}")
+    run(args)
 
 
 def run(args: argparse.Namespace):

@@ -6,9 +6,13 @@ Writes shards into `--output`, which the builders of `datasets_scripts` read (`v
 file's name without suffix. Run again, it goes on where it was ended, and adds what is new in `--media`.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -31,6 +35,7 @@ from datasets_scripts.videos import VIDEO_SUFFIXES, read_frames
 from modeling_nrccr import NrccrConfig
 from modeling_nrccr.feature_cache import fingerprint, load_media
 from modeling_nrccr.files import replacing, write_file
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import IMAGE_SUFFIXES, describe_others, is_clip, load_image, to_rgb, walk
 from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
 from modeling_nrccr.processing_nrccr import to_square
@@ -187,6 +192,7 @@ def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtyp
     return feats
 
 
+@command("shards that were written are kept: the same command goes on")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -196,23 +202,20 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--vision_encoder", default="efficientnet-lite0", help="hub id, folder, or efficientnet-lite0")
     parser.add_argument("--visual_encoder_output", default="pooled", help="pooled, cls, mean, or projected (CLIP's)")
     parser.add_argument("--no_pad", action="store_true", help="do not pad to a square (as CLIP was trained)")
-    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=int, default=8, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=int, default=256, help="pictures or videos a shard")
+    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=number(1), default=8, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=number(1), default=256, help="pictures or videos a shard")
     parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of safetensors")
     parser.add_argument("--skip_broken", action="store_true", help="leave out what cannot be read, and list it")
     args = parser.parse_args(argv)
-    try:
-        media, left_out = find_media(args.media)
-        started = time.perf_counter()
-        PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
-        extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
-        options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
-        output = Path(args.output)
-        extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    media, left_out = find_media(args.media)
+    started = time.perf_counter()
+    PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
+    extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
+    options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
+    output = Path(args.output)
+    extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
     for line in left_out:
         print(f"left out: {line}")
     for line in broken:

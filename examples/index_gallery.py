@@ -43,6 +43,7 @@ from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import is_utf8, printable, write_file, writing
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import SAME_MODEL
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
 from modeling_nrccr.retriever import NOT_UTF8, Skipped
 
@@ -282,9 +283,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--index", required=True, help="folder, NAME.db, or the URI of a Milvus server")
     parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
     parser.add_argument("--copy_from", help="another index of this gallery, to begin with")
-    parser.add_argument("--num_frames", type=int, default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=int, default=256, help="files between two writes")
+    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
+    parser.add_argument("--batch_size", type=number(1), default=32, help="pictures or videos at a time")
+    parser.add_argument("--shard_size", type=number(1), default=256, help="files between two writes")
     parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
     parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
     parser.add_argument("--retry", action="store_true", help="try again what was broken and has not changed")

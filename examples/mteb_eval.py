@@ -10,9 +10,13 @@ task of the same type of a data set of this repository, and gives the R@k of `ev
 `pip install "modeling_nrccr[mteb]"`; mteb's own extra `image` is not needed.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -30,10 +34,10 @@ from search import BASE, add_language_option, load_with_languages, read_by
 from table import format_markdown
 from trained_split import check_unseen, source_captions, split_seed
 
-from datasets_scripts.debian import FetchError
 from modeling_nrccr import encode_images, encode_texts
 from modeling_nrccr.encoding import picture_rows
 from modeling_nrccr.files import write_file
+from modeling_nrccr.limits import number
 from modeling_nrccr.metrics import RECALL_AT
 
 
@@ -184,6 +188,7 @@ def both_directions(scores: dict) -> dict[str, dict[str, float]]:
     return rows
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -196,18 +201,18 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--task_language", action="append", help="of --task, as mteb names it (spa); default: all")
     parser.add_argument("--target", default="gl", help="of --dataset: languages, joined by commas; or all")
     parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--batch_size", type=number(1), default=64)
     parser.add_argument("--output", help="write all scores to this JSON file")
     args = parser.parse_args(argv)
-    try:
-        evaluate(args)
-    except (ValueError, OSError, KeyError, FetchError) as error:  # what a user can put right
-        sys.exit(f"error: {error}")
+    evaluate(args)
 
 
 def evaluate(args: argparse.Namespace):
     if args.task:
-        tasks = [mteb.get_task(name, languages=args.task_language) for name in args.task]
+        try:
+            tasks = [mteb.get_task(name, languages=args.task_language) for name in args.task]
+        except KeyError as error:
+            raise ValueError(f"mteb: {error}") from error
     else:
         languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
         if not languages:

@@ -8,9 +8,13 @@ and `noise.html`. `--against_human` compares the translations of training with h
 has them.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.metadata import version
@@ -20,9 +24,9 @@ import datasets
 from data import language_name, load_caption_dataset, load_engine, translated_by
 from search_page import STYLE
 
-from datasets_scripts.debian import FetchError
 from modeling_nrccr.files import write_file
-from modeling_nrccr.translation import TranslationError, add_translations
+from modeling_nrccr.limits import number
+from modeling_nrccr.translation import add_translations
 from modeling_nrccr.translation_noise import noise_report
 
 
@@ -217,6 +221,7 @@ def load_translated(args: argparse.Namespace) -> datasets.DatasetDict:
     return add_translations(dataset, engine, *pair)
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -229,16 +234,13 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--split_seed", type=int, default=0, help="which pictures are in which split")
     parser.add_argument("--splits", nargs="*", help="which; all if not given")
     parser.add_argument("--against_human", action="store_true", help="compare with human captions of training too")
-    parser.add_argument("--num_worst", type=int, default=50, help="pairs to show of each split")
+    parser.add_argument("--num_worst", type=number(0), default=50, help="pairs to show of each split")
     parser.add_argument("--output_dir", default="outputs/noise", help="for noise.json and noise.html")
     args = parser.parse_args(argv)
-    try:
-        dataset = load_translated(args)
-        entries = noise_report(dataset, human_captions(args) if args.against_human else None, args.num_worst)
-        if not entries:
-            raise ValueError(f"{args.dataset} has no machine translations: name an engine (--translator)")
-    except (ValueError, OSError, ImportError, FetchError, TranslationError) as error:
-        sys.exit(f"error: {error}")
+    dataset = load_translated(args)
+    entries = noise_report(dataset, human_captions(args) if args.against_human else None, args.num_worst)
+    if not entries:
+        raise ValueError(f"{args.dataset} has no machine translations: name an engine (--translator)")
     settings = {name: getattr(args, name) for name in ("dataset", "source", "target", "split_seed")}
     settings |= {package: version(package) for package in ("sacrebleu", "py3langid")}
     output_dir = Path(args.output_dir)

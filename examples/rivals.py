@@ -123,10 +123,9 @@ def trunk_calibration(
 
 def distillation_arguments(args: NrccrTrainingArguments, **changes) -> NrccrTrainingArguments:
     """Text alone, no term but those that `changes` gives a weight, no checkpoints."""
-    terms = {name: 0.0 for name in vars(args) if name.endswith("_loss_weight") and name != "discriminator_loss_weight"}
     fixed = {"text_only": True, "train_language": None, "save_strategy": "no", "eval_strategy": "no",
              "load_best_model_at_end": False, "early_stopping_patience": 0, "keep_best_in_memory": False}  # fmt: skip
     args = copy(args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
-    for key, value in (terms | fixed | changes).items():
+    for key, value in (args.without_terms() | fixed | changes).items():
         setattr(args, key, value)
     return args

@@ -5,8 +5,12 @@ python examples/search.py --model outputs/demo --index outputs/gallery --query "
 python examples/search.py --model outputs/english --language gl=outputs/gl --index outputs/gallery --query "un gato"
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from modeling_nrccr.dual_encoders import read_config
 from modeling_nrccr.files import printable
 from modeling_nrccr.gallery_index import is_milvus
 from modeling_nrccr.languages import LANGUAGE_FILE
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import load_image
 from modeling_nrccr.processor_inputs import text_problem
 
@@ -28,6 +33,7 @@ from modeling_nrccr.processor_inputs import text_problem
 BASE = "base"  # in the place of a language: no adapter, the model's own text side
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -40,16 +46,15 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--query", required=True, action="append", help="may be given several times")
     add_language_option(parser, "reads the queries")
     parser.add_argument("--translation", action="append", help="of each query, in English: both are asked")
-    parser.add_argument("--source_query_weight", type=float, default=0.5, help="of the translation, from 0 to 1")
-    parser.add_argument("--k", type=int, default=5, help="pictures for each query")
+    parser.add_argument(
+        "--source_query_weight", type=number(0, 1, float), default=0.5, help="of the translation, from 0 to 1"
+    )
+    parser.add_argument("--k", type=number(1), default=5, help="pictures for each query")
     parser.add_argument("--output", help="also draw the results to this PNG file")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_size", type=number(1), default=32)
     parser.add_argument("--strict", action="store_true", help="stop at a corrupt picture rather than skip it")
     args = parser.parse_args(argv)
-    try:
-        search(args)
-    except (ValueError, OSError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    search(args)
 
 
 def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:

@@ -10,13 +10,17 @@ wrong, and how to put it right) and what all of them may (503 with Retry-After).
 accepted. It has one model and no password: for more, put a proxy before several of it. See docs/serve.md.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import asyncio
 import base64
 import binascii
 import re
 import reprlib
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -32,6 +36,7 @@ from search import BASE, add_language_option, load_with_languages
 from modeling_nrccr import NrccrModel, NrccrRetriever, encode_texts
 from modeling_nrccr.encoding import encode
 from modeling_nrccr.gallery_index import is_milvus
+from modeling_nrccr.limits import number
 from modeling_nrccr.media import IMAGE_FORMATS, count_pixels, load_image
 from modeling_nrccr.metrics import fuse_query_embeds
 from modeling_nrccr.processor_inputs import text_problem
@@ -394,6 +399,7 @@ def build_app(service: Service, hosts: Sequence[str] = ("*",)) -> FastAPI:
     return app
 
 
+@command("nothing is lost")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -408,14 +414,11 @@ def main(argv: list[str] | None = None):
         "--allowed_host", action="append", help="name that requests may call the server by: search.example.org, "
         f"*.example.org or *; may be given several times; default: {', '.join(LOCAL)}; any, where --host is another",
     )  # fmt: skip
-    parser.add_argument("--port", type=int, default=8000, help="0: a free one")
+    parser.add_argument("--port", type=number(0, 65535), default=8000, help="0: a free one")
     for field in fields(Limits):
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help=field.metadata["help"])
     args = parser.parse_args(argv)
-    try:
-        service = load_service(args)
-    except (ValueError, OSError, ImportError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    service = load_service(args)
     hosts = args.allowed_host or (LOCAL if args.host in (*LOCAL, "::1") else ("*",))
     uvicorn.run(build_app(service, hosts), host=args.host, port=args.port)
 

@@ -10,12 +10,19 @@ Writes into `output_dir`: the model (safetensors), its processor and card, `metr
 Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` goes on from the last one of each part.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import json
 import random
 import resource
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +31,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from arguments import option, parse_fields
+from arguments import as_flags, given_flags, option, parse_fields
 from card import training_settings, write_model_card
 from data import check_lexicon, find_font, language_name, lexicon_rows, load_translated_dataset, query_origin, teach
 from datasets import Dataset, DatasetDict, concatenate_datasets
@@ -34,16 +41,15 @@ from search import load_model
 from search_page import QueryRow, Result, write_search_page
 from table import format_table
 from trained_split import split_seed, write_trained_split
-from transformers import AutoImageProcessor, AutoTokenizer, set_seed
+from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from datasets_scripts.debian import FetchError
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import FeatureCache, NrccrConfig, NrccrModel, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.checkpoints import last_complete_checkpoint
 from modeling_nrccr.data_collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.encoding import picture_rows
-from modeling_nrccr.files import write_file
+from modeling_nrccr.files import write_file, writing
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
@@ -58,11 +64,14 @@ SHARED = (
     "target_language", "translator", "split_seed", "feature_cache_dir", "strict", "overwrite", "seed", "use_cpu",
     "bf16", "disable_tqdm",
 )  # fmt: skip
+ENGLISH_TERMS = ("triplet_loss_weight", "contrastive_loss_weight")  # all that the English-only model learns from
 
 
 @dataclass
 class ScriptArguments:
     """What is trained on, and what is written."""
+
+    LEAST = {"human_captions": -1}
 
     config: str = option(str(DEFAULT_CONFIG), "YAML file with any of these fields.")
     dataset: str = option("tuxpaint+cldr_emoji", "Builders of datasets_scripts, joined by '+'.")
@@ -100,6 +109,8 @@ class ScriptArguments:
 @dataclass
 class ModelArguments:
     """Fields of NrccrConfig, and the encoders."""
+
+    LEAST = {"adapter_layers": -1}
 
     text_encoder: str = option("multilingual-e5-small", "Hub id, folder, or multilingual-e5-small (built from PyPI).")
     vision_encoder: str = option(
@@ -173,16 +184,20 @@ def parse_arguments(
     return parse_fields(classes, arguments, DEFAULT_CONFIG, **settings)
 
 
-def train_base(script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments) -> str:
-    """Runs the YAML file that `base` names, which stands beside the run's own; the folder of what it trained. A run
-    that is resumed finds it there."""
+def train_base(
+    script: ScriptArguments, model: ModelArguments, args: NrccrTrainingArguments, arguments: Sequence[str] = ()
+) -> str:
+    """Runs the YAML file that `base` names, which stands beside the run's own; the folder of what it trained. How it
+    is trained says that file, and over it the flags in `arguments` that are the Trainer's own, such as batch size and
+    steps. A run that is resumed finds it there, or goes on with it."""
     folder = Path(f"{args.output_dir}-base")
     if not (args.resume_from_checkpoint and (folder / "metrics.json").exists()):
         own = vars(args) | vars(script)
-        settings = {name: own[name] for name in SHARED} | vars(model)
-        flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+        settings = given_flags([TrainingArguments], list(arguments))
+        settings |= {name: own[name] for name in SHARED} | vars(model) | {"output_dir": str(folder)}
+        settings["resume_from_checkpoint"] = "true" if args.resume_from_checkpoint else None
         print(f"{folder}: {script.base}", flush=True)
-        main([f"--config={Path(script.config).parent / script.base}", *flags, f"--output_dir={folder}"])
+        main([f"--config={Path(script.config).parent / script.base}", *as_flags(settings)])
         PartialState().wait_for_everyone()  # the first process writes it, all read it
     return str(folder)
 
@@ -457,8 +472,14 @@ def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, 
 
 
 def main(arguments: list[str] | None = None):
-    script, model_arguments, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    script, model_arguments, args = parse_arguments(arguments)
     args.check_processes()  # before anything is fetched
+    with writing(f"{args.output_dir}-checkpoints") if PartialState().is_main_process else nullcontext():
+        run(script, model_arguments, args, arguments)
+
+
+def run(script: ScriptArguments, model_arguments: ModelArguments, args: NrccrTrainingArguments, arguments: list[str]):
     added = script.target_language if script.base else None
     if args.train_language not in (None, added):
         raise ValueError(
@@ -470,7 +491,7 @@ def main(arguments: list[str] | None = None):
     if script.base is not None and script.base.endswith(".yaml"):
         # what frozen encoders give is computed once for both
         script.feature_cache_dir = script.feature_cache_dir or f"{args.output_dir}-checkpoints/features"
-        script.base = train_base(script, model_arguments, args)
+        script.base = train_base(script, model_arguments, args, arguments)
     experiment = Experiment(script, model_arguments, args)
     fetched = time.perf_counter() - start
 
@@ -479,9 +500,8 @@ def main(arguments: list[str] | None = None):
         # English captions alone; validation has human English captions, as a team with English data would
         english = experiment.base() if script.base else experiment.train(
             "english_only",
-            target_triplet_loss_weight=0.0, target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0,
-            feature_distillation_loss_weight=0.0, back_translation_loss_weight=0.0, adversarial_loss_weight=0.0,
-            eval_query_column="reference_source_caption",
+            **args.without_terms() | {name: getattr(args, name) for name in ENGLISH_TERMS},
+            pair_weighting="none", eval_query_column="reference_source_caption",
         )  # fmt: skip
         queries, images, owner = experiment.test(english, "target_caption")
         asked = {"english_only": queries}
@@ -587,7 +607,4 @@ def report_rows(report: dict) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FetchError as error:  # what only the user can put right: one line
-        sys.exit(f"error: {error}")
+    command("checkpoints are kept: --resume_from_checkpoint true goes on from the last one")(main)()

@@ -9,6 +9,11 @@ Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` g
 `--do_train false` tests what is in `output_dir`.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import io
 import json
 import random
@@ -37,7 +42,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from datasets_scripts.debian import FetchError
 from modeling_nrccr.checkpoints import checkpoint_directory, last_complete_checkpoint, mark_complete
 from modeling_nrccr.files import write_file, writing_weights
 from modeling_nrccr.translation import Translator, one_line
@@ -394,7 +398,4 @@ def main(arguments: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except FetchError as error:  # what only the user can put right: one line
-        sys.exit(f"error: {error}")
+    command("checkpoints are kept: --resume_from_checkpoint true goes on from the last one")(main)()

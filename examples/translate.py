@@ -14,9 +14,13 @@ on disk: run again after it was ended in whatever way, it goes on from there.
 `import datasets_scripts.features`). Pictures, videos and features that a data set has as files stay where they are.
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -29,8 +33,8 @@ from accelerate.utils import parse_flag_from_env
 from data import TRANSLATION_RECORD, load_caption_dataset, load_engine, translated_by, translation_cache_path
 
 from datasets_scripts.columns import CAPTION_FEATURES
-from datasets_scripts.debian import FetchError
 from modeling_nrccr.files import replacing_folder
+from modeling_nrccr.limits import number
 from modeling_nrccr.translation import TranslationError, add_translations, one_line, split_engines, split_spec
 from modeling_nrccr.translation_cache import CachedTranslator
 
@@ -137,6 +141,7 @@ def neural_options(spec: str, state: PartialState, num_beams: int) -> dict:
     return {"device": str(state.device), "num_beams": num_beams} if is_neural else {}
 
 
+@command("what was translated is kept: the same command goes on")
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument(
         "--translator", default="apertium", help="engines, joined by ',': the first one's are trained on"
     )
-    parser.add_argument("--num_beams", type=int, default=1, help="of neural engines; 1 is greedy")
+    parser.add_argument("--num_beams", type=number(1), default=1, help="of neural engines; 1 is greedy")
     parser.add_argument("--split_seed", type=int, default=0, help="of data that is split here, by groups of captions")
     parser.add_argument("--output_dir", required=True, help="folder of the Parquet files, one a split")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output in output_dir")
@@ -160,35 +165,30 @@ def main(argv: list[str] | None = None):
     use_cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=use_cpu, timeout=PATIENCE)
     output, pair, started = Path(args.output_dir), (args.source, args.target), time.perf_counter()
-    try:
-        check_output(output, args.overwrite)
-        with state.main_process_first():  # it may fetch and build them
-            dataset = load_caption_dataset(
-                args.dataset, args.target, args.split_seed, data_dir=args.data_dir, source_language=args.source,
-                visual_feature=args.visual_feature, media_dir=args.media_dir,
-            )  # fmt: skip
-            if engine := translated_by(dataset, ""):
-                raise ValueError(f"{args.dataset} came with translations by {engine.name}: nothing is wanting")
-            pairs = [pair, pair[::-1]] if len(dataset.get("train", ())) else [pair[::-1]]
-            engines = [
-                load_engine(
-                    spec, pairs, args.data_dir, args.cache, state, **neural_options(spec, state, args.num_beams)
-                )
-                for spec in split_engines(args.translator)
-            ]
-        names = [engine.name for engine in engines]
-        if len(set(names)) < len(names):
-            raise ValueError(f"engines of one name have no columns of their own: {', '.join(names)}; leave one out")
-        result = translate(dataset, engines, *pair)
-        if state.is_main_process:
-            check(dataset, result, engines, pair)
-            rows = {split: len(part) for split, part in result.items()}
-            record = {"dataset": args.dataset, "source_language": args.source, "target_language": args.target,
-                      "split_seed": args.split_seed, "rows": rows,
-                      "engines": [{"name": engine.name, "version": engine.version} for engine in engines]}  # fmt: skip
-            write(result, output, record)
-    except (ValueError, OSError, ImportError, FetchError, TranslationError) as error:  # what a user can put right
-        sys.exit(f"error: {error}")
+    check_output(output, args.overwrite)
+    with state.main_process_first():  # it may fetch and build them
+        dataset = load_caption_dataset(
+            args.dataset, args.target, args.split_seed, data_dir=args.data_dir, source_language=args.source,
+            visual_feature=args.visual_feature, media_dir=args.media_dir,
+        )  # fmt: skip
+        if engine := translated_by(dataset, ""):
+            raise ValueError(f"{args.dataset} came with translations by {engine.name}: nothing is wanting")
+        pairs = [pair, pair[::-1]] if len(dataset.get("train", ())) else [pair[::-1]]
+        engines = [
+            load_engine(spec, pairs, args.data_dir, args.cache, state, **neural_options(spec, state, args.num_beams))
+            for spec in split_engines(args.translator)
+        ]
+    names = [engine.name for engine in engines]
+    if len(set(names)) < len(names):
+        raise ValueError(f"engines of one name have no columns of their own: {', '.join(names)}; leave one out")
+    result = translate(dataset, engines, *pair)
+    if state.is_main_process:
+        check(dataset, result, engines, pair)
+        rows = {split: len(part) for split, part in result.items()}
+        record = {"dataset": args.dataset, "source_language": args.source, "target_language": args.target,
+                  "split_seed": args.split_seed, "rows": rows,
+                  "engines": [{"name": engine.name, "version": engine.version} for engine in engines]}  # fmt: skip
+        write(result, output, record)
     for engine in engines:
         process = f"process {state.process_index}: " if state.num_processes > 1 else ""
         print(

@@ -71,8 +71,8 @@ class EpochDecayCallback(TrainerCallback, ExportableState):
 
 
 class TieCallback(TrainerCallback, ExportableState):
-    """Of evaluations that are equal by `metric_for_best_model`, makes the one of the least `eval_loss` the best: a
-    metric that cannot rise any more neither stops a run nor chooses its first evaluation."""
+    """Of evaluations that are equal by `metric_for_best_model`, makes the one of the least `eval_cross_entropy` the
+    best: a metric that cannot rise any more neither stops a run nor chooses its first evaluation."""
 
     def __init__(self):
         self.loss = math.inf  # of the best
@@ -85,7 +85,7 @@ class TieCallback(TrainerCallback, ExportableState):
             self.loss = math.inf
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
-        value, loss = watched(metrics, args), metrics.get("eval_loss")
+        value, loss = watched(metrics, args), metrics.get("eval_cross_entropy")
         if value is None or loss is None:
             return
         if value == state.best_metric and loss < self.loss:

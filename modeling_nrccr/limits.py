@@ -22,5 +22,7 @@ def check_numbers(options: object, least: Mapping[str, float], above: Mapping[st
     for limits, word in ((least, "at least"), (above or {}, "above")):
         for name, limit in limits.items():
             value = getattr(options, name)
-            if isinstance(value, (int, float)) and not (value > limit if word == "above" else value >= limit):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not (value > limit if word == "above" else value >= limit):
                 raise ValueError(f"{name}={value}: it must be {word} {limit}")

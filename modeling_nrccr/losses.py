@@ -102,7 +102,7 @@ def transport_weights(
     return torch.stack(shares).mean(0)
 
 
-def ranking_loss(
+def ranking_cross_entropy(
     queries: torch.Tensor, items: torch.Tensor, owner: torch.Tensor, scale: torch.Tensor, rows: int = 4096
 ) -> float:
     """Softmax cross-entropy of `queries` `(n, dim)` over all `items` `(m, dim)`, of which `owner` `(n,)` is each
@@ -229,6 +229,11 @@ class NrccrLossArguments:
         source = source or self.adversarial_loss_weight
         views = {"source": source, "target": target, "back_translation": back}
         return tuple(view for view, needed in views.items() if needed)
+
+    @staticmethod
+    def without_terms() -> dict[str, float]:
+        """Weight 0 for every term, those that come later too: to say what is trained by naming what is not 0."""
+        return {f"{term}_weight": 0.0 for term in (*TERMS, "adversarial_loss")}
 
     def needs_teacher(self) -> bool:
         return bool(self.distillation_loss_weight or self.feature_distillation_loss_weight)

@@ -3,6 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from .checkpoints import (
 from .data_collator import KEY_PREFIX, DataCollatorForCrossLingualRetrieval, single_rows, without_images
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
-from .files import write_file
-from .losses import NrccrLoss, ranking_loss
+from .files import write_file, writing
+from .losses import NrccrLoss, ranking_cross_entropy
 from .metrics import RECALL_AT, compute_retrieval_metrics
 from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
 from .training_args import NrccrTrainingArguments
@@ -268,9 +269,9 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics over the full split, both directions, with `args.eval_query_column` as queries, and `loss`, by which
-        evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each its name as
-        a prefix."""
+        """Metrics over the full split, both directions, with `args.eval_query_column` as queries, and `cross_entropy`,
+        by which evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each
+        its name as a prefix."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
@@ -282,7 +283,7 @@ class NrccrTrainer(Trainer):
         metrics = compute_retrieval_metrics(queries, images, caption_to_image, sources, weight)
         metrics["t2v_sum_recall"] = sum(metrics[f"t2v_recall@{k}"] for k in RECALL_AT)  # what the paper chooses by
         scale = self.accelerator.unwrap_model(self.model).logit_scale.detach().exp().cpu()
-        metrics["loss"] = ranking_loss(queries, images, caption_to_image, scale)
+        metrics["cross_entropy"] = ranking_cross_entropy(queries, images, caption_to_image, scale)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -361,7 +362,13 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As the Trainer's; `True` takes the newest complete checkpoint, or starts anew where there is none."""
+        """As the Trainer's; `True` takes the newest whole checkpoint, or starts anew where there is none. Raises
+        TimeoutError where another run is writing the same checkpoints."""
+        writes = self.args.should_save and self.args.save_strategy != "no"
+        with writing(self.args.output_dir) if writes else nullcontext():
+            return self.train_alone(resume_from_checkpoint, **kwargs)
+
+    def train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:

@@ -138,8 +138,6 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         check_numbers(self, LEAST, ABOVE)
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of steps, or -1 for num_train_epochs")
-        if str(self.resume_from_checkpoint).lower() in ("false", "no", "none", ""):
-            self.resume_from_checkpoint = None
         super().__post_init__()
         if self.bf16 and self.device.type == "cpu" and cpu_has_bf16() is False:
             logger.warning(

@@ -14,7 +14,8 @@ from PIL import Image as PIL
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
+from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel, losses
+from modeling_nrccr.files import LOCK_FILE
 
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (10, 10, 10)}
@@ -183,9 +184,14 @@ def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
     assert (of_base.split_seed, of_base.translator, its_model.text_head) == (3, script.translator, "linear")
     assert of_base.base is None and its_args.needed_views() == ("source",) and not its_args.text_only
     assert its_args.per_device_train_batch_size > args.per_device_train_batch_size  # its own recipe otherwise
+    given = ["--per_device_train_batch_size", "7", "--max_steps", "3", "--feature_distillation_loss_weight", "0.5"]
+    args.resume_from_checkpoint = "true"  # it was killed before it was whole
+    train.train_base(script, model, args, given)
+    _, _, its_args = train.parse_arguments(calls.pop())
+    assert (its_args.per_device_train_batch_size, its_args.max_steps) == (7, 3) and not its_args.needs_teacher()
+    assert its_args.resume_from_checkpoint == "true"
     (tmp_path / "gl-base").mkdir()
     (tmp_path / "gl-base/metrics.json").write_text("{}")
-    args.resume_from_checkpoint = "true"
     train.train_base(script, model, args)
     assert not calls  # what is there is not trained again
 
@@ -213,6 +219,41 @@ def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders
         patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
         with pytest.raises(ValueError, match="--resume_from_checkpoint true goes on"):
             train.main([*flags, "--output_dir", str(published), "--projection_dim", "8"])
+
+
+def test_the_english_only_baseline_learns_from_its_own_terms_alone(monkeypatch):
+    """A term that is added later too is not trained on."""
+    asked = {}
+
+    class Asked(train.Experiment):
+        def train(self, name, **changes):
+            asked.update({name: changes})
+            raise InterruptedError
+
+    monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+    monkeypatch.setattr(train, "Experiment", Asked)
+    monkeypatch.setattr("modeling_nrccr.losses.TERMS", (*losses.TERMS, "later_loss"))
+    parsed = train.parse_arguments(["--triplet_loss_weight", "0.3", "--adversarial_loss_weight", "0"])
+    with pytest.raises(InterruptedError):
+        train.run(*parsed, [])
+    weights = {name: value for name, value in asked["english_only"].items() if name.endswith("_weight") and value}
+    assert weights == {"triplet_loss_weight": 0.3, "contrastive_loss_weight": 1.0}
+    assert asked["english_only"]["later_loss_weight"] == 0
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *args: pytest.fail("it ran"))
+    (tmp_path / "out-checkpoints").mkdir()
+    holder = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
+        "print(1, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / "out-checkpoints" / LOCK_FILE)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.read(1)
+        with pytest.raises(TimeoutError, match="another run is writing .*out"):
+            train.main(["--output_dir", str(tmp_path / "out")])
+        other.stdin.close()
 
 
 def test_flags_win_over_the_file_and_unknown_fields_are_named(tmp_path):

@@ -124,11 +124,11 @@ def test_ties_are_decided_by_the_loss(tmp_path):
         metric_for_best_model="t2v_recall@5", warmup_steps=2,
     )  # fmt: skip
     trainer.train()
-    evaluated = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    evaluated = [entry for entry in trainer.state.log_history if "eval_cross_entropy" in entry]
     assert {entry["eval_t2v_recall@5"] for entry in evaluated} == {100.0}
-    best = min(evaluated, key=lambda entry: entry["eval_loss"])
+    best = min(evaluated, key=lambda entry: entry["eval_cross_entropy"])
     assert trainer.state.best_global_step == best["step"] > evaluated[0]["step"] == 2 and trainer.state.epoch == 5
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"])
+    assert trainer.evaluate()["eval_cross_entropy"] == pytest.approx(best["eval_cross_entropy"])
 
 
 def test_nothing_learnt_is_an_error(tmp_path):
@@ -233,4 +233,31 @@ def test_gradient_checkpointing_is_the_trainers(tmp_path):
     trainer_of(tmp_path, toy_rows(16), model, train_language="gl", activation_checkpointing=True, **QUIET).train()
     assert model.checkpoint_every == 1 and any(
         parameter.abs().sum() > 0 for name, parameter in model.named_parameters() if "lora_B" in name
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["add_language", "recommended"])
+@pytest.mark.parametrize("count", [50, 300, 3000])
+def test_the_recipes_learn_from_few_captions_and_from_many(recipe, count, tmp_path):
+    """A tenth of which is held out; as examples/add_language.py trains."""
+    import add_language
+    from arguments import parse_fields
+
+    flags = ["--config", add_language.CONFIG.with_stem(recipe), "--output_dir", tmp_path, "--use_cpu", "true",
+             "--bf16_if_fast", "false", "--disable_tqdm", "true"]  # fmt: skip
+    classes = (add_language.LanguageArguments, NrccrTrainingArguments)
+    script, args = parse_fields(classes, list(map(str, flags)), None)
+    model, rows = tiny_model(**HEADS["pooling"]), toy_rows(count)
+    model.add_language("gl", **script.adapter_settings())
+    args.train_language = "gl"
+    collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
+    trainer = NrccrTrainer(model, args, rows[: -count // 10], rows[-count // 10 :], data_collator=collator)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert trainer.state.global_step >= 40 and model.adapter("gl").update.weight.norm() > 0.1
+    assert (
+        after["eval_cross_entropy"] < before["eval_cross_entropy"]
+        and after["eval_sum_recall"] > before["eval_sum_recall"]
     )

@@ -10,10 +10,14 @@ python examples/space/build_space.py --model outputs/demo
 python examples/space/build_space.py --model outputs/english --language gl=outputs/gl
 """
 
+from datasets_scripts.commands import command
+
+
+# isort: split
+
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -26,7 +30,6 @@ import datasets_scripts
 import modeling_nrccr
 from datasets_scripts.animated_emoji import NPM_PACKAGE, fetch_clips
 from datasets_scripts.cldr_emoji import from_code_points, reason_to_leave_out
-from datasets_scripts.debian import FetchError
 from datasets_scripts.splits import group_key, split_of
 from datasets_scripts.videos import read_frames
 from modeling_nrccr import NrccrModel, NrccrRetriever
@@ -49,6 +52,7 @@ MODEL, LANGUAGES = "outputs/english", tuple(f"{code}=outputs/gl-ca-es" for code 
 MODEL_FILES = ("*.json", "*.safetensors", "*.py", "*.model", "*.txt", "README.md")  # nothing pickled
 
 
+@command()
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -61,10 +65,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--emoji_only", action="store_true", help="without Tux Paint's stamps")
     parser.add_argument("--no_clips", action="store_true", help="without animated emoji")
     args = parser.parse_args(argv)
-    try:
-        build_space(args)
-    except (ValueError, OSError, FetchError) as error:  # what a user can put right: a line without a traceback
-        sys.exit(f"error: {error}")
+    build_space(args)
 
 
 def build_space(args: argparse.Namespace):
