@@ -333,7 +333,7 @@ def measure_reading(
         found["text_encoder"] = read_by(tokenizer, texts, sources)
         print(f"{language}, read by {encoder_label(script.text_encoder)}: {describe_reading(found['text_encoder'])}")
     else:
-        print(f"{language}: {found['recipe']}", flush=True)
+        print(f"{language}, recipe: {found['recipe']}", flush=True)
     return found
 
 
