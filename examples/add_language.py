@@ -331,13 +331,15 @@ def measure_reading(
     print(f"{language}, read by the base: {describe_reading(found)}", flush=True)
     found["recipe"] = "LoRA in the base: --config examples/configs/recommended.yaml"
     if found["reasons"]:
-        found["recipe"] = "another text encoder that knows it, such as --text_encoder multilingual-e5-small"
+        found["recipe"] = (
+            "another text encoder that knows it, such as --text_encoder multilingual-e5-small --text_prefix 'query: '"
+        )
     if script.text_encoder:
         tokenizer = AutoTokenizer.from_pretrained(script.text_encoder)
         found["text_encoder"] = read_by(tokenizer, texts, sources)
         print(f"{language}, read by {encoder_label(script.text_encoder)}: {describe_reading(found['text_encoder'])}")
     else:
-        print(f"{language}: {found['recipe']}", flush=True)
+        print(f"{language}, recipe: {found['recipe']}", flush=True)
     return found
 
 

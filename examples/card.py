@@ -1,6 +1,7 @@
 """Fills `model_card.md`, and `language_card.md` of an added language, with the numbers of a run."""
 
 import json
+import re
 from pathlib import Path
 
 import yaml
@@ -99,6 +100,13 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
     write_file(output_dir / "README.md", str(card).rstrip() + "\n")
 
 
+def hub_name(name: str) -> str:
+    """A hub id as it is; of a folder of this machine the hub id of what is in it, or its last name."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+        return name
+    return HUB_IDS.get(Path(name).name, Path(name).name)
+
+
 def language_card(
     report: dict, folder: str, base: str | None = None, whole: bool = False, license: str | None = None
 ) -> str:
@@ -122,18 +130,21 @@ def language_card(
         library_name="transformers",
         pipeline_tag="feature-extraction",
         tags=["cross-lingual-retrieval", "text-to-image-retrieval", "language-adapter", "nrccr"],
-        base_model=[base, *filter(None, [HUB_IDS.get(report["text_encoder"])])],
+        base_model=[hub_name(base), *filter(None, [HUB_IDS.get(report["text_encoder"])])],
         datasets=[DATASET_IDS.get(part, part) for part in parts],
         metrics=["recall"] if report["found"] else None,
     )
     fields = report | {
         "names": ", ".join(map(language_name, languages)), "languages": languages, "base": base, "folder": folder,
+        "base_name": hub_name(base),
         "source_name": language_name(report["source_language"]), "whole": whole, "captions": f"{report['captions']:,}",
         "translator": report["translator"] if report["translator"] == PARALLEL
         else f"machine translation by {report['translator']}",
         "table": format_markdown(report["found"]) if report["found"] else "",
         "left_out": len(report.get("left_out", ())),
-        "readings": {code: describe_reading(found) for code, found in report["tokenizer"].items()},
+        "readings": {
+            code: f"{describe_reading(found)}. Recipe: {found['recipe']}" for code, found in report["tokenizer"].items()
+        },
     }  # fmt: skip
     return str(ModelCard.from_template(data, template_path=str(LANGUAGE_TEMPLATE), **fields)).rstrip() + "\n"
 

@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from card import HUB_IDS, language_card
+from card import hub_name, language_card
 from examination import STERN
 from huggingface_hub import HfApi, ModelCard
 from safetensors import safe_open
@@ -96,13 +96,6 @@ def check_private(folder: Path):
                 f"{path.name} holds {'a path of this machine, ' + places[0] if places else 'a token of the Hub'}: "
                 "take it out of what was trained, and push again"
             )
-
-
-def hub_name(name: str) -> str:
-    """A hub id as it is; of a folder of this machine the hub id of what is in it, or its last name."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
-        return name
-    return HUB_IDS.get(Path(name).name, Path(name).name)
 
 
 def without_folders(text: str) -> str:

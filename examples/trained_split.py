@@ -56,7 +56,9 @@ def read_trained_split(model: str) -> dict | None:
                 continue
         if path.is_file():
             record = json.loads(path.read_text(encoding="utf-8"))
-            record = record.get("settings", record)
+            record = record.get("settings", record) if isinstance(record, dict) else None
+            if not isinstance(record, dict):
+                continue  # a file of others by this name
             return {"split_seed": record.get("seed")} | record
     return None
 
