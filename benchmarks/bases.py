@@ -61,6 +61,7 @@ from modeling_nrccr.processing_nrccr import to_rgb  # noqa: E402
 
 DATASET = "tuxpaint+cldr_emoji"
 SCALE = 20.0  # of similarities, where a family has none of its own
+BATCH = 128
 RECIPE = 1  # of the training: another makes other bases
 FAR = 5  # times chance
 RECORD = "training.json"
@@ -233,9 +234,9 @@ def pictures_of_nrccr(split: str) -> torch.Tensor:
     return encode_images(model, captioned(split)[1], processor)
 
 
-def batches(count: int, epochs: int, size: int = 128) -> Iterator[torch.Tensor]:
+def batches(count: int, epochs: int) -> Iterator[torch.Tensor]:
     for _ in range(epochs):
-        yield from torch.randperm(count)[: count // size * size].split(size)
+        yield from torch.randperm(count)[: count // BATCH * BATCH].split(BATCH)
 
 
 def fit(parameters: Iterable[nn.Parameter], epochs: int, count: int, rate: float, loss_of: Callable):
@@ -275,10 +276,10 @@ def train(model: PreTrainedModel, tokenizer, image_processor, epochs: int = 12):
     if image_processor is not None:
         pixels = dict(image_processor(pictures, return_tensors="pt"))
         distil_pictures(model, pixels, teacher, epochs)
-        with torch.no_grad():  # SigLIP's are 10 and -10
+        with torch.no_grad():
             model.logit_scale.fill_(math.log(10))
-            if hasattr(model, "logit_bias"):
-                model.logit_bias.fill_(-10)
+            if hasattr(model, "logit_bias"):  # SigLIP's is -10, of batches of 32,000: here it would learn nothing
+                model.logit_bias.fill_(-math.log(BATCH) - 2)
 
     def loss_of(rows):
         texts = text_inputs(tokenizer, model, [captions[row] for row in rows])

@@ -36,7 +36,7 @@ STEPS = {
     "linear": [],
     "lora": [f"--config={CONFIGS / 'recommended.yaml'}", "--lexicon=none"],
     "pictures": [
-        f"--config={CONFIGS / 'add_language_pictures.yaml'}", "--kind=lora", "--layers=-1", "--rank=32",
+        f"--config={CONFIGS / 'add_language_pictures.yaml'}", "--kind=lora", "--rank=32",
         "--num_train_epochs=3",
     ],
     "several": ["--target_language=gl,ca"],
