@@ -143,7 +143,8 @@ def language_card(
         "table": format_markdown(report["found"]) if report["found"] else "",
         "left_out": len(report.get("left_out", ())),
         "readings": {
-            code: f"{describe_reading(found)}. Recipe: {found['recipe']}" for code, found in report["tokenizer"].items()
+            code: f"{describe_reading(found)}. Recipe: {found['recipe']}"
+            for code, found in report["tokenizer"].items()
         },
     }  # fmt: skip
     return str(ModelCard.from_template(data, template_path=str(LANGUAGE_TEMPLATE), **fields)).rstrip() + "\n"

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts, picture_rows
 from .files import is_utf8, printable
 from .gallery_index import GalleryIndex, is_milvus, open_index
-from .languages import SAME_MODEL
+from .languages import evaluating, same_model
 from .media import list_images, load_image, walk
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
@@ -401,19 +401,25 @@ class NrccrRetriever:
         """
         return cls(model, processor, index, create=False, **options)
 
-    def fingerprint(self) -> torch.Tensor:
+    def fingerprint(self, rounded_to: torch.dtype | None = None) -> torch.Tensor:
         """
-        The embedding of a fixed test picture (of fixed features, where the model has no vision tower), of shape
-        `(projection_dim,)`.
+        The embedding of a fixed test picture (of fixed features, where the model has no vision tower), computed in
+        float32, of shape `(projection_dim,)`.
 
         It tells visual towers and picture processors apart, on any device and in any precision; an index stays valid
         when only the text side is replaced, for example to gain a language.
         """
         if getattr(self.model, "visual_tower", True) is None:
             feats = [np.linspace(-1, 1, self.model.config.visual_feat_dim)]
-            return self._encode("visual_feats", self.processor(visual_feats=feats, return_tensors="pt"))[0][0]
-        shades = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
-        return encode_images(self.model, [Image.merge("RGB", shades)], self.processor)[0]
+            kind, inputs = "visual_feats", self.processor(visual_feats=feats, return_tensors="pt")
+        else:
+            shades = [Image.linear_gradient("L"), Image.radial_gradient("L"), Image.linear_gradient("L").rotate(90)]
+            kind, inputs = "images", self.processor(images=[Image.merge("RGB", shades)], return_tensors="pt")
+        if not isinstance(self.model, NrccrModel):  # exported ones have one precision
+            return self._encode(kind, inputs)[0][0]
+        with evaluating(self.model), torch.no_grad():
+            outputs = self.model.in_float32(rounded_to, **inputs.to(self.model.device))
+        return outputs.image_embeds[0].float().cpu()
 
     def _check_model(self, index: GalleryIndex):
         """Marks a new index with the model, and refuses one of another model."""
@@ -422,14 +428,18 @@ class NrccrRetriever:
                 f"The index {str(index.location)!r} holds embeddings of width {index.dim}, this model's have "
                 f"{self.model.config.projection_dim}: load the model that made it, or name another index."
             )
-        ours, stored = self.fingerprint().numpy(), index.fingerprint
+        stored = index.fingerprint
         if stored is None:
             if len(index):
                 raise ValueError(
                     f"The index {str(index.location)!r} does not say which model made it: build it again."
                 )
-            index.fingerprint = ours
-        elif (similarity := float(ours @ stored)) < SAME_MODEL:
+            index.fingerprint = self.fingerprint().numpy()
+            return
+        similarity = same_model(
+            self.model, lambda dtype: self.fingerprint(dtype)[None], torch.as_tensor(stored).reshape(1, -1)
+        )
+        if similarity != 1:
             raise ValueError(
                 f"The index {str(index.location)!r} was made by another model or picture size: a test picture's "
                 f"embedding has similarity {similarity:.3f} to the stored one, not 1. Load the model that made it, or "

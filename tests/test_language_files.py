@@ -3,14 +3,16 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from test_languages import CAPTIONS, base, embeds
-from transformers import BertConfig, CLIPTextConfig
+from transformers import BatchFeature, BertConfig, CLIPTextConfig
 
-from modeling_nrccr import NrccrModel
+from modeling_nrccr import EfficientNetLiteConfig, NrccrConfig, NrccrModel, NrccrRetriever
 from modeling_nrccr.languages import LANGUAGE_FILE, read_language_file
 
 
@@ -77,8 +79,6 @@ def test_a_code_may_be_the_name_of_a_module(code, text, tmp_path):
 
 
 def text_config_of(text):
-    from modeling_nrccr import NrccrConfig
-
     return NrccrConfig(
         text_config=text, projection_dim=11, visual_feat_dim=13, text_head="pooling", teacher_view="source"
     )
@@ -165,6 +165,25 @@ def test_a_file_holds_in_any_precision(made, used, tmp_path):
     model = deep().to(torch.bfloat16).to(used)
     model.load_language("gl", tmp_path)
     assert model.dtype == used and model.language_adapters["gl"].update.weight.dtype == used
+
+
+def test_an_index_holds_in_any_precision(tmp_path, word_processor):
+    def seeing(seed: int = 0) -> NrccrModel:
+        return base(seed, vision_config=EfficientNetLiteConfig(width_coefficient=0.2, depth_coefficient=0.2,
+                                                               hidden_size=24), visual_feat_dim=24)  # fmt: skip
+
+    def processor(images=None, **kwargs):
+        pixels = [np.asarray(image.resize((32, 32)), np.float32).transpose(2, 0, 1) / 255 for image in images]
+        return BatchFeature({"pixel_values": np.stack(pixels)}, tensor_type="pt")
+
+    for made, used in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        rounded = seeing().to(made)
+        retriever = NrccrRetriever(rounded, processor)
+        retriever.add([Image.new("RGB", (9, 9), "red")])
+        retriever.save(tmp_path / str(made))
+        assert len(NrccrRetriever.load(tmp_path / str(made), seeing().to(used), processor)) == 1
+        with pytest.raises(ValueError, match="made by another model"):
+            NrccrRetriever.load(tmp_path / str(made), seeing(1).to(used), processor)
 
 
 # --------------------------------------------------------------------------------------------------------- threads

@@ -1,0 +1,192 @@
+"""Adds four languages to a base that reads English alone, in each way that there is, and says what human queries find.
+
+    python benchmarks/english_text_encoder.py            # trains and tests; goes on where it was stopped
+    python benchmarks/english_text_encoder.py --page     # writes docs/english_text_encoders.md from the results alone
+
+The base is real: all-MiniLM-L6-v2 and the demo's picture tower, trained like `examples/configs/english.yaml` on the
+English captions of real pictures. Each row is a run of `examples/add_language.py`, all four languages in one adapter.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
+
+from machine import machine  # noqa: E402
+from pages import fill  # noqa: E402
+
+from modeling_nrccr.bootstrap import interval  # noqa: E402
+from modeling_nrccr.files import write_file  # noqa: E402
+
+
+DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (100, 101, 102)
+NAMES = {"gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech"}
+WORK = ROOT / "outputs/english_text_encoder"
+RESULTS, PAGE = ROOT / "benchmarks/results/english_text_encoder.jsonl", ROOT / "docs/english_text_encoders.md"
+CONFIGS = ROOT / "examples/configs"
+ENGINES = (
+    "gl=apertium,apertium+es+apertium;ca=apertium,apertium+es+apertium;es=apertium,apertium+ca+apertium;cs=dictionary"
+)
+# four languages in one adapter: an epoch shows it as many pairs as three of one language
+RECOMMENDED = [f"--config={CONFIGS / 'recommended.yaml'}", "--num_train_epochs=1"]
+NEW_SIDE = ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "]
+ROWS = {
+    "new_linear": ("another text encoder beside it (e5), linear adapter", [*NEW_SIDE, f"--translator={ENGINES}"]),
+    "new_lora": (
+        "another text encoder beside it (e5), recommended.yaml", [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}"]
+    ),
+    "own_lora": ("LoRA in its own text encoder, recommended.yaml", [*RECOMMENDED, f"--translator={ENGINES}"]),
+    "human": ("e5 beside it, LoRA from human captions (bound)", [*RECOMMENDED, *NEW_SIDE, "--lexicon=none",
+                                                                 "--num_train_epochs=3"]),
+}  # fmt: skip
+
+
+def train_base(split: int) -> Path:
+    """Return the folder of the English-only base of a split, trained where it is not there."""
+    import train
+
+    folder = WORK / f"base-{split}"
+    if not (folder / "metrics.json").exists():
+        train.main([
+            f"--config={CONFIGS / 'english.yaml'}", "--text_encoder=all-MiniLM-L6-v2", "--text_prefix=",
+            f"--split_seed={split}", f"--output_dir={folder}", "--overwrite=true",
+        ])  # fmt: skip
+    return folder
+
+
+def human_translators(split: int) -> str:
+    """Write the training captions in people's words, as files of ready translations; return the engines' specs."""
+    from data import load_caption_dataset
+
+    specs = []
+    for language in LANGUAGES:
+        rows = load_caption_dataset(DATASET, language, split, "human")["train"]
+        pairs = dict(zip(rows["source_caption"], rows["target_caption"]))
+        lines = [f"en\t{language}", *(f"{source}\t{target}" for source, target in pairs.items())]
+        file = WORK / f"human-{split}" / f"{language}.tsv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(file, "\n".join(lines) + "\n")
+        specs.append(f"{language}=file:{file}")
+    return ";".join(specs)
+
+
+def run(row: str, split: int) -> dict:
+    """Train a row on a split; return what it finds, language by language, with its interval and every draw's SumR."""
+    import add_language
+
+    exams = []
+
+    class Examination(add_language.Examination):
+        def report(self, *args):
+            exams.append(self)
+            return super().report(*args)
+
+    arguments = ROWS[row][1]
+    if row == "human":
+        arguments = [*arguments, f"--translator={human_translators(split)}"]
+    folder, own = WORK / f"{row}-{split}", add_language.Examination
+    add_language.Examination = Examination
+    try:
+        add_language.main([
+            *arguments, f"--base={train_base(split)}", f"--dataset={DATASET}", f"--output_dir={folder}",
+            f"--target_language={','.join(LANGUAGES)}",
+        ])  # fmt: skip
+    finally:
+        add_language.Examination = own
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    np.savez(WORK / f"{row}-{split}.npz", **{f"{language}|{name}": sums for language, exam in zip(LANGUAGES, exams)
+                                             for name, sums in exam.sums.items()})  # fmt: skip
+    found = {
+        language: {name: {"sum_recall": round(float(sums[0]), 2), "interval": np.round(interval(sums), 2).tolist()}
+                   for name, sums in exam.sums.items()}
+        for language, exam in zip(LANGUAGES, exams)
+    }  # fmt: skip
+    return {
+        "row": row, "label": ROWS[row][0], "split_seed": split, "seed": report["seed"], "steps": report["steps"],
+        "verdicts": report["verdicts"], "reasons": report["reasons"], "tokenizer": report["tokenizer"],
+        "found": found, "machine": machine(),
+    }  # fmt: skip
+
+
+def means(results: list[dict], row: str, name: str, language: str, other: tuple | None = None) -> np.ndarray:
+    """Return the mean SumR over splits, then of every draw, `(1 + DRAWS,)`; with `other`, a row and what it asked,
+    the difference to that."""
+    sums = []
+    for result in results:
+        if result["row"] != row:
+            continue
+        drawn = np.load(WORK / f"{row}-{result['split_seed']}.npz")
+        value = drawn[f"{language}|{name}"]
+        if other:
+            value = value - np.load(WORK / f"{other[0]}-{result['split_seed']}.npz")[f"{language}|{other[1]}"]
+        sums.append(value)
+    return np.mean(sums, 0)
+
+
+def shown(values: np.ndarray, sign: str = "") -> str:
+    low, high = interval(values)
+    return f"{values[0]:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def write_page(results: list[dict]):
+    """Write the tables of docs/english_text_encoders.md."""
+    ours, fused = "this language", "this language, half its translation"
+    lines = [
+        ("the base, asked in the language", "new_lora", "base"),
+        ("**the base, asked the query's machine translation**", "new_lora", "translated query"),
+        ("LoRA in its own text encoder (recommended.yaml)", "own_lora", ours),
+        ("the same, fused with the translation", "own_lora", fused),
+        ("e5 beside it, linear adapter", "new_linear", ours),
+        ("the same, fused with the translation", "new_linear", fused),
+        ("**e5 beside it, LoRA (recommended.yaml)**", "new_lora", ours),
+        ("**the same, fused with the translation**", "new_lora", fused),
+        ("e5 beside it, LoRA from human captions (bound)", "human", ours),
+        ("English before", "new_lora", "English, before"),
+        ("English after, LoRA in its own text encoder", "own_lora", "English, this language"),
+        ("English after, e5 beside it", "new_lora", "English, this language"),
+    ]
+    done = {result["row"] for result in results}
+    head = ["| SumR, mean of 3 splits |", *(f" {NAMES[language]} |" for language in LANGUAGES)]
+    table = ["".join(head), "| --- |" + " ---: |" * len(LANGUAGES)]
+    table += [
+        f"| {label} | " + " | ".join(shown(means(results, row, name, of)) for of in LANGUAGES) + " |"
+        for label, row, name in lines
+        if row in done
+    ]
+    differences = ["| difference, on the same draws |" + "".join(head[1:]), table[1]]
+    asked, before = ("new_lora", "translated query"), ("new_lora", "English, before")
+    for label, row, name, other in (
+        ("e5 beside it, LoRA, less the translated query", "new_lora", ours, asked),
+        ("the same fused, less the translated query", "new_lora", fused, asked),
+        ("LoRA in its own encoder fused, less the translated query", "own_lora", fused, asked),
+        ("English after, less before, e5 beside it", "new_lora", "English, this language", before),
+    ):
+        if row in done:
+            cells = " | ".join(shown(means(results, row, name, of, other), "+") for of in LANGUAGES)
+            differences.append(f"| {label} | {cells} |")
+    fill(PAGE, {"found": "\n".join(table) + "\n", "differences": "\n".join(differences) + "\n"})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--page", action="store_true", help="only write the page, from what was run")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
+    args = parser.parse_args()
+    results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for split in () if args.page else args.splits:
+        for row in args.rows:
+            if not any((result["row"], result["split_seed"]) == (row, split) for result in results):
+                results.append(run(row, split))
+                write_file(RESULTS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+    write_page(results)
+
+
+if __name__ == "__main__":
+    main()
