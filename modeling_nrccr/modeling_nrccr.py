@@ -692,6 +692,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         side = copy(self)  # not a new model: that would draw the weights of LoRA again, in the tower that it shares
         side._modules, side.config = self._modules | {"source_text_side": None}, deepcopy(self.config)
         side.config.source_text_side = None
+        for name in ("forward", "_original_forward"):  # accelerate's, bound to the model that was trained before
+            side.__dict__.pop(name, None)
         return side
 
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":
