@@ -408,9 +408,10 @@ def new_text_side(script, base, base_processor, rows, args, work: Path, output: 
     set_seed(args.seed)
     model = NrccrModel.from_dual_encoder(script.base, text_encoder=script.text_encoder)
     processor = base_processor.language_side().with_tokenizer(script.text_encoder, script.text_prefix)
-    english = {
-        split: [row | {"target_caption": row["source_caption"]} for row in part] for split, part in rows.items()
-    }
+    english = {}
+    for split, part in rows.items():  # each caption once, in whatever languages and by whatever engines it comes
+        unique = {row["source_caption"]: row | {"target_caption": row["source_caption"]} for row in part}
+        english[split] = list(unique.values())
     model.set_trained_layers(0, False, visual_head=False)
     cache = frozen_cache(model, processor, english["train"] + english["validation"], work)
     own = distillation_arguments(args, feature_distillation_loss_weight=1.0, train_visual_head=False)

@@ -114,10 +114,16 @@ def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatc
     model.load_language("gl", tmp_path / "gl")
     base, processor = NrccrModel.from_pretrained(files / "base"), NrccrProcessor.from_pretrained(files / "base")
     picture = [Image.new("RGB", (20, 20), (10, 200, 99))]
-    assert torch.equal(encode_images(model, picture, processor), encode_images(base, picture, processor))
+    pictures = encode_images(base, picture, processor)
+    torch.testing.assert_close(encode_images(model, picture, processor), pictures, atol=1e-6, rtol=0)
+    visual = {name: value for name, value in model.state_dict().items() if name.startswith("visual_")}
+    assert all(torch.equal(value, base.state_dict()[name]) for name, value in visual.items())
     captions = ["red blue big", "cat dog house"]
-    learnt = encode_texts(model, captions, NrccrProcessor.from_pretrained(tmp_path / "gl/model"))
-    assert (learnt * encode_texts(base, captions, processor)).sum(1).mean() > 0.5
+    both, own = NrccrProcessor.from_dual_encoder(str(tmp_path / "gl/model")), encode_texts(base, captions, processor)
+    assert torch.equal(encode_texts(model, captions, both, languages=None), own)  # by the base's own text side
+    assert report["found"]["English, before"] == report["found"]["English, this language"]
+    learnt = encode_texts(model.language_side(), captions, both.language_side(), languages=None)
+    assert (learnt * own).sum(1).mean() > 0.5
 
 
 def test_what_is_wrong_is_said_before_anything_is_trained(files, tmp_path, monkeypatch):

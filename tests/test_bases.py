@@ -25,7 +25,7 @@ CAPTIONS = [
     )
 ]
 # letters that the captions do not have, capitals, longer than any family reads
-ASKED = ["A cat.", "O ñandú está á beira do RÍO", "γάτα 猫", "the small red dog, " * 40, "blue"]
+ASKED = ["A cat.", "O ñandú está á beira do RÍO", "γάτα 猫", " ".join(["the small red dog,"] * 40), "blue"]
 
 
 @pytest.fixture(scope="module", params=bases.BASES)
