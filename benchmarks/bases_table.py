@@ -51,6 +51,7 @@ HEADS = {
 CHECKS = {
     "loaded": ("the report's SumR, in a fresh process", 0.05),
     "pictures": ("pictures, bit for bit", 0.0),
+    "english": ("English, bit for bit", 0.0),
     "cached": ("cached against full pass", 1e-5),
     "alone": ("alone against in a batch", 1e-5),
     "merged": ("merged, saved, opened", 1e-5),
