@@ -65,21 +65,22 @@ class Examined:
         model.load_language(LANGUAGE, self.step)
         return model.set_language(LANGUAGE), NrccrProcessor.from_dual_encoder(self.folder)
 
-    def embed(self, model, texts: Sequence[str]) -> torch.Tensor:
-        return encode_texts(model, texts, self.processor)
+    def embed(self, model, texts: Sequence[str], language: str | None = LANGUAGE) -> torch.Tensor:
+        return encode_texts(model, texts, self.processor, languages=language)
 
     # what it finds
 
     def sum_recall(self, images: torch.Tensor) -> dict[str, float]:
+        queries = {
+            "before": self.of_base(self.asked), "english before": self.of_base(self.english),
+            "after": self.embed(self.model, self.asked), "english after": self.embed(self.model, self.english, None),
+        }  # fmt: skip
         owner = torch.arange(len(images))
-        base, processor = NrccrModel.from_dual_encoder(self.base).eval(), NrccrProcessor.from_dual_encoder(self.base)
-        with base.using_language(None):
-            queries = {"before": encode_texts(base, self.asked, processor)}
-            queries["english before"] = encode_texts(base, self.english, processor)
-        queries["after"] = self.embed(self.model, self.asked)
-        with self.model.using_language(None):
-            queries["english after"] = self.embed(self.model, self.english)
         return {name: compute_retrieval_metrics(part, images, owner)["sum_recall"] for name, part in queries.items()}
+
+    def of_base(self, texts: Sequence[str]) -> torch.Tensor:
+        base, processor = NrccrModel.from_dual_encoder(self.base).eval(), NrccrProcessor.from_dual_encoder(self.base)
+        return encode_texts(base, texts, processor, languages=None)
 
     # checks, each a number
 
@@ -87,6 +88,11 @@ class Examined:
         """Numbers of the sample's picture embeddings that are not the base's, bit for bit."""
         after = encode_images(self.model, self.pictures[:SAMPLE], self.processor)
         return float((after != before[:SAMPLE]).sum())
+
+    def english_changed(self) -> float:
+        """Numbers of the embeddings of English texts that are not the base's, bit for bit."""
+        texts = self.english[:SAMPLE]
+        return float((self.embed(self.model, texts, None) != self.of_base(texts)).sum())
 
     def report_differs(self, found: dict[str, float]) -> float:
         """SumR that add_language.py reported after training, against that of this process."""
@@ -101,11 +107,16 @@ class Examined:
         cache.add_texts(self.sample)
         if not cache.is_exact:
             raise RuntimeError("not cached: cached states would differ")
-        return difference(encode_texts(model, self.sample, cache), self.embeds)
+        return difference(encode_texts(model, self.sample, cache, languages=LANGUAGE), self.embeds)
 
     def alone(self) -> float:
-        """Each text alone against all in a batch."""
-        return difference(torch.cat([self.embed(self.model, [text]) for text in self.sample]), self.embeds)
+        """Each text alone against all in a batch, and beside texts of the base's own language."""
+        alone = torch.cat([self.embed(self.model, [text]) for text in self.sample])
+        english = self.english[:SAMPLE]
+        languages = [LANGUAGE] * len(alone) + [None] * len(english)
+        mixed = encode_texts(self.model, [*self.sample, *english], self.processor, languages=languages)
+        apart = torch.cat([self.embeds, self.embed(self.model, english, None)])
+        return max(difference(alone, self.embeds), difference(mixed, apart))
 
     def bfloat16(self) -> float:
         """1 - the lowest cosine of bfloat16 and float32, of texts and pictures."""
@@ -220,7 +231,7 @@ def check(name: str, work: Path, steps: Sequence[str]) -> dict[str, dict]:
         recalls = one.sum_recall(images)
         checks = {
             "loaded": partial(one.report_differs, recalls),
-            "pictures": partial(one.pictures_changed, images),
+            "pictures": partial(one.pictures_changed, images), "english": one.english_changed,
             "cached": one.cached, "alone": one.alone, "bfloat16": one.bfloat16, "merged": one.merged,
             "published": one.published, "sentence_transformers": one.sentence_transformers, "onnx": one.onnx,
             "served": one.served, "searched": partial(one.searched, images, ids),
