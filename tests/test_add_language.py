@@ -1,5 +1,6 @@
 """`examples/add_language.py` on a tiny dual encoder, real files and ready translations."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -114,6 +115,7 @@ def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatc
     model.load_language("gl", tmp_path / "gl")
     base, processor = NrccrModel.from_pretrained(files / "base"), NrccrProcessor.from_pretrained(files / "base")
     picture = [Image.new("RGB", (20, 20), (10, 200, 99))]
+    model, base = copy.deepcopy(model), copy.deepcopy(base)  # where a file's weights lie in memory changes last bits
     assert torch.equal(encode_images(model, picture, processor), encode_images(base, picture, processor))
     captions = ["red blue big", "cat dog house"]
     learnt = encode_texts(model, captions, NrccrProcessor.from_pretrained(tmp_path / "gl/model"))
