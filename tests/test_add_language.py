@@ -1,6 +1,7 @@
 """`examples/add_language.py` on a tiny dual encoder, real files and ready translations."""
 
 import copy
+import gzip
 import itertools
 import json
 import shutil
@@ -171,6 +172,8 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
     (tmp_path / "images/0.png").write_bytes((files / "0.png").read_bytes()[:40])
     shutil.copy(files / "human.csv", tmp_path)
     shutil.copy(files / "captions.txt", tmp_path)
+    with (tmp_path / "human.csv").open("a") as file:
+        file.write("./1.png,redo blueo,red blue\n")  # another caption of a picture that is there
     lines = (files / "translations/forth.tsv").read_text().splitlines()[1:]
     (tmp_path / "pairs.tsv").write_text("\n".join(lines))
     report = run(
@@ -178,7 +181,7 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
         num_train_epochs=1, lexicon="wordnet:10",
     )  # fmt: skip
     assert report["translator"] == "parallel sentences" and report["captions"] == 300 and report["data"] == "pairs"
-    assert (report["queries"], report["pictures"]) == (23, 23) and "0.png" in report["left_out"][0]
+    assert (report["queries"], report["pictures"]) == (24, 23) and "0.png" in report["left_out"][0]
     assert "translated query" not in report["found"] and "this language" in report["found"]
     found = report["found"]["this language"]
     for name, (low, high) in found["intervals"].items():
@@ -236,6 +239,10 @@ def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
         (tmp_path / name).write_text(text)
         read = read_captions(tmp_path / name, "gl")
         assert list(zip(read.texts, read.translations)) == pairs
+    (tmp_path / "e.tsv.gz").write_bytes(gzip.compress(body.encode()))
+    assert read_captions(tmp_path / "e.tsv.gz", "gl").translations == [target for _, target in pairs]
+    (tmp_path / "captions.tsv").write_text("image\tcaption\n" + "".join(f"a.png\t{source}\n" for source, _ in pairs))
+    assert read_captions(tmp_path / "captions.tsv", "gl").translations is None
     with pytest.raises(ValueError, match="c.tsv, line 1: no column 'es', but en, ca, gl"):
         read_captions(tmp_path / "c.tsv", "es")
     (tmp_path / "a.tsv").write_text(body + "a dog without\n")
