@@ -1,12 +1,13 @@
 """What a language is learned from and tested on: files of captions, of parallel sentences, of human captions."""
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets_scripts.caption_files import read_csv, read_jsonl, read_records
+from datasets_scripts.caption_files import kind_of, read_csv, read_jsonl, read_records
 from datasets_scripts.columns import clean_caption
 from datasets_scripts.picture_files import find_pictures
 from datasets_scripts.text_files import read_text_lines
@@ -51,7 +52,7 @@ def by_language(spec: str, languages: Sequence[str], flag: str) -> dict[str, str
 
 def read_captions(path: Path, language: str, with_pictures: bool = False) -> Captions:
     """
-    Captions (a .txt file, a caption a line; .csv or .jsonl with a column `caption`, and `image` where they have
+    Captions (a .txt file, a caption a line; .csv, .tsv or .jsonl with a column `caption`, and `image` where they have
     pictures) or parallel sentences (.tsv; .csv or .jsonl with the columns `source` and `target`).
 
     Args:
@@ -66,7 +67,7 @@ def read_captions(path: Path, language: str, with_pictures: bool = False) -> Cap
     if is_parallel(path):
         pairs = list(dict.fromkeys(read_pairs(path, language)))
         captions = Captions([source for source, _ in pairs], translations=[target for _, target in pairs])
-    elif path.suffix == ".txt":
+    elif kind_of(path) == ".txt":
         lines = (clean_caption(line) for _, line in read_text_lines(path))
         captions = Captions(list(dict.fromkeys(filter(None, lines))))
     else:
@@ -83,10 +84,10 @@ def read_captions(path: Path, language: str, with_pictures: bool = False) -> Cap
 
 
 def is_parallel(path: Path) -> bool:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".tsv"):
-        return True
-    reader = {".csv": read_csv, ".jsonl": read_jsonl}.get(path.suffix)
+    """Whether a file has sentences and their translations: every .tsv whose first line names no column `caption`."""
+    if kind_of(path) == ".tsv":
+        return "caption" not in next(read_text_lines(path), (1, ""))[1].split("\t")
+    reader = {".csv": read_csv, ".jsonl": read_jsonl}.get(kind_of(path))
     first = next(reader(path), (0, {}))[1] if reader else {}
     return set(PAIR) <= first.keys()
 
@@ -98,8 +99,8 @@ def read_pairs(path: Path, language: str) -> list[tuple[str, str]]:
 
     Raises ValueError for a line without two texts, or columns without the language; names the line.
     """
-    if path.suffix in (".csv", ".jsonl"):
-        reader = read_csv if path.suffix == ".csv" else read_jsonl
+    if kind_of(path) in (".csv", ".jsonl"):
+        reader = read_csv if kind_of(path) == ".csv" else read_jsonl
         rows = [(number, row.get("source"), row.get("target")) for number, row in reader(path)]
     else:
         lines = ((number, line.split("\t")) for number, line in read_text_lines(path) if line.strip())
@@ -145,7 +146,7 @@ def read_eval(path: Path) -> list[dict]:
     records = read_records(path, needed=("image", "target_caption"))
     images = find_all(path, [record["image"] for record in records])
     return [
-        {"image_id": record["image"], "image": images[record["image"]], "target_caption": record["target_caption"],
-         "reference_source_caption": record.get("caption")}
+        {"image_id": os.path.realpath(images[record["image"]]), "image": images[record["image"]],  # one, however named
+         "target_caption": record["target_caption"], "reference_source_caption": record.get("caption")}
         for record in records
     ]  # fmt: skip
