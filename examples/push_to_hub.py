@@ -28,7 +28,7 @@ from card import hub_name, language_card
 from examination import STERN
 from huggingface_hub import HfApi, ModelCard
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from search import load_with_languages
 from trained_split import SPLIT_FILE
 from transformers import PreTrainedConfig
@@ -137,7 +137,7 @@ def write_language(source: Path, folder: Path, name: str, base_model: str | None
         about = json.loads((file.metadata() or {})["about"])
         weights = {key: file.get_tensor(key) for key in file.keys()}
     about["model"]["name"] = report["base"]["name"]
-    save_file(weights, folder / LANGUAGE_FILE, {"about": json.dumps(about)})
+    write_file(folder / LANGUAGE_FILE, save(weights, {"about": json.dumps(about)}))
     write_file(folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     write_file(folder / CARD, language_card(report, name))
 

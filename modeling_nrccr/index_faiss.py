@@ -312,6 +312,7 @@ def _read_vectors(path: Path, dim: int, in_lists: bool) -> faiss.Index:
     inner = faiss.downcast_index(vectors.quantizer if in_lists else vectors.index)
     lists = faiss.downcast_InvertedLists(vectors.invlists) if in_lists else None
     is_flat = type(inner) is faiss.IndexFlatIP and inner.codes.size() == inner.ntotal * 4 * dim
+    is_flat = is_flat and inner.is_trained and vectors.is_trained
     if not is_flat or lists is not None and type(lists) is not faiss.ArrayInvertedLists:
         raise ValueError(f"{path.name} holds a {type(inner).__name__}, or half of one")
     if {vectors.d, inner.d} != {dim} or {vectors.metric_type, inner.metric_type} != {faiss.METRIC_INNER_PRODUCT}:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from .files import write_file
+
 
 MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
@@ -27,4 +29,4 @@ def write_sentence_transformers_files(directory: str | Path, has_pictures: bool 
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
     }
     for name, content in files.items():
-        Path(directory, name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_file(Path(directory, name), json.dumps(content, indent=2) + "\n")

@@ -1,13 +1,11 @@
 """Neural engines for translation by CTranslate2: the same models, several times faster on a CPU."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from .files import replacing_folder
 from .translation import TranslationError
 from .translation_seq2seq import Seq2SeqTranslator
 
@@ -51,20 +49,16 @@ def convert_to_ctranslate2(model: str | Path, folder: str | Path, quantization: 
     if folder.exists():
         raise ValueError(f"{folder} is there already: remove it or name another")
     converter = _converter(str(model))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        converter.convert(str(part), quantization=quantization, force=True)
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        positions = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
-        # the converted folder does not say how long a text may be
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
-        tokenizer.save_pretrained(part)
-        os.replace(part, folder)
+        with replacing_folder(folder, lambda path: False, "a converted model") as part:
+            converter.convert(str(part), quantization=quantization, force=True)
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            positions = getattr(AutoConfig.from_pretrained(model), "max_position_embeddings", None)
+            # the converted folder does not say how long a text may be
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
+            tokenizer.save_pretrained(part)
     except (OSError, ValueError, NotImplementedError) as error:
         raise TranslationError(f"{model} cannot be converted: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

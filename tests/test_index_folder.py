@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from modeling_nrccr import files, index_faiss
-from modeling_nrccr.files import is_leftover, printable, write_file, writing
+from modeling_nrccr.files import writing
 from modeling_nrccr.index_faiss import SCHEMA, FaissIndex
 
 
@@ -251,17 +251,3 @@ def test_an_error_that_a_disk_shows_late_leaves_the_index_that_was_there(tmp_pat
         with pytest.raises(OSError, match=f"{tmp_path}/vectors-.* cannot be written .*make room"):
             index_of(4).save(tmp_path)
     assert names(tmp_path) == before and len(FaissIndex.load(tmp_path)) == 3
-
-
-def test_files_are_readable_by_whom_the_umask_lets(tmp_path):
-    index_of(3).save(tmp_path)
-    write_file(tmp_path / "a.txt", "é")
-    (tmp_path / "plain").touch()
-    modes = {(tmp_path / name).stat().st_mode for name in names(tmp_path) - {".lock"}}
-    assert modes == {(tmp_path / "plain").stat().st_mode} and (tmp_path / "a.txt").read_bytes() == "é".encode()
-    assert not is_leftover(tmp_path / "plain") and not is_leftover(tmp_path / "gone")
-
-
-def test_names_are_shown_so_that_a_terminal_and_a_csv_can_hold_them():
-    assert printable(os.fsdecode(b"caf\xe9\n\x1b[31m.jpg")) == r"caf\xe9\n\x1b[31m.jpg"
-    assert printable("ñ 猫 😀.png") == "ñ 猫 😀.png"
