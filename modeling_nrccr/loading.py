@@ -30,6 +30,7 @@ CONFIG_FILES = ("config.json", OPEN_CLIP_CONFIG)
 LFS_POINTER = b"version https://git-lfs"
 NO_WEIGHTS = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")  # pickles, which run code as they are read
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+CACHE_LINE = 64  # bytes
 # A model may hold a little more than its file: a pooler that is dropped, tied weights. One of 4 times its size is no
 # model of that file.
 SLACK, SPARE_NUMBERS, SPARE_TENSORS = 4, 10**7, 1000
@@ -197,6 +198,17 @@ def check_numbers(model: torch.nn.Module, where: str):
                 )
 
 
+@torch.no_grad()
+def align(model: torch.nn.Module):
+    """Copies what products read out of the file that it is mapped from, to addresses of whole cache lines: at others
+    the last bit of a product may differ, so that equal weights of two files would give two embeddings."""
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding):  # of which a text reads a few rows
+            for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if value.device.type == "cpu" and value.data_ptr() % CACHE_LINE:
+                    value.data = value.data.clone()
+
+
 def load_weights(
     load: Callable,
     model_class: type[PreTrainedModel],
@@ -238,6 +250,7 @@ def load_weights(
             "model, or not all of them"
         )
     check_numbers(model, str(name))
+    align(model)
     return (model, info) if with_info else model
 
 

@@ -37,6 +37,13 @@ def model(request, tmp_path_factory) -> tuple[Path, dict]:
     return folder, expected
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    reference.write_model(folder, reference.MODELS["longest"], EXPECTED["longest"]["shapes"])
+    return folder
+
+
 def changed(folder: Path, out: Path, change) -> str:
     """A copy whose config `change` has changed."""
     shutil.copytree(folder, out)
@@ -73,11 +80,10 @@ def test_embeddings_and_similarities_are_those_of_open_clip(model, tmp_path):
     assert fresh.made_for()["name"] == f"open_clip:{folder}" and fresh.dtype == torch.bfloat16
 
 
-def test_the_text_side_knows_its_activation(tmp_path):
-    reference.write_model(tmp_path / "m", reference.MODELS["quickgelu"], EXPECTED["quickgelu"]["shapes"])
+def test_the_text_side_knows_its_activation(plain, tmp_path):
     acts = {}
     for flags in ({"quick_gelu": True}, {"quick_gelu": False}, {"quick_gelu": False, "force_quick_gelu": True}):
-        name = changed(tmp_path / "m", tmp_path / str(len(acts)), lambda model, _: model.update(flags))  # noqa: B023
+        name = changed(plain, tmp_path / str(len(acts)), lambda model, _: model.update(flags))  # noqa: B023
         config = read_open_clip_config(name)
         acts[str(flags)] = (config.text_config.hidden_act, config.vision_config.hidden_act)
     assert list(acts.values()) == [("quick_gelu",) * 2, ("gelu",) * 2, ("quick_gelu",) * 2]
@@ -173,23 +179,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_another_architecture_is_refused_by_name(tmp_path, fault):
-    reference.write_model(tmp_path / "m", reference.MODELS["longest"], EXPECTED["longest"]["shapes"])
-    name = changed(tmp_path / "m", tmp_path / "changed", REFUSED[fault][0])
+def test_another_architecture_is_refused_by_name(plain, tmp_path, fault):
+    name = changed(plain, tmp_path / "changed", REFUSED[fault][0])
     with pytest.raises(ValueError, match=REFUSED[fault][1]) as raised:
         NrccrModel.from_dual_encoder(name)
     assert str(tmp_path / "changed") in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_settings_that_change_nothing_are_taken(tmp_path):
-    reference.write_model(tmp_path / "m", reference.MODELS["longest"], EXPECTED["longest"]["shapes"])
-
+def test_settings_that_change_nothing_are_taken(plain, tmp_path):
     def change(model, _):
         model.update(custom_text=False, init_logit_bias=None)
         model["text_cfg"].update(no_causal_mask=False, pool_type="argmax", proj_type="linear", embed_cls=False)
         model["vision_cfg"].update(timm_model_name=None, timm_pool="", pool_type="tok", patch_dropout=0.5)
 
-    NrccrModel.from_dual_encoder(changed(tmp_path / "m", tmp_path / "changed", change))
+    NrccrModel.from_dual_encoder(changed(plain, tmp_path / "changed", change))
 
 
 def test_broken_folders_are_refused(small, tmp_path):
