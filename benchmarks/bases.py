@@ -54,8 +54,8 @@ from wheels import cache_folder, new_folder  # noqa: E402
 
 from modeling_nrccr import NrccrModel, NrccrProcessor  # noqa: E402
 from modeling_nrccr.encoding import encode_images, encode_texts  # noqa: E402
+from modeling_nrccr.heads import clip_loss  # noqa: E402
 from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics  # noqa: E402
-from modeling_nrccr.modeling_nrccr import clip_loss  # noqa: E402
 from modeling_nrccr.processing_nrccr import to_rgb  # noqa: E402
 
 

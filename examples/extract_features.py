@@ -37,8 +37,8 @@ from modeling_nrccr.feature_cache import fingerprint, load_media
 from modeling_nrccr.files import replacing, write_file
 from modeling_nrccr.limits import number
 from modeling_nrccr.media import IMAGE_SUFFIXES, describe_others, is_clip, load_image, to_rgb, walk
-from modeling_nrccr.modeling_nrccr import NrccrVisualTower, load_encoder
 from modeling_nrccr.processing_nrccr import to_square
+from modeling_nrccr.towers import NrccrVisualTower, load_encoder
 
 
 ROWS_A_GROUP = 16  # of Parquet: what reading one item reads

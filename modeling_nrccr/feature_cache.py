@@ -22,8 +22,9 @@ from transformers.utils import logging
 
 from .encoding import ahead
 from .files import replacing
+from .heads import pool
 from .length_groups import length_groups, pad_right, row_lengths
-from .modeling_nrccr import NrccrModel, pool
+from .modeling_nrccr import NrccrModel
 
 
 logger = logging.get_logger(__name__)

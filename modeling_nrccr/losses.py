@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch.nn import functional as F
 
-from .modeling_nrccr import NrccrOutput, clip_loss
+from .heads import clip_loss
+from .modeling_nrccr import NrccrOutput
 
 
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")

@@ -30,9 +30,10 @@ from .data_collator import KEY_PREFIX, DataCollatorForCrossLingualRetrieval, sin
 from .discriminator import LanguageDiscriminator, adversarial_loss, discriminator_loss
 from .encoding import encode_images, encode_texts, picture_rows
 from .files import write_file, writing
+from .heads import gather_rows
 from .losses import NrccrLoss, ranking_cross_entropy
 from .metrics import RECALL_AT, compute_retrieval_metrics
-from .modeling_nrccr import NrccrModel, NrccrOutput, gather_rows
+from .modeling_nrccr import NrccrModel, NrccrOutput
 from .training_args import NrccrTrainingArguments
 from .training_checks import TrainingChecks, fit_batches, not_a_number
 

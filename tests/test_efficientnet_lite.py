@@ -12,7 +12,7 @@ from modeling_nrccr.modeling_efficientnet_lite import (
     EfficientNetLiteModel,
     scale_channels,
 )
-from modeling_nrccr.modeling_nrccr import NrccrVisualTower
+from modeling_nrccr.towers import NrccrVisualTower
 
 
 @pytest.fixture(scope="module")
