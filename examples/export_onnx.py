@@ -428,6 +428,13 @@ def main(argv: list[str] | None = None):
 def run(args: argparse.Namespace):
     load_onnx()
     model, processor = load_with_languages(args.model, [args.language] if args.language else [])
+    if model.source_text_side is not None:
+        if model.language is None:
+            raise ValueError(
+                f"{args.model} reads its source language by the text side of its base: export that base, or name the "
+                "language whose side is exported, --language CODE"
+            )
+        model, processor = model.language_side(), processor.language_side()
     folder = Path(args.output)
     sides = list_sides(model, processor, args.sides)
     compared = export(model, processor, sides, folder, args.int8, args.torch_export)

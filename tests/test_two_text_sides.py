@@ -1,5 +1,7 @@
 """A base reads its own language, bit for bit, and another text encoder the languages: one model, one index."""
 
+import export_onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -131,3 +133,19 @@ def test_what_is_trained_is_the_side_of_the_languages(sides):
     with pytest.raises(ValueError, match="zz inside its text tower"):
         side.with_source_text_side(base)
     base.remove_language("zz")
+
+
+def test_the_side_of_a_language_is_exported(sides, tmp_path):
+    base, processor, model, joined, alone = sides
+    if base.visual_tower is None:
+        return
+    model.save_pretrained(tmp_path / "model")
+    joined.save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "onnx"), "--sides", "text"]
+    with pytest.raises(SystemExit, match="export that base, or name the language"):
+        export_onnx.main(arguments)
+    export_onnx.main([*arguments, "--language", "xx"])
+    exported = onnxruntime.InferenceSession(tmp_path / "onnx/text.onnx")
+    inputs = NrccrProcessor.from_pretrained(tmp_path / "onnx")(text=TARGET, return_tensors="np")
+    (embeds,) = exported.run(None, {name: inputs[name] for name in ("input_ids", "attention_mask")})
+    torch.testing.assert_close(torch.tensor(embeds), alone, atol=1e-4, rtol=0)
