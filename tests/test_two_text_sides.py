@@ -135,6 +135,7 @@ def test_what_is_trained_is_the_side_of_the_languages(sides):
     base.remove_language("zz")
 
 
+@pytest.mark.slow
 def test_the_side_of_a_language_is_exported(sides, tmp_path):
     base, processor, model, joined, alone = sides
     if base.visual_tower is None:
