@@ -23,6 +23,7 @@ LANGUAGE_FILE = "language_adapter.safetensors"
 # Cosine of probes, of one model in float32, and of it in half precision against float32: an EfficientNet whose weights
 # are rounded to bfloat16 sees the test picture with 0.996, a deep text encoder reads the texts with 0.9999.
 SAME_MODEL, SAME_IN_HALF = 0.999, 0.98
+PROBED = 12  # tokens of a text of the probe
 LORA = RLock()  # of peft's layers, which hold what is active: threads take turns through a tower that has any
 
 
@@ -297,7 +298,10 @@ class NrccrLanguagesMixin:
     def probe(self, rounded_to: torch.dtype | None = None) -> torch.Tensor:
         """Return embeddings of four fixed texts by the model's own text side, computed in float32, of shape
         `(4, projection_dim)`: they tell text towers, and revisions of one, apart, in any precision, on any device."""
-        ids = ((torch.arange(4 * 12) * 7919 + 13) % self.config.text_config.vocab_size).view(4, 12).to(self.device)
+        length = min(
+            PROBED, self.config.text_length or getattr(self.config.text_config, "max_position_embeddings", PROBED)
+        )
+        ids = ((torch.arange(4 * length) * 7919 + 13) % self.config.text_config.vocab_size).view(4, -1).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "languages": [None] * 4}
         side = self.language_side()
         with evaluating(side):
