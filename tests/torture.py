@@ -287,9 +287,9 @@ def disk_rounds(activity: Activity, rounds: int, log: Path) -> Counter:
     found = Counter()
     activity.begin(-1)
     go_on(activity, log)
-    largest = max(path.stat().st_size for path in activity.folder.rglob("*") if path.is_file())
     for number in range(rounds):
         activity.begin(number)
+        largest = max(path.stat().st_size for path in activity.folder.rglob("*") if path.is_file())
         code = wait(fork(activity.run, log, activity.generator.randrange(3 * largest // 2)))
         look = activity.look()
         assert code == REFUSED or (code, look) == (0, "new"), f"{code}: {log.read_text()[-2000:]}"
