@@ -180,8 +180,8 @@ def main():
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     args = parser.parse_args()
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for split in () if args.page else args.splits:
-        for row in args.rows:
+    for row in () if args.page else args.rows:
+        for split in args.splits:
             if not any((result["row"], result["split_seed"]) == (row, split) for result in results):
                 results.append(run(row, split))
                 write_file(RESULTS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
