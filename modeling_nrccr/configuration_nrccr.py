@@ -149,6 +149,11 @@ class NrccrConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # of a dual encoder (CLIP, SigLIP 2, ...) the vision tower alone
         self.vision_config = getattr(self.vision_config, "vision_config", self.vision_config)
+        if hasattr(self.text_config, "vision_config"):
+            raise ValueError(
+                f"text_config is that of {self.text_config.model_type}, which reads pictures too: take "
+                "NrccrModel.from_dual_encoder, or its text_config"
+            )
         if self.text_feat_dim is None:
             width = TEXT_FEAT_DIM.get(self.text_config.model_type, "hidden_size")
             self.text_feat_dim = getattr(self.text_config, width)

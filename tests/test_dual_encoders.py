@@ -28,6 +28,7 @@ from transformers import (
 from modeling_nrccr import (
     DataCollatorForCrossLingualRetrieval,
     FeatureCache,
+    NrccrConfig,
     NrccrModel,
     NrccrProcessor,
     NrccrRetriever,
@@ -254,6 +255,8 @@ def test_another_text_encoder_lands_in_the_same_space(dual, tmp_path):
 
 
 def test_what_is_no_dual_encoder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="text_config is that of siglip, which reads pictures too"):
+        NrccrConfig(text_config=DUAL_ENCODERS["siglip"])
     BertConfig(**WORDS).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'bert' is no dual encoder"):
         NrccrModel.from_dual_encoder(str(tmp_path))
