@@ -10,6 +10,7 @@ English captions of real pictures. Each row is a run of `examples/add_language.p
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,9 @@ ROWS = {
     "new_linear": ("another text encoder beside it (e5), linear adapter", [*NEW_SIDE, f"--translator={ENGINES}"]),
     "new_lora": (
         "another text encoder beside it (e5), recommended.yaml", [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}"]
+    ),
+    "new_lora_long": (
+        "the same, three times as long", [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}", "--num_train_epochs=3"]
     ),
     "own_lora": ("LoRA in its own text encoder, recommended.yaml", [*RECOMMENDED, f"--translator={ENGINES}"]),
     "human": ("e5 beside it, LoRA from human captions (bound)", [*RECOMMENDED, *NEW_SIDE, "--lexicon=none",
@@ -134,6 +138,10 @@ def shown(values: np.ndarray, sign: str = "") -> str:
     return f"{values[0]:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
+def of_splits(count: int) -> str:
+    return "" if count == len(SPLITS) else f" ({count} of {len(SPLITS)} splits)"
+
+
 def write_page(results: list[dict]):
     """Write the tables of docs/english_text_encoders.md."""
     ours, fused = "this language", "this language, half its translation"
@@ -146,18 +154,22 @@ def write_page(results: list[dict]):
         ("the same, fused with the translation", "new_linear", fused),
         ("**e5 beside it, LoRA (recommended.yaml)**", "new_lora", ours),
         ("**the same, fused with the translation**", "new_lora", fused),
+        ("e5 beside it, LoRA, three times as long", "new_lora_long", ours),
+        ("the same, fused with the translation", "new_lora_long", fused),
         ("e5 beside it, LoRA from human captions (bound)", "human", ours),
         ("English before", "new_lora", "English, before"),
         ("English after, LoRA in its own text encoder", "own_lora", "English, this language"),
         ("English after, e5 beside it", "new_lora", "English, this language"),
     ]
-    done = {result["row"] for result in results}
-    head = ["| SumR, mean of 3 splits |", *(f" {NAMES[language]} |" for language in LANGUAGES)]
+    splits = Counter(result["row"] for result in results)
+    head = ["| SumR |", *(f" {NAMES[language]} |" for language in LANGUAGES)]
     table = ["".join(head), "| --- |" + " ---: |" * len(LANGUAGES)]
     table += [
-        f"| {label} | " + " | ".join(shown(means(results, row, name, of)) for of in LANGUAGES) + " |"
+        f"| {label}{of_splits(splits[row])} | "
+        + " | ".join(shown(means(results, row, name, of)) for of in LANGUAGES)
+        + " |"
         for label, row, name in lines
-        if row in done
+        if splits[row]
     ]
     differences = ["| difference, on the same draws |" + "".join(head[1:]), table[1]]
     asked, before = ("new_lora", "translated query"), ("new_lora", "English, before")
@@ -167,9 +179,9 @@ def write_page(results: list[dict]):
         ("LoRA in its own encoder fused, less the translated query", "own_lora", fused, asked),
         ("English after, less before, e5 beside it", "new_lora", "English, this language", before),
     ):
-        if row in done:
+        if splits[row]:
             cells = " | ".join(shown(means(results, row, name, of, other), "+") for of in LANGUAGES)
-            differences.append(f"| {label} | {cells} |")
+            differences.append(f"| {label}{of_splits(splits[row])} | {cells} |")
     fill(PAGE, {"found": "\n".join(table) + "\n", "differences": "\n".join(differences) + "\n"})
 
 
