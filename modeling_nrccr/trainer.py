@@ -96,7 +96,7 @@ class NrccrTrainer(Trainer):
         # the order of the rows: else drawn from the random state, which is each process's own
         args.data_seed = args.seed if args.data_seed is None else args.data_seed
         args.logging_nan_inf_filter = False  # it would log 0: `compute_loss` stops instead
-        fit_batches(args, train_dataset)
+        fit_batches(args, train_dataset, eval_dataset)
         self.resumed_state: TrainerState | None = None
         text_layers = None if args.trained_text_layers < 0 else args.trained_text_layers
         if args.train_language is None:

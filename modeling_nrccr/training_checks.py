@@ -19,14 +19,17 @@ logger = logging.get_logger(__name__)
 LOGIT_SCALE_LIMIT = math.log(100)  # CLIP, arXiv 2103.00020, section 2.5: unbounded, training becomes unstable
 
 
-def fit_batches(args, dataset: Iterable | None):
+def fit_batches(args, dataset: Iterable | None, eval_dataset: Iterable | None = None):
     """
     Fits batch, accumulation and epochs in `args` to the rows that there are: a batch that is larger than all of them
     would never be filled, and so no step be taken. Of a stream, as many rows are read as one step takes.
 
     Raises:
-        ValueError: so few rows cannot be trained on, or the last batch of an epoch would be of one row.
+        ValueError: so few rows cannot be trained on, or the last batch of an epoch would be of one row; or there are
+            none to evaluate on.
     """
+    if args.eval_strategy != "no" and has_length(eval_dataset) and len(eval_dataset) == 0:
+        raise ValueError("eval_dataset has no rows: hold some out, or set eval_strategy to no")
     if dataset is None:
         return
     processes, size = args.world_size, args.per_device_train_batch_size

@@ -50,6 +50,9 @@ def test_a_last_batch_of_one_row_is_left_out_of_a_stream(tmp_path):
     trainer = trainer_of(tmp_path, stream_of(toy_rows(20)), max_steps=2, gradient_accumulation_steps=4, **QUIET)
     trainer.train()
     assert trainer.state.global_step == 2 and trainer.args.gradient_accumulation_steps == 2
+    with pytest.raises(ValueError, match="eval_dataset has no rows"):
+        kept = DataCollatorForCrossLingualRetrieval(WordProcessor())
+        NrccrTrainer(model, NrccrTrainingArguments(str(tmp_path)), toy_rows(9), [], data_collator=kept)
     with pytest.raises(ValueError, match="leave a last one of one row.*set dataloader_drop_last"):
         trainer_of(tmp_path, toy_rows(9), dataloader_drop_last=False, **QUIET)
 
