@@ -74,8 +74,8 @@ def test_an_embedding_depends_on_nothing_but_its_text(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bases.NAMES)
-def test_a_base_was_really_trained(name):
-    """Its English finds far more than chance among pictures that were held out."""
-    record = bases.read_record(bases.base_folder(name))
+def test_a_base_was_really_trained():
+    """Its English finds far more than chance among pictures that were held out; `benchmarks/bases_table.py` asks all,
+    which takes ten minutes."""
+    record = bases.read_record(bases.base_folder("clip"))
     assert record["sum_recall"] > bases.FAR * record["chance"]
