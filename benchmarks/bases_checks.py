@@ -241,7 +241,10 @@ def check(name: str, work: Path, steps: Sequence[str]) -> dict[str, dict]:
             checks.pop("loaded")
         if not one.model.has_lora(LANGUAGE):
             checks.pop("merged")
-        found[step] = {"sum_recall": recalls, "checks": {key: attempt(call) for key, call in checks.items()}}
+        found[step] = {"sum_recall": recalls, "checks": {}}
+        for key, call in checks.items():
+            found[step]["checks"][key] = attempt(call)
+            print(f"{step}, {key}: {found[step]['checks'][key]}", flush=True)
     return found
 
 
