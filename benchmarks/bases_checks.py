@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -176,12 +177,10 @@ class Examined:
 
     def served(self) -> float:
         """Embeddings over HTTP; and the hits of a search in the index that the base made before."""
-        limits = vars(serve.Limits())
-        arguments = argparse.Namespace(
-            model=self.folder, language=[f"{LANGUAGE}={self.step}"], index=str(self.index), collection="gallery",
-            filter_by=[], **limits,
-        )  # fmt: skip
-        with TestClient(serve.build_app(serve.load_service(arguments))) as client:
+        arguments = [self.folder, f"--language={LANGUAGE}={self.step}", f"--index={self.index}"]
+        with mock.patch.object(serve.uvicorn, "run") as run:  # as it is typed, but for the socket
+            serve.main(arguments)
+        with TestClient(run.call_args.args[0], base_url="http://127.0.0.1") as client:
             answer = client.post("/embed", json={"texts": self.sample}).raise_for_status().json()
             hits = client.post("/search", json={"text": self.sample[0], "k": 5}).raise_for_status().json()["hits"]
         if [hit["id"] for hit in hits] != self.best(self.embeds[0]):
