@@ -103,8 +103,8 @@ class Examined:
 
     def cached(self) -> float:
         """Cached states against full passes, at the boundary of its training."""
-        model = self.open()[0].train_language(LANGUAGE).eval()
-        cache = FeatureCache(model, self.processor)
+        model = self.open()[0].language_side().train_language(LANGUAGE).eval()
+        cache = FeatureCache(model, self.processor.language_side())
         cache.add_texts(self.sample)
         if not cache.is_exact:
             raise RuntimeError("not cached: cached states would differ")
@@ -171,9 +171,10 @@ class Examined:
             naflex = self.has_pictures and self.model.visual_tower.patch_size is not None
             sides = ["--sides", "text"] if naflex else []  # no exporter follows pictures of any shape
             export_onnx.main([self.folder, folder, "--language", f"{LANGUAGE}={self.step}", *sides])
-            side = export_onnx.list_sides(self.model, self.processor, ["text"])[0]
+            processor = AutoProcessor.from_pretrained(folder)
+            side = export_onnx.list_sides(self.model.language_side(), processor, ["text"])[0]
             exported = export_onnx.OnnxModel(Path(folder), self.model.config, [side])
-            return difference(encode_texts(exported, self.sample, self.processor), self.embeds)
+            return difference(encode_texts(exported, self.sample, processor), self.embeds)
 
     def served(self) -> float:
         """Embeddings over HTTP; and the hits of a search in the index that the base made before."""

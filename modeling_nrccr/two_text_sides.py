@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+from .configuration_nrccr import NrccrConfig
 from .processing_nrccr import TEXT_OPTIONS, NrccrProcessor, NrccrTextProcessor
 
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download")
 RULES = ("text_prefix", "max_text_length", "text_padding", "lower_case")
 
 
@@ -13,6 +15,15 @@ class TwoTextSides:
 
     text_options = TEXT_OPTIONS | {"languages"}
     reads_languages = True  # a call is told which text is in which language
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options):
+        """As of its class; a text whose language no call names is in the active one of the model beside it."""
+        processor = super().from_pretrained(name, **options)
+        if processor.language is None:
+            hub = {option: options[option] for option in HUB_OPTIONS if option in options}
+            processor.language = NrccrConfig.get_config_dict(name, **hub)[0].get("language")
+        return processor
 
     def language_side(self) -> NrccrTextProcessor:
         """Return the processor without `source_side`."""
@@ -54,6 +65,7 @@ class NrccrTwoSidedTextProcessor(TwoTextSides, NrccrTextProcessor):
         source_tokenizer (`PreTrainedTokenizerBase`): Of the text side that reads the source language.
         source_text (`dict`): Its `text_prefix`, `max_text_length`, `text_padding` and `lower_case`.
         language (`str`, *optional*): That of texts whose language a call does not name; None: the source language.
+            Loaded without one, it is the active language of the model beside it.
     """
 
     def __init__(

@@ -107,7 +107,6 @@ def test_both_sides_are_saved_and_found_by_the_index_of_the_base(sides, tmp_path
         expected, abs=1e-5
     )
 
-    again.language = "xx"
     loaded.set_language("xx").save_pretrained(tmp_path / "full")
     again.save_pretrained(tmp_path / "full")
     write_sentence_transformers_files(tmp_path / "full", True)
