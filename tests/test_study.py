@@ -44,7 +44,7 @@ def write_study(folder: Path, towers: Path) -> Path:
                 "target_contrastive_loss_weight": 0.0, "eval_query_column": "reference_source_caption"}},
             "mt": {"label": "M"},
             "student": {"label": "S", "teacher": "english_only", "start_from": "english_only",
-                        "settings": only_features},
+                        "settings": only_features | {"learning_rate": 1e-2}},
             "together": {"label": "T", "start_from": "english_only", "adapter": True, "trained_in": "gl",
                          "one_to_k": True,
                          "languages": ["gl", "ca"], "learns_from": {"gl": "apertium", "ca": "apertium"},
