@@ -163,6 +163,8 @@ class MilvusIndex:
         try:
             while page := self._guard(pages.next):
                 page = [row for row in page if row["item_id"]]
+                if not page:  # the mark of the model alone
+                    continue
                 vectors = np.array([row["embed"] for row in page], dtype=np.float32) if embeds else None
                 yield (
                     [json.loads(row["item_id"]) for row in page],
