@@ -96,12 +96,13 @@ TINY = Size(width=24, layers=4, picture_layers=1, patch=4, grid=2, vocabulary=56
 
 @dataclass(frozen=True)
 class Base:
-    """Of a family: its tokenizer `(captions, vocabulary)`, its configuration `(tokenizer, size)` and its image
-    processor `(size)`, or None where its pictures stay with it."""
+    """Of a family: its tokenizer `(captions, vocabulary)`, its configuration `(tokenizer, size)`, its image processor
+    `(size)`, or None where its pictures stay with it, and the learning rate of its text side."""
 
     tokenizer: Callable[[Sequence[str], int], PreTrainedTokenizerBase]
     config: Callable[[PreTrainedTokenizerBase, Size], PreTrainedConfig]
     image_processor: Callable[[Size], object] | None = None
+    rate: float = 1e-3
 
 
 def text_fields(tokenizer: PreTrainedTokenizerBase, size: Size, **fields) -> dict:
@@ -166,7 +167,7 @@ BASES = {
     ),
     "siglip2": Base(
         kinds.siglip2_tokenizer, siglip2_config,
-        lambda size: Siglip2ImageProcessorPil(patch_size=size.patch, max_num_patches=size.grid**2),
+        lambda size: Siglip2ImageProcessorPil(patch_size=size.patch, max_num_patches=size.grid**2), rate=2e-3,
     ),
     "embedding_gemma2": Base(kinds.gemma_tokenizer, embedding_gemma2_config),
 }  # fmt: skip
@@ -272,7 +273,7 @@ def distil_pictures(model: PreTrainedModel, pixels: dict, teacher: torch.Tensor,
     fit([*picture_side(model), *projection.parameters()], epochs, len(teacher), 2e-3, loss_of)
 
 
-def train(model: PreTrainedModel, tokenizer, image_processor, epochs: int = 10):
+def train(model: PreTrainedModel, tokenizer, image_processor, rate: float, epochs: int = 10):
     """By the family's own loss, over pictures and captions. The picture tower is locked then (LiT, arXiv 2111.07991):
     a tower that moves may collapse with the text side, and SigLIP's loss at this size does not leave that again."""
     captions, pictures = captioned("train")
@@ -295,7 +296,7 @@ def train(model: PreTrainedModel, tokenizer, image_processor, epochs: int = 10):
         return model(**texts, **{name: part[rows] for name, part in pixels.items()}, return_loss=True).loss
 
     free = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    fit(free, epochs, len(captions), 1e-3, loss_of)
+    fit(free, epochs, len(captions), rate, loss_of)
 
 
 @torch.no_grad()
@@ -330,7 +331,7 @@ def build(name: str, folder: Path, seed: int) -> float:
     model = save_untrained(base, captioned("train")[0], folder, Size(), seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder) if base.image_processor else None
-    train(model.train(), tokenizer, image_processor)
+    train(model.train(), tokenizer, image_processor, base.rate)
     model.save_pretrained(folder)
     return english_sum_recall(model, tokenizer, image_processor)
 
