@@ -1,7 +1,7 @@
 """Walks the whole path on each base of the bench, from captions to an answered query, and writes docs/bases.md.
 
     python benchmarks/bases_table.py                       # all of it; goes on where it was stopped
-    python benchmarks/bases_table.py clip siglip --steps linear lora --report /tmp/bases.json
+    python benchmarks/bases_table.py clip siglip --steps linear lora --report bases.json
 
 Each step is a run of `examples/add_language.py`; before the first one the base indexes the held-out pictures by
 `examples/index_gallery.py`. Then a process of its own (`bases_checks.py`) opens what was written and checks it.
