@@ -4,6 +4,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from threading import RLock
 
@@ -318,7 +319,15 @@ class NrccrLanguagesMixin:
             for name, value in weights.items()
             if rounded_to or value.dtype in (torch.bfloat16, torch.half)
         }
-        return functional_call(self, changed, kwargs=inputs)
+        return functional_call(self.unwrapped(), changed, kwargs=inputs)
+
+    def unwrapped(self) -> "NrccrLanguagesMixin":
+        """Return this model, all shared, without the autocast that accelerate puts around the forward of what was
+        trained in half precision."""
+        plain = copy(self)
+        for name in ("forward", "_original_forward"):
+            plain.__dict__.pop(name, None)
+        return plain
 
     def made_for(self) -> dict[str, str | None]:
         """Name and revision of the model that languages are added to."""

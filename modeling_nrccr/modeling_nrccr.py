@@ -6,7 +6,7 @@ The model turns inputs into embeddings and nothing else: losses are in `losses.p
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -280,11 +280,10 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         """This model without its `source_text_side`, all else shared: what languages are trained in."""
         if self.source_text_side is None:
             return self
-        side = copy(self)  # not a new model: that would draw the weights of LoRA again, in the tower that it shares
+        # not a new model: that would draw the weights of LoRA again, in the tower that it shares
+        side = self.unwrapped()
         side._modules, side.config = self._modules | {"source_text_side": None}, deepcopy(self.config)
         side.config.source_text_side = None
-        for name in ("forward", "_original_forward"):  # accelerate's, bound to the model that was trained before
-            side.__dict__.pop(name, None)
         return side
 
     def with_new_heads(self, **config_kwargs) -> "NrccrModel":

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_languages import CAPTIONS, base, embeds
+from test_languages import CAPTIONS, base, embeds, trained
 from transformers import BatchFeature, BertConfig, CLIPTextConfig
 
 from modeling_nrccr import EfficientNetLiteConfig, NrccrConfig, NrccrModel, NrccrRetriever
@@ -165,6 +165,14 @@ def test_a_file_holds_in_any_precision(made, used, tmp_path):
     model = deep().to(torch.bfloat16).to(used)
     model.load_language("gl", tmp_path)
     assert model.dtype == used and model.language_adapters["gl"].update.weight.dtype == used
+
+
+def test_the_probe_is_that_of_the_base_after_training_in_half_precision(tmp_path, word_processor):
+    """Accelerate leaves an autocast around the model's forward."""
+    model, expected = base(), base().probe()
+    model.add_language("gl")
+    trained(model, "gl", tmp_path, word_processor, steps=2, bf16=True)
+    assert torch.equal(model.probe(), expected)
 
 
 def test_an_index_holds_in_any_precision(tmp_path, word_processor):
