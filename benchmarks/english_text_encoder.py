@@ -1,7 +1,10 @@
 """Adds four languages to a base that reads English alone, in each way that there is, and says what human queries find.
 
     python benchmarks/english_text_encoder.py            # trains and tests; goes on where it was stopped
-    python benchmarks/english_text_encoder.py --page     # writes docs/english_text_encoders.md from the results alone
+    python benchmarks/english_text_encoder.py --page     # writes docs/english_text_encoders.md from what was run here
+
+What was run is a line of benchmarks/results/english_text_encoder.jsonl; the draws that intervals over splits are made
+of lie beside the models, in outputs/english_text_encoder. A run that lacks them is run again.
 
 The base is real: all-MiniLM-L6-v2 and the demo's picture tower, trained like `examples/configs/english.yaml` on the
 English captions of real pictures. Each row is a run of `examples/add_language.py`, all four languages in one adapter.
@@ -192,6 +195,7 @@ def main():
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     args = parser.parse_args()
     results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    results = [result for result in results if (WORK / f"{result['row']}-{result['split_seed']}.npz").exists()]
     for row in () if args.page else args.rows:
         for split in args.splits:
             if not any((result["row"], result["split_seed"]) == (row, split) for result in results):
