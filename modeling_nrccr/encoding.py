@@ -5,15 +5,14 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from enum import Enum
-from threading import Lock
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature
 
+from .languages import in_eval_mode
 from .length_groups import length_groups, pass_tokens, row_lengths
 from .modeling_nrccr import NrccrModel
 from .processor_inputs import check_texts
@@ -160,30 +159,6 @@ def ahead(chunks: Iterable, prepare: Callable[[Any], Any], device: torch.device)
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-MODES: dict[torch.nn.Module, tuple[int, list[torch.nn.Module]]] = {}  # how many encode, and what trained before
-MODES_LOCK = Lock()
-
-
-@contextmanager
-def in_eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """The model without dropout while any thread is in here; every module is then as it was, also after an error."""
-    with MODES_LOCK:
-        count, training = MODES.get(model) or (0, [module for module in model.modules() if module.training])
-        for module in training:
-            module.training = False
-        MODES[model] = count + 1, training
-    try:
-        yield
-    finally:
-        with MODES_LOCK:
-            count, training = MODES.pop(model)
-            if count > 1:
-                MODES[model] = count - 1, training
-            else:
-                for module in training:
-                    module.training = True
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,17 +70,28 @@ def same_model(model: nn.Module, probe: Callable[[torch.dtype | None], torch.Ten
     return similarity
 
 
+MODES: dict[nn.Module, tuple[int, list[nn.Module]]] = {}  # how many encode, and what trained before
+MODES_LOCK = Lock()
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator:
-    """Leave the mode as it was, also after an error; a model that is not in training is not touched."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout while any thread is in here; every module is then as it was, also after an error."""
+    with MODES_LOCK:
+        count, training = MODES.get(model) or (0, [module for module in model.modules() if module.training])
+        for module in training:
+            module.training = False
+        MODES[model] = count + 1, training
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        with MODES_LOCK:
+            count, training = MODES.pop(model)
+            if count > 1:
+                MODES[model] = count - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 class NrccrLanguagesMixin:
@@ -305,7 +316,7 @@ class NrccrLanguagesMixin:
         ids = ((torch.arange(4 * length) * 7919 + 13) % self.config.text_config.vocab_size).view(4, -1).to(self.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "languages": [None] * 4}
         side = self.language_side()
-        with evaluating(side):
+        with in_eval_mode(side):
             return side.in_float32(rounded_to, **inputs).text_embeds.float().cpu()
 
     def in_float32(self, rounded_to: torch.dtype | None = None, **inputs) -> ModelOutput:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts, picture_rows
 from .files import is_utf8, printable
 from .gallery_index import GalleryIndex, is_milvus, open_index
-from .languages import evaluating, same_model
+from .languages import in_eval_mode, same_model
 from .media import list_images, load_image, walk
 from .metrics import fuse_query_embeds
 from .modeling_nrccr import NrccrModel
@@ -417,7 +417,7 @@ class NrccrRetriever:
             kind, inputs = "images", self.processor(images=[Image.merge("RGB", shades)], return_tensors="pt")
         if not isinstance(self.model, NrccrModel):  # exported ones have one precision
             return self._encode(kind, inputs)[0][0]
-        with evaluating(self.model), torch.no_grad():
+        with in_eval_mode(self.model), torch.no_grad():
             outputs = self.model.in_float32(rounded_to, **inputs.to(self.model.device))
         return outputs.image_embeds[0].float().cpu()
 
