@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .encoding import ahead
 from .files import replacing
 from .heads import pool
+from .languages import in_eval_mode
 from .length_groups import length_groups, pad_right, row_lengths
 from .modeling_nrccr import NrccrModel
 
@@ -105,13 +106,12 @@ class FeatureCache:
     @torch.no_grad()
     def compare(self, captions: list[str]) -> bool:
         """Whether embeddings from cached states are those of a full pass."""
-        model, was_training = self.model, self.model.training
+        model = self.model
 
         def embed(inputs: BatchFeature) -> torch.Tensor:
             return model.get_text_features(**inputs.to(model.device), languages=[None] * len(captions)).pooler_output
 
-        model.eval()
-        try:
+        with in_eval_mode(model):
             full = embed(self.processor(text=captions, return_tensors="pt"))
             try:
                 states = [states.to(self.texts.dtype) for states in self.boundary_states(captions)]
@@ -126,8 +126,6 @@ class FeatureCache:
                 ValueError,
             ):  # layers that want more than states
                 difference = torch.inf
-        finally:
-            model.train(was_training)
         if math.isnan(difference):  # the fill names the caption
             return True
         if difference <= (EXACT if {model.dtype, self.texts.dtype} <= {torch.float32, torch.float64} else ABOUT):
