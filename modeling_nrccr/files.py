@@ -15,6 +15,10 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LOCK_FILE = ".lock"
 SUFFIX = ".tmp"  # of what is not whole yet; the name begins with a dot, so that no walk through a folder meets it
@@ -83,6 +87,26 @@ def is_leftover(path: Path) -> bool:
         return False
 
 
+def hold(folder: Path) -> int | None:
+    """
+    Holds a folder for this process alone, until the returned descriptor is closed or the process ends, so that what
+    a killed run left can be told from what another run writes.
+
+    Returns:
+        The descriptor; None if another process holds the folder, it is gone, or the system holds no folders.
+    """
+    number = None
+    with suppress(OSError):  # gone, held by another; some network disks hold nothing
+        number = os.open(folder, os.O_RDONLY)
+        if fcntl is not None and os.path.samestat(os.fstat(number), os.stat(folder)):
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(folder)
+            return number
+    if number is not None:
+        os.close(number)
+    return None
+
+
 @contextmanager
 def replacing_folder(folder: str | Path, is_ours: Callable[[Path], bool], what: str) -> Iterator[Path]:
     """
@@ -102,8 +126,11 @@ def replacing_folder(folder: str | Path, is_ours: Callable[[Path], bool], what: 
     if old.exists() and not folder.exists():  # a run was killed where folders cannot be exchanged at once
         os.replace(old, folder)
     for leftover in folder.parent.glob(f".{escape(folder.name)}-*{SUFFIX}"):
-        if is_leftover(leftover):
+        number = hold(leftover) if leftover != old else None  # which may be one's for a moment, below
+        if number is not None or is_leftover(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
+        if number is not None:
+            os.close(number)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: name another folder for {what}")
     if others := [path.name for path in sorted(folder.iterdir()) if not is_ours(path)] if folder.exists() else []:
@@ -111,6 +138,9 @@ def replacing_folder(folder: str | Path, is_ours: Callable[[Path], bool], what: 
             f"{folder} holds {others[0]}, which is no part of {what}: name another folder, or move it away"
         )
     new.mkdir()
+    if (number := hold(new)) is None and not new.exists():  # taken for a leftover before it was held
+        new.mkdir()
+        number = hold(new)
     try:
         yield new
         for path in [*new.rglob("*"), new]:
@@ -122,6 +152,8 @@ def replacing_folder(folder: str | Path, is_ours: Callable[[Path], bool], what: 
         sync(folder.parent)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # which has what was there before, once it is exchanged
+        if number is not None:
+            os.close(number)
 
 
 def exchange(new: Path, folder: Path, spare: Path):

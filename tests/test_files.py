@@ -68,6 +68,17 @@ def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, ca
     assert names(folder) == {"new.onnx", "mine.txt"} and names(tmp_path) == {"out"}
 
 
+def test_what_a_killed_run_left_goes_with_the_next_run_and_what_another_writes_stays(tmp_path):
+    (tmp_path / ".out-0123abcd.tmp/data").mkdir(parents=True)
+    with replacing_folder(tmp_path / "out", lambda path: False, "an export") as beside:
+        assert names(tmp_path) == {beside.name}
+        with replacing_folder(tmp_path / "out", lambda path: False, "an export") as work:
+            (work / "a").touch()
+        assert names(tmp_path) == {beside.name, "out"}
+        (beside / "b").touch()
+    assert names(tmp_path) == {"out"} and names(tmp_path / "out") == {"b"}
+
+
 def test_only_what_is_a_day_old_is_left_over(tmp_path):
     (tmp_path / "a").touch()
     assert not is_leftover(tmp_path / "a") and not is_leftover(tmp_path / "gone")
