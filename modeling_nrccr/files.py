@@ -15,6 +15,7 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+
 try:
     import fcntl
 except ImportError:  # Windows
