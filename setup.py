@@ -1,4 +1,4 @@
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 VIDEO = ["av>=14"]
@@ -22,7 +22,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["modeling_nrccr", "datasets_scripts"],
+    packages=find_packages(include=["modeling_nrccr*", "datasets_scripts*"]),
     package_data={"datasets_scripts": ["*.sha256"]},
     python_requires=">=3.11",
     install_requires=[

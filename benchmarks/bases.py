@@ -14,7 +14,6 @@ English captions. The pictures of EmbeddingGemma 2 stay with it: its text side a
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -43,20 +43,17 @@ from transformers import (
     set_seed,
 )
 
+from benchmarks import bases_tokenizers as kinds
+from modeling_nrccr import NrccrModel, NrccrProcessor
+from modeling_nrccr.data.load import load_caption_dataset
+from modeling_nrccr.heads import clip_loss
+from modeling_nrccr.loading.wheels import cache_folder, new_folder
+from modeling_nrccr.processing_nrccr import to_rgb
+from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
+from modeling_nrccr.retrieval.metrics import chance_metrics, compute_retrieval_metrics
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-import bases_tokenizers as kinds  # noqa: E402
-from data import load_caption_dataset  # noqa: E402
-from PIL import Image  # noqa: E402
-from wheels import cache_folder, new_folder  # noqa: E402
-
-from modeling_nrccr import NrccrModel, NrccrProcessor  # noqa: E402
-from modeling_nrccr.encoding import encode_images, encode_texts  # noqa: E402
-from modeling_nrccr.heads import clip_loss  # noqa: E402
-from modeling_nrccr.metrics import chance_metrics, compute_retrieval_metrics  # noqa: E402
-from modeling_nrccr.processing_nrccr import to_rgb  # noqa: E402
 
 
 DATASET = "tuxpaint+cldr_emoji"
@@ -313,7 +310,7 @@ def english_sum_recall(model: PreTrainedModel, tokenizer, image_processor) -> fl
 
 def build_nrccr(folder: Path, seed: int) -> float:
     """Runs the recipe of our own English base."""
-    import train as recipe
+    from modeling_nrccr.training import experiment as recipe
 
     config = ROOT / "examples/configs/english.yaml"
     recipe.main([f"--config={config}", f"--output_dir={folder}", f"--seed={seed}", "--disable_tqdm=true"])

@@ -17,24 +17,22 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from sentence_transformers import SentenceTransformer
+from starlette.testclient import TestClient
+from transformers import AutoModel, AutoProcessor
+
+from benchmarks.bases import DATASET, base_folder, captioned, pictures_of_nrccr
+from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrRetriever
+from modeling_nrccr.data.load import load_caption_dataset
+from modeling_nrccr.export import onnx as export_onnx
+from modeling_nrccr.publishing.sentence_transformers_files import write_sentence_transformers_files
+from modeling_nrccr.retrieval import search
+from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
+from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
+from modeling_nrccr.serving import service as serve
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-import export_onnx  # noqa: E402
-import search  # noqa: E402
-import serve  # noqa: E402
-from bases import DATASET, base_folder, captioned, pictures_of_nrccr  # noqa: E402
-from data import load_caption_dataset  # noqa: E402
-from sentence_transformers import SentenceTransformer  # noqa: E402
-from starlette.testclient import TestClient  # noqa: E402
-from transformers import AutoModel, AutoProcessor  # noqa: E402
-
-from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrRetriever  # noqa: E402
-from modeling_nrccr.encoding import encode_images, encode_texts  # noqa: E402
-from modeling_nrccr.metrics import compute_retrieval_metrics  # noqa: E402
-from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files  # noqa: E402
 
 
 SAMPLE = 48  # captions and pictures that are compared

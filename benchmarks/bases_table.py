@@ -19,16 +19,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.bases import DATASET, NAMES, base_folder, captioned, pictures_of_nrccr, read_record
+from benchmarks.machine import machine
+from benchmarks.pages import fill
+from modeling_nrccr.files import write_file
+from modeling_nrccr.publishing.tables import markdown_table
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from bases import DATASET, NAMES, base_folder, captioned, pictures_of_nrccr, read_record  # noqa: E402
-from machine import machine  # noqa: E402
-from pages import fill  # noqa: E402
-from table import markdown_table  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 WORK, PAGE, REPORT = ROOT / "outputs/bases", ROOT / "docs/bases.md", ROOT / "docs/bases.json"
@@ -80,9 +78,8 @@ def write_captions(path: Path):
 
 
 def index_pictures(name: str, pictures: Path, index: Path):
-    import index_gallery
-
     from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever
+    from modeling_nrccr.retrieval import indexer as index_gallery
 
     base = str(base_folder(name))
     if name != "embedding_gemma2":
@@ -95,7 +92,7 @@ def index_pictures(name: str, pictures: Path, index: Path):
 
 def add(name: str, step: str, work: Path):
     """One run of add_language.py, as it is typed."""
-    import add_language
+    from modeling_nrccr.training import add_language
 
     data = [f"--dataset={DATASET}"]
     if name == "embedding_gemma2":

@@ -39,9 +39,9 @@ from modeling_nrccr import (
     NrccrTrainingArguments,
     compute_retrieval_metrics,
 )
-from modeling_nrccr.conversion import check_options
-from modeling_nrccr.losses import same_item, triplet_loss
-from modeling_nrccr.metrics import fuse_query_embeds
+from modeling_nrccr.retrieval.metrics import fuse_query_embeds
+from modeling_nrccr.training.conversion import check_options
+from modeling_nrccr.training.losses import same_item, triplet_loss
 
 
 ROOT = Path(__file__).parent.parent

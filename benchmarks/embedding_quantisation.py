@@ -9,29 +9,26 @@ split, over all pictures; ranges of int8 come from the validation split.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import sentence_transformers
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.quantization import quantize_embeddings
 
+from benchmarks.pages import block, fill
+from modeling_nrccr.data.load import load_caption_dataset
+from modeling_nrccr.files import write_file
+from modeling_nrccr.loading.encoders import encoder_label
+from modeling_nrccr.retrieval.encoding import picture_rows
+from modeling_nrccr.retrieval.evaluation import split_seed
+from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from data import load_caption_dataset  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from encoders import encoder_label  # noqa: E402
-from evaluate_retrieval import split_seed  # noqa: E402
-from pages import block, fill  # noqa: E402
-
-from modeling_nrccr.encoding import picture_rows  # noqa: E402
-from modeling_nrccr.files import write_file  # noqa: E402
-from modeling_nrccr.metrics import compute_retrieval_metrics  # noqa: E402
 
 
 RESULTS, PAGE = ROOT / "docs/embedding_quantisation.json", ROOT / "docs/sentence_transformers.md"

@@ -10,18 +10,13 @@ network.
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from machine import (  # noqa: E402
+from benchmarks.machine import (
     bandwidth,
     best_time,
     clock,
@@ -33,8 +28,10 @@ from machine import (  # noqa: E402
     peak_gigabytes,
     rates,
 )
+from modeling_nrccr.files import write_file
 
-from modeling_nrccr.files import write_file  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
 
 
 LANGUAGES = ("en", "de", "fr", "cs")
@@ -73,7 +70,7 @@ def prepare_captions(captions: str | None, count: int, folder: Path):
 
 
 def prepare_pictures(count: int, folder: Path):
-    from data import load_caption_dataset
+    from modeling_nrccr.data.load import load_caption_dataset
 
     (folder / "pictures").mkdir()
     dataset = load_caption_dataset("tuxpaint+cldr_emoji")
@@ -83,8 +80,8 @@ def prepare_pictures(count: int, folder: Path):
 
 
 def prepare_models(folder: Path):
-    from encoders import find_encoder
-    from multi30k_text import text_model
+    from benchmarks.multi30k_text import text_model
+    from modeling_nrccr.loading.encoders import find_encoder
 
     for name, (model, processor) in (
         ("text", text_model(find_encoder("multilingual-e5-small"))),
@@ -123,9 +120,10 @@ def captions_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Ten
 
 
 def captions_of_peer(folder: Path, dtype: torch.dtype, batch_size: int) -> tuple[float, torch.Tensor, dict]:
-    from encoders import find_encoder
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    from modeling_nrccr.loading.encoders import find_encoder
 
     texts = json.loads((folder / "captions.json").read_text())
     transformer = Transformer(find_encoder("multilingual-e5-small"))
@@ -138,10 +136,10 @@ def captions_of_peer(folder: Path, dtype: torch.dtype, batch_size: int) -> tuple
 
 
 def picture_model():
-    from encoders import find_encoder
     from transformers import AutoImageProcessor, AutoModel
 
     import modeling_nrccr  # noqa: F401  (registers the tower)
+    from modeling_nrccr.loading.encoders import find_encoder
 
     encoder = find_encoder("efficientnet-lite0")
     tower = AutoModel.from_pretrained(encoder).eval().to(device())
@@ -150,10 +148,10 @@ def picture_model():
 
 def picture_side():
     """A model of ours that gives the tower's features, normalised."""
-    from encoders import find_encoder
     from transformers import AutoTokenizer
 
     from modeling_nrccr import NrccrModel, NrccrProcessor
+    from modeling_nrccr.loading.encoders import find_encoder
 
     _, image_processor, encoder = picture_model()
     text_encoder = find_encoder("multilingual-e5-small")

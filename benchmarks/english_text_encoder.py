@@ -12,21 +12,18 @@ English captions of real pictures. Each row is a run of `examples/add_language.p
 
 import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.machine import machine
+from benchmarks.pages import fill
+from modeling_nrccr.files import write_file
+from modeling_nrccr.retrieval.bootstrap import interval
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from machine import machine  # noqa: E402
-from pages import fill  # noqa: E402
-
-from modeling_nrccr.bootstrap import interval  # noqa: E402
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (100, 101, 102)
@@ -56,7 +53,7 @@ ROWS = {
 
 def train_base(split: int) -> Path:
     """Return the folder of the English-only base of a split, trained where it is not there."""
-    import train
+    from modeling_nrccr.training import experiment as train
 
     folder = WORK / f"base-{split}"
     if not (folder / "metrics.json").exists():
@@ -69,7 +66,7 @@ def train_base(split: int) -> Path:
 
 def human_translators(split: int) -> str:
     """Write the training captions in people's words, as files of ready translations; return the engines' specs."""
-    from data import load_caption_dataset
+    from modeling_nrccr.data.load import load_caption_dataset
 
     specs = []
     for language in LANGUAGES:
@@ -85,7 +82,7 @@ def human_translators(split: int) -> str:
 
 def run(row: str, split: int) -> dict:
     """Train a row on a split; return what it finds, language by language, with its interval and every draw's SumR."""
-    import add_language
+    from modeling_nrccr.training import add_language
 
     exams = []
 

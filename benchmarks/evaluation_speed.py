@@ -10,7 +10,6 @@ all. `--large` adds 50,000 x 250,000. Embeddings are drawn: speed does not depen
 
 import argparse
 import json
-import sys
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,13 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.machine import clock, device, in_turns, machine, peak_gigabytes
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from machine import clock, device, in_turns, machine, peak_gigabytes  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 DIM = 512
@@ -52,7 +49,7 @@ def cpu_seconds(call) -> tuple[float, object]:
 
 
 def side(name: str) -> dict:
-    from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds
+    from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics, fuse_query_embeds
 
     size, _, what = name.rpartition(" ")
     drawn = draw(*SIZES[f"{size} " if size == "large" else ""])

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from itertools import combinations
@@ -19,13 +18,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, set_seed
 
+from benchmarks.pages import block, fill
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from pages import block, fill  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 BLOCK = block("multi30k_text")
@@ -72,8 +69,8 @@ def train_on_text(model, processor, rows: dict[str, list[dict]], output_dir: str
 
 def text_retrieval(model, processor, captions: dict[str, list[str]]) -> dict[str, dict[str, float]]:
     """Recalls of each language's captions among those of each other, one caption each way."""
-    from modeling_nrccr.encoding import encode_texts
-    from modeling_nrccr.metrics import compute_retrieval_metrics
+    from modeling_nrccr.retrieval.encoding import encode_texts
+    from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
 
     retrieval, embeds = {}, {name: encode_texts(model, texts, processor) for name, texts in captions.items()}
     for first, second in combinations(embeds, 2):
@@ -84,11 +81,10 @@ def text_retrieval(model, processor, captions: dict[str, list[str]]) -> dict[str
 
 
 def run(data_dir: str, trained: int) -> dict:
-    from encoders import find_encoder
-
-    from datasets_scripts.debian import apertium_root
     from datasets_scripts.multi30k import Multi30k
-    from modeling_nrccr.translation import load_translator
+    from modeling_nrccr.loading.encoders import find_encoder
+    from modeling_nrccr.translation.engines import load_translator
+    from modeling_nrccr.translation.packages import apertium_root
 
     seconds, start = {}, time.perf_counter()
     splits = {}

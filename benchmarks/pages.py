@@ -1,13 +1,9 @@
 """The blocks of a Markdown page that a script writes, from `<!-- NAME: ... -->` to `<!-- end of NAME -->`."""
 
 import re
-import sys
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from modeling_nrccr.files import write_file  # noqa: E402
+from modeling_nrccr.files import write_file
 
 
 def block(name: str) -> re.Pattern:

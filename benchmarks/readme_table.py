@@ -4,14 +4,12 @@ cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
 """
 
 import json
-import sys
 from pathlib import Path
+
+from benchmarks.pages import block, fill
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from pages import block, fill  # noqa: E402
 
 
 BLOCK = block("results")
@@ -19,8 +17,8 @@ BLOCK = block("results")
 
 def results(report: dict) -> str:
     """The table and the sentence above it."""
-    from table import format_markdown
-    from train import report_rows
+    from modeling_nrccr.publishing.tables import format_markdown
+    from modeling_nrccr.training.experiment import report_rows
 
     s, pictures = report["settings"], report["settings"]["pictures"]
     table = format_markdown(report_rows(report))

@@ -17,13 +17,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.machine import machine, peak_gigabytes
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from machine import machine, peak_gigabytes  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 CAPTIONS, PICTURES, TOKENS, PROCESSES = (
@@ -37,7 +35,7 @@ TEXTS = 250  # of each length
 
 def captions(count: int, words: int, seed: int = 0) -> list[str]:
     """Different texts of that many common words (about 1.4 tokens each)."""
-    from datasets_scripts.wordnet import common_words
+    from datasets_scripts.reading.wordnet import common_words
 
     draw, known = random.Random(seed), common_words(2000)
     return [" ".join(draw.choice(known) for _ in range(words)) for _ in range(count)]
@@ -57,12 +55,11 @@ def slope(points: dict[int, float]) -> float:
 
 
 def measure(folder: Path) -> dict[str, dict[int, float]]:
-    from data import load_caption_dataset
-    from encoders import find_encoder
-    from multi30k_text import text_model
-    from search import load_model
-
+    from benchmarks.multi30k_text import text_model
     from modeling_nrccr import encode_images, encode_texts
+    from modeling_nrccr.data.load import load_caption_dataset
+    from modeling_nrccr.loading.encoders import find_encoder
+    from modeling_nrccr.retrieval.search import load_model
 
     model, processor = text_model(find_encoder("multilingual-e5-small"))
     processor.max_text_length = 512

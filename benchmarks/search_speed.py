@@ -24,12 +24,11 @@ import numpy as np
 import psutil
 import torch
 
+from modeling_nrccr import NrccrRetriever
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from modeling_nrccr import NrccrRetriever  # noqa: E402
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 DIM, ROWS_A_CLUSTER, K = 512, 100, 10

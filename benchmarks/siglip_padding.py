@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, SiglipModel, SiglipProcessor
 
 from modeling_nrccr import NrccrModel, NrccrProcessor
-from modeling_nrccr.sentence_transformers_files import write_sentence_transformers_files
+from modeling_nrccr.publishing.sentence_transformers_files import write_sentence_transformers_files
 
 
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

@@ -4,16 +4,14 @@ python benchmarks/speed_report.py
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.pages import fill
+from modeling_nrccr.publishing.tables import markdown_table
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from pages import fill  # noqa: E402
-from table import markdown_table  # noqa: E402
 
 
 RESULTS, PAGE = ROOT / "benchmarks/results/speed", ROOT / "benchmarks/README.md"

@@ -20,11 +20,10 @@ from pathlib import Path
 
 import yaml
 
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
@@ -209,7 +208,7 @@ class Runner:
 
     def experiment(self, arguments: tuple):
         """One a data set, reused by rows; its model and arguments are the row's."""
-        from train import Experiment
+        from modeling_nrccr.training.experiment import Experiment
 
         script, model, args = arguments
         key = tuple(sorted(asdict(script).items(), key=str))
@@ -223,7 +222,8 @@ class Runner:
         import torch
         import transformers
         from safetensors.torch import load_file, save_file
-        from train import parse_arguments
+
+        from modeling_nrccr.training.experiment import parse_arguments
 
         start, row = time.perf_counter(), self.study.rows[run.row]
         fixed = {
@@ -278,7 +278,7 @@ class Runner:
             self.heads(run).parent.mkdir(parents=True, exist_ok=True)
             save_file(weights, self.heads(run).with_suffix(".tmp"))
             os.replace(self.heads(run).with_suffix(".tmp"), self.heads(run))
-        from study_evaluation import evaluate
+        from benchmarks.study_evaluation import evaluate
 
         answers = None if args.distillation_relation == "source" else teacher  # who saw no picture finds none
         results, ranks, weight = evaluate(trainer, answers, rows)
@@ -310,7 +310,7 @@ class Runner:
 
     def train_rival(self, name: str, trainer, rows: dict[str, list[dict]]):
         """Puts the rival's model, and the cache of its encoder, in the place of the trainer's."""
-        import rivals
+        from modeling_nrccr.training import baselines as rivals
 
         model, cache, args = trainer.model, trainer.data_collator.processor, trainer.args
         if name == "embed_distillation":
@@ -325,8 +325,8 @@ class Runner:
     def rows_of_languages(self, row: Row, run: Run, settings: dict, validation: list[dict]):
         """Training captions (and words) in the languages of `row.learns_from`, by their translators, as many of each;
         and captions to choose by: of these languages where the run's is one of them, else its own."""
-        from data import balance
-        from train import parse_arguments
+        from modeling_nrccr.data.load import balance
+        from modeling_nrccr.training.experiment import parse_arguments
 
         train, held_out = [], []
         for language, translator in row.learns_from.items():
@@ -338,7 +338,7 @@ class Runner:
 
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
         """Rows with the base's embeddings of their source captions, which no step then computes again."""
-        from data import teach
+        from modeling_nrccr.data.load import teach
 
         model = self.trained(experiment, run, base)
         cache = experiment.cached(model, experiment.model.build(experiment.encoders)[1])
@@ -355,7 +355,8 @@ class Runner:
     def trained(self, experiment, run: Run, row: str):
         """The model of another row's run, for use as a teacher."""
         from safetensors.torch import load_file
-        from train import parse_arguments
+
+        from modeling_nrccr.training.experiment import parse_arguments
 
         path = self.needed(run, row)
         settings = self.study.run_settings(replace(run, row=row, point=None))
@@ -406,7 +407,7 @@ def main():
     else:
         work(study)
     if "NRCCR_STUDY_WORKER" not in os.environ:
-        from study_statistics import compare
+        from benchmarks.study_statistics import compare
 
         compare(study)
 

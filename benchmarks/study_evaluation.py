@@ -2,12 +2,12 @@
 
 import pandas as pd
 import torch
-from evaluate_retrieval import galleries, metrics_by_source
-from train import best_fusion_weight
 
-from datasets_scripts.splits import group_key
-from modeling_nrccr.encoding import encode_texts, picture_rows
-from modeling_nrccr.metrics import compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
+from datasets_scripts.reading.splits import group_key
+from modeling_nrccr.retrieval.encoding import encode_texts, picture_rows
+from modeling_nrccr.retrieval.evaluation import galleries, metrics_by_source
+from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
+from modeling_nrccr.training.experiment import best_fusion_weight
 
 
 def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.DataFrame, float]:

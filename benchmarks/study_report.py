@@ -7,16 +7,14 @@ Text outside the blocks is written by hand and stays.
 
 import json
 import os
-import sys
 from pathlib import Path
+
+from benchmarks.pages import fill
+from benchmarks.study import QUERIES, Study
+from modeling_nrccr.publishing.tables import markdown_table
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from pages import fill  # noqa: E402
-from study import QUERIES, Study  # noqa: E402
-from table import markdown_table  # noqa: E402
 
 
 STUDIES = ROOT / "benchmarks/studies"

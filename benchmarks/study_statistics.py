@@ -10,8 +10,8 @@ from collections import defaultdict
 import numpy as np
 import pandas as pd
 
-from modeling_nrccr.bootstrap import DRAWS, WAYS, draw_groups, hits, interval, sum_recall
 from modeling_nrccr.files import write_file
+from modeling_nrccr.retrieval.bootstrap import DRAWS, WAYS, draw_groups, hits, interval, sum_recall
 
 
 def group_hits(ranks: pd.DataFrame, groups: list[str]) -> np.ndarray:
@@ -58,7 +58,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 def compare(study):
     """Writes the study's `summary.json`: SumR by row, query, gallery, condition and language, and comparisons."""
-    from study import QUERIES
+    from benchmarks.study import QUERIES
 
     bootstrap, runs = Bootstrap(study), defaultdict(list)
     for run in study.runs():
@@ -108,7 +108,7 @@ def consistency(study, runs: dict) -> list[dict]:
     """Mean rank variance of each row and direction over the study's languages of `consistency`, mean over runs."""
     import torch
 
-    from modeling_nrccr.metrics import mean_rank_variance
+    from modeling_nrccr.retrieval.metrics import mean_rank_variance
 
     found = []
     for condition in study.conditions:

@@ -5,21 +5,16 @@
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer
 
-
-sys.path[:0] = [str(Path(__file__).parent.parent / "examples")]
-
-from encoders import find_encoder  # noqa: E402
-from table import markdown_table  # noqa: E402
-
-from datasets_scripts.cldr_emoji import CldrEmoji, find_name, read_names, reason_to_leave_out  # noqa: E402
-from datasets_scripts.debian import find_data  # noqa: E402
-from datasets_scripts.tuxpaint import Tuxpaint, read_captions  # noqa: E402
-from modeling_nrccr.tokenizer_coverage import tokenizer_coverage, why_unread  # noqa: E402
+from datasets_scripts.cldr_emoji import CldrEmoji, find_name, read_names, reason_to_leave_out
+from datasets_scripts.reading.debian import find_data
+from datasets_scripts.tuxpaint import Tuxpaint, read_captions
+from modeling_nrccr.loading.encoders import find_encoder
+from modeling_nrccr.publishing.tables import markdown_table
+from modeling_nrccr.training.tokenizer_coverage import tokenizer_coverage, why_unread
 
 
 SHOWN = "gl,ca,es,cs,fr,eo,vi,zu,el,ru,ar,hi,th,ko,ja,zh"

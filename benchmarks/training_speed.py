@@ -12,19 +12,25 @@ forward and backward with the gradient of the whole batch, in the memory of a sm
 import argparse
 import json
 import random
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from benchmarks.machine import (
+    clock,
+    device,
+    encoder_operations,
+    in_turns,
+    machine,
+    matmul_rate,
+    peak_gigabytes,
+    rates,
+)
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from machine import clock, device, encoder_operations, in_turns, machine, matmul_rate, peak_gigabytes, rates  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 VIEWS = ("", "target_", "back_translation_")
@@ -166,7 +172,7 @@ def stock_trainer(model, scratch: str, args: dict, rows: list[dict], collator, l
 
 
 def pairs() -> tuple[list[str], list[str]]:
-    from data import load_translated_dataset
+    from modeling_nrccr.data.load import load_translated_dataset
 
     dataset, _ = load_translated_dataset("tuxpaint+cldr_emoji", "en", "gl", 0, "translated", "apertium", None)
     rows = [row for split in dataset.values() for row in split.remove_columns("image")]
@@ -181,12 +187,11 @@ def pairs() -> tuple[list[str], list[str]]:
 
 def contrast_side(kind: str, texts: Path) -> dict:
     """Forward and backward of one large batch."""
-    from encoders import find_encoder
+    from modeling_nrccr.loading.encoders import find_encoder
 
     encoder, (sources, targets) = find_encoder("multilingual-e5-small"), json.loads(texts.read_text())
     if kind == "cached":
-        from multi30k_text import text_model
-
+        from benchmarks.multi30k_text import text_model
         from modeling_nrccr import NrccrLoss
 
         model, processor = text_model(encoder)

@@ -18,13 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.pages import block, fill
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "benchmarks")]
-
-from pages import block, fill  # noqa: E402
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 PAGE, REPORT = ROOT / "docs/translation.md", ROOT / "docs/translation.json"
@@ -70,9 +68,8 @@ SIGNALS = {  # what could tell a good translation from a bad one; the first is w
 @cache
 def engine(row: str):
     """The engine of a row, behind the cache of the examples."""
-    from data import load_engine
-
-    from datasets_scripts.debian import cache_folder
+    from datasets_scripts.reading.debian import cache_folder
+    from modeling_nrccr.data.load import load_engine
 
     spec, target = ENGINES[row]
     return load_engine(spec.format(cache=cache_folder()), [("en", target), (target, "en")])
@@ -87,9 +84,8 @@ def round_trip(row: str, sources: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def pictures(row: str) -> dict:
     """The training captions of the demo's pictures, translated and back, against those that people wrote."""
-    from data import load_caption_dataset
-
-    from modeling_nrccr.translation_noise import Pair
+    from modeling_nrccr.data.load import load_caption_dataset
+    from modeling_nrccr.translation.noise import Pair
 
     target = ENGINES[row][1]
     name = "tuxpaint" if target == "eo" else "tuxpaint+cldr_emoji"  # CLDR has no names in Esperanto
@@ -108,7 +104,7 @@ def pictures(row: str) -> dict:
 def multi30k(row: str, split: str, data_dir: str) -> dict:
     """Multi30K's captions of a split, against people's where it has them in that language."""
     from datasets_scripts.multi30k import Multi30k
-    from modeling_nrccr.translation_noise import Pair
+    from modeling_nrccr.translation.noise import Pair
 
     target = ENGINES[row][1]
     has_human = target in MULTI30K_LANGUAGES
@@ -126,7 +122,7 @@ def multi30k(row: str, split: str, data_dir: str) -> dict:
 def scenes(noise: float) -> dict:
     """The synthetic scenes, whose translator errs at a known rate: confidence against the noise of each pair."""
     from datasets_scripts.scenes import Scenes
-    from modeling_nrccr.translation_noise import dataset_pairs
+    from modeling_nrccr.translation.noise import dataset_pairs
 
     builder = Scenes(config_name="cs", noise=noise, seed=SEED)
     builder.download_and_prepare()
@@ -140,7 +136,7 @@ def scenes(noise: float) -> dict:
 
 def measure(pairs: Sequence, target: str) -> dict:
     """[`measure_noise`] without its 50 worst pairs; instead some drawn at random."""
-    from modeling_nrccr.translation_noise import measure_noise
+    from modeling_nrccr.translation.noise import measure_noise
 
     entry = measure_noise(pairs, "en", target, NUM_WORST)
     for name in ("worst", "confidence_correlation"):
@@ -152,7 +148,7 @@ def measure(pairs: Sequence, target: str) -> dict:
 
 def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_encoder: bool = False) -> dict:
     """[`correlation`] of each of `SIGNALS` with the quality of the pairs, by default chrF against the references."""
-    from modeling_nrccr.translation_noise import copied_share, correlation, encoder_agreement, sentence_chrf
+    from modeling_nrccr.translation.noise import copied_share, correlation, encoder_agreement, sentence_chrf
 
     quality = quality or [sentence_chrf(pair.translation, pair.reference) for pair in pairs]
     kept = np.array([1 - copied_share(pair.source, pair.translation) for pair in pairs])
@@ -172,10 +168,9 @@ def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_e
 
 def embed(texts: list[str]):
     """By a frozen encoder, of shape `(len(texts), hidden_size)`, L2-normalised."""
-    from encoders import find_encoder
-    from multi30k_text import text_model
-
-    from modeling_nrccr.encoding import encode_texts
+    from benchmarks.multi30k_text import text_model
+    from modeling_nrccr.loading.encoders import find_encoder
+    from modeling_nrccr.retrieval.encoding import encode_texts
 
     model, processor = text_model(find_encoder(ENCODER))
     return encode_texts(model, texts, processor, show_progress=True)
@@ -276,8 +271,8 @@ def jobs(data_dir: str | None) -> dict[tuple[str, str], Callable[[], dict]]:
 
 
 def main():
-    from datasets_scripts.debian import FetchError
-    from modeling_nrccr.translation import TranslationError
+    from datasets_scripts.reading.debian import FetchError
+    from modeling_nrccr.translation.base import TranslationError
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("--multi30k", help="folder of Multi30K; without it, its rows stay as they are")

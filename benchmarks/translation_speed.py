@@ -12,18 +12,16 @@ import importlib.metadata
 import json
 import os
 import platform
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
+from modeling_nrccr.files import write_file
+
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
-
-from modeling_nrccr.files import write_file  # noqa: E402
 
 
 RESULT = ROOT / "docs/translation_speed.json"
@@ -80,8 +78,8 @@ def measure(
 
 
 def run(model: str | None, count: int, rounds: int, beams: list[int]) -> dict:
-    from datasets_scripts.debian import prepare_translator
-    from modeling_nrccr.translation import load_translator
+    from modeling_nrccr.translation.engines import load_translator
+    from modeling_nrccr.translation.packages import prepare_translator
 
     captions = stamp_captions(count)
     engines = {}
@@ -94,7 +92,7 @@ def run(model: str | None, count: int, rounds: int, beams: list[int]) -> dict:
         engines[name] = measure(load_translator(spec, **options), captions, pair, rounds, loop_rounds=1)
     packages = ["torch", "transformers"]
     if model is not None:
-        from modeling_nrccr.translation_ctranslate2 import convert_to_ctranslate2
+        from modeling_nrccr.translation.ctranslate2 import convert_to_ctranslate2
 
         packages += ["ctranslate2", "sentencepiece"]
         with tempfile.TemporaryDirectory() as folder:

@@ -23,8 +23,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .cldr_emoji import CldrEmoji, find_name, from_code_points, read_names, reason_to_leave_out
-from .columns import CaptionedPictureBuilder, no_captions_error
-from .debian import FetchError, cache_folder, data_fingerprint, find_data
+from .reading.columns import CaptionedPictureBuilder, no_captions_error
+from .reading.debian import FetchError, cache_folder, data_fingerprint, find_data
 
 
 NPM_PACKAGE = "@lobehub/fluent-emoji-anim-3@1.0.0"

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .columns import caption_columns, clean_caption
-from .picture_files import equal_pictures, find_pictures
-from .splits import group_key, split_of
-from .text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
+from .reading.columns import caption_columns, clean_caption
+from .reading.picture_files import equal_pictures, find_pictures
+from .reading.splits import group_key, split_of
+from .reading.text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
 
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")  # each also packed, as .csv.gz

@@ -18,8 +18,8 @@ from xml.etree import ElementTree
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm.auto import tqdm
 
-from .columns import CaptionedPictureBuilder, language_configs, no_captions_error, png_bytes
-from .debian import FetchError, fetch_packages
+from .reading.columns import CaptionedPictureBuilder, language_configs, no_captions_error, png_bytes
+from .reading.debian import FetchError, fetch_packages
 
 
 FONT_SIZE = 109  # the one size of the font's bitmaps

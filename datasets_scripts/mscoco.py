@@ -10,7 +10,7 @@ MSCOCO with captions in English, and in Chinese (COCO-CN) or Japanese (STAIR Cap
 from collections.abc import Iterable
 from pathlib import Path
 
-from .benchmark import (
+from .reading.builder import (
     BenchmarkBuilder,
     BenchmarkConfig,
     find_file,
@@ -20,8 +20,8 @@ from .benchmark import (
     require_file,
     tell_left_out,
 )
-from .released_layout import Captions, SplitCaptions, merged, read_caption_file
-from .videos import picture_suffixes
+from .reading.released_layout import Captions, SplitCaptions, merged, read_caption_file
+from .reading.videos import picture_suffixes
 
 
 def read_coco(path: Path) -> Captions:

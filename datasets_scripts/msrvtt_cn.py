@@ -12,7 +12,7 @@ import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .benchmark import (
+from .reading.builder import (
     BenchmarkBuilder,
     BenchmarkConfig,
     find_file,
@@ -21,8 +21,8 @@ from .benchmark import (
     require_file,
     tell_left_out,
 )
-from .released_layout import Captions, Key, SplitCaptions, merged
-from .text_files import read_text_lines
+from .reading.released_layout import Captions, Key, SplitCaptions, merged
+from .reading.text_files import read_text_lines
 
 
 SPLITS = {"train": "train", "validate": "validation", "test": "test"}

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import datasets
 
-from .columns import caption_columns
-from .debian import FetchError
-from .text_files import TextFilesBuilder, TextFilesConfig, check_aligned, read_captions
+from .reading.columns import caption_columns
+from .reading.debian import FetchError
+from .reading.text_files import TextFilesBuilder, TextFilesConfig, check_aligned, read_captions
 
 
 # split -> name upstream in task 1, name in task 2, pictures

@@ -17,9 +17,9 @@ from pathlib import Path
 import datasets
 from tqdm.auto import tqdm
 
-from .columns import CaptionBuilder, CaptionedPictureConfig, caption_columns, png_bytes
-from .scenes_drawing import draw_scene
-from .scenes_grammar import (
+from .reading.columns import CaptionBuilder, CaptionedPictureConfig, caption_columns, png_bytes
+from .reading.scenes_drawing import draw_scene
+from .reading.scenes_grammar import (
     LANGUAGES,
     OPENINGS,
     VOCABULARY,
@@ -30,7 +30,7 @@ from .scenes_grammar import (
     noise_share,
     realise,
 )
-from .splits import split_of
+from .reading.splits import split_of
 
 
 _SOURCES = ("scenes.py", "scenes_drawing.py", "scenes_grammar.py")

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .columns import CaptionedPictureBuilder, language_configs, no_captions_error, png_bytes
+from .reading.columns import CaptionedPictureBuilder, language_configs, no_captions_error, png_bytes
 
 
 def read_captions(path: Path) -> tuple[str, dict[str, str]]:

@@ -9,7 +9,7 @@ VATEX: videos of 10 seconds with ten English and ten Chinese captions each.
 
 from pathlib import Path
 
-from .benchmark import (
+from .reading.builder import (
     BenchmarkBuilder,
     BenchmarkConfig,
     find_file,
@@ -18,8 +18,8 @@ from .benchmark import (
     require_file,
     tell_left_out,
 )
-from .columns import caption_texts
-from .released_layout import Captions, SplitCaptions
+from .reading.columns import caption_texts
+from .reading.released_layout import Captions, SplitCaptions
 
 
 # id lists of the official 3,000 validation videos' halves: as text, or as Chen et al. (HGR, 2020) published them

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from .columns import caption_columns, caption_texts, clean_caption
-from .text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
+from .reading.columns import caption_columns, caption_texts, clean_caption
+from .reading.text_files import TextFilesBuilder, TextFilesConfig, read_text_lines
 
 
 LANGUAGES = (

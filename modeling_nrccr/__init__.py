@@ -1,50 +1,75 @@
 """Cross-lingual picture and video retrieval that survives translation noise, for Hugging Face."""
 
 import importlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoProcessor
-
-from .configuration_nrccr import EfficientNetLiteConfig, NrccrConfig
-from .data_collator import DataCollatorForCrossLingualRetrieval
-from .discriminator import LanguageDiscriminator
-from .encoding import encode_images, encode_texts
-from .feature_cache import FeatureCache
-from .losses import NrccrLoss, NrccrLossArguments
-from .metrics import compute_retrieval_metrics
-from .modeling_efficientnet_lite import EfficientNetLiteModel
-from .modeling_nrccr import NrccrModel, NrccrOutput
-from .processing_nrccr import NrccrProcessor, NrccrTextProcessor
-from .translation import Translator, add_translations, load_translator
-from .two_text_sides import NrccrTwoSidedProcessor, NrccrTwoSidedTextProcessor, join_text_sides
-
-
-if TYPE_CHECKING:
-    from .retriever import Hit, NrccrRetriever
-    from .trainer import NrccrTrainer
-    from .training_args import NrccrTrainingArguments
-
-# AutoProcessor finds a saved processor by its class name among these; only the first has a config type of its own.
-AutoProcessor.register(NrccrConfig, NrccrProcessor, exist_ok=True)
-for _processor in (NrccrTextProcessor, NrccrTwoSidedProcessor, NrccrTwoSidedTextProcessor):
-    AutoProcessor.register(_processor, _processor, exist_ok=True)
 
 __version__ = "0.1.0"
 
-# These bring `datasets` or the whole Trainer, 100 MB and half a second that encoding does without: on first use.
-_LATER = {
-    "Hit": "retriever",
-    "NrccrRetriever": "retriever",
-    "NrccrTrainer": "trainer",
-    "NrccrTrainingArguments": "training_args",
+# Each public name and its module, imported on first use: a query on the terminal need not wait for the Trainer.
+_PUBLIC = {
+    "DataCollatorForCrossLingualRetrieval": "training.collator",
+    "EfficientNetLiteConfig": "configuration_nrccr",
+    "EfficientNetLiteModel": "modeling_efficientnet_lite",
+    "FeatureCache": "training.feature_cache",
+    "Hit": "retrieval.retriever",
+    "LanguageDiscriminator": "training.adversary",
+    "NrccrConfig": "configuration_nrccr",
+    "NrccrLoss": "training.losses",
+    "NrccrLossArguments": "training.losses",
+    "NrccrModel": "modeling_nrccr",
+    "NrccrOutput": "modeling_nrccr",
+    "NrccrProcessor": "processing_nrccr",
+    "NrccrRetriever": "retrieval.retriever",
+    "NrccrTextProcessor": "processing_nrccr",
+    "NrccrTrainer": "training.trainer",
+    "NrccrTrainingArguments": "training.arguments",
+    "NrccrTwoSidedProcessor": "two_text_sides",
+    "NrccrTwoSidedTextProcessor": "two_text_sides",
+    "Translator": "translation.base",
+    "add_translations": "translation.columns",
+    "compute_retrieval_metrics": "retrieval.metrics",
+    "encode_images": "retrieval.encoding",
+    "encode_texts": "retrieval.encoding",
+    "join_text_sides": "two_text_sides",
+    "load_translator": "translation.engines",
 }
+
+if TYPE_CHECKING:
+    from .configuration_nrccr import EfficientNetLiteConfig, NrccrConfig
+    from .modeling_efficientnet_lite import EfficientNetLiteModel
+    from .modeling_nrccr import NrccrModel, NrccrOutput
+    from .processing_nrccr import NrccrProcessor, NrccrTextProcessor
+    from .retrieval.encoding import encode_images, encode_texts
+    from .retrieval.metrics import compute_retrieval_metrics
+    from .retrieval.retriever import Hit, NrccrRetriever
+    from .training.adversary import LanguageDiscriminator
+    from .training.arguments import NrccrTrainingArguments
+    from .training.collator import DataCollatorForCrossLingualRetrieval
+    from .training.feature_cache import FeatureCache
+    from .training.losses import NrccrLoss, NrccrLossArguments
+    from .training.trainer import NrccrTrainer
+    from .translation.base import Translator
+    from .translation.columns import add_translations
+    from .translation.engines import load_translator
+    from .two_text_sides import NrccrTwoSidedProcessor, NrccrTwoSidedTextProcessor, join_text_sides
 
 
 def __getattr__(name: str):
-    if name not in _LATER:
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    value = globals()[name] = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_PUBLIC})
+
+
+# `AutoModel` and `AutoProcessor` must find our classes once this package is imported, whatever is imported later. The
+# command loads no model by them before it needs one, and `nrccr --help` must not wait for torch. `-m` is what Python
+# calls itself while it looks for the module that it runs.
+if Path(sys.argv[0] if sys.argv else "").stem not in ("nrccr", "-m"):
+    from .loading import auto_classes

@@ -16,7 +16,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .loading import check_name, load_weights
 from .open_clip import (
     is_open_clip,
     read_open_clip_config,
@@ -24,6 +23,7 @@ from .open_clip import (
     read_open_clip_model,
     read_open_clip_tokenizer,
 )
+from .weights import check_name, load_weights
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ from .heads import NrccrAttentionHead, NrccrPoolingHead, NrccrProjection, clip_l
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
 from .length_groups import length_groups, pad_right, pass_tokens, row_lengths, up_to_end_of_text
-from .loading import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, place, split_options
 from .open_clip import folder_of
 from .towers import NrccrTextTower, NrccrVisualTower, load_encoder
+from .weights import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, place, split_options
 
 
 VIEWS = ("source", "target", "back_translation")

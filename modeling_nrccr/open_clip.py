@@ -30,7 +30,15 @@ from transformers import (
 )
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .loading import OPEN_CLIP, OPEN_CLIP_CONFIG, check_name, check_numbers, check_shapes, find_file, read_shapes
+from .weights import (
+    OPEN_CLIP,
+    OPEN_CLIP_CONFIG,
+    check_name,
+    check_numbers,
+    check_shapes,
+    find_file,
+    read_shapes,
+)
 
 
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")

@@ -16,9 +16,9 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .dual_encoders import read_config, read_processors, text_rules
-from .loading import HUB_OPTIONS, split_options
 from .media import MAX_SIDE, load_image, to_rgb
 from .processor_inputs import as_rows, check_texts, clean_text, is_rescaled, picture_of
+from .weights import HUB_OPTIONS, split_options
 
 
 logger = logging.get_logger(__name__)

@@ -18,8 +18,8 @@ from transformers import (
 from .configuration_nrccr import NrccrConfig
 from .heads import pool
 from .length_groups import pass_pictures
-from .loading import load_weights
 from .modeling_efficientnet_lite import EfficientNetLiteModel
+from .weights import load_weights
 
 
 def build_encoder(config: PreTrainedConfig) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import datasets
 import evaluate
 import torch
 
-from modeling_nrccr.metrics import compute_retrieval_metrics
+from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
 
 
 _DESCRIPTION = """

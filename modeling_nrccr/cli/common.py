@@ -1,0 +1,103 @@
+"""How a script ends that cannot go on: with one line, which says what is kept and how to go on, whatever stopped it.
+
+Scripts import this first of all, because what they import after it takes seconds, in which Ctrl+C may be pressed.
+`NRCCR_DEBUG=1` shows where an error was raised. Exit codes: 2 for what a user can put right, 130 after Ctrl+C, 141
+where nobody reads the output any more.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+
+from datasets_scripts.reading.debian import FetchError
+
+
+class Stopped(SystemExit):
+    """Ends the script with an exit code; the line has been shown."""
+
+    def __init__(self, line: str, code: int):
+        super().__init__(line)
+        self.code = code
+
+
+def mistakes() -> tuple[type[Exception], ...]:
+    """The errors whose message says what a user can put right."""
+    translation = sys.modules.get("modeling_nrccr.translation")  # which takes long to import
+    engines = () if translation is None else (translation.TranslationError,)
+    return (ValueError, OSError, ImportError, FetchError, *engines)
+
+
+def command(kept: str = "nothing was kept: run it again to begin anew") -> Callable[[Callable], Callable]:
+    """Return a decorator of a script's main function, which ends as this module says. `kept`: what of it stays after
+    Ctrl+C, and how to go on."""
+
+    def decorate(main: Callable) -> Callable:
+        @wraps(main)
+        def wrapped(*args, **kwargs):
+            sys.excepthook = sys.__excepthook__
+            show_what_can_be()
+            try:
+                try:
+                    return main(*args, **kwargs)
+                finally:
+                    if sys.stdout:
+                        sys.stdout.flush()  # while a closed pipe can still be told of
+            except (KeyboardInterrupt, *mistakes()) as error:
+                if os.environ.get("NRCCR_DEBUG"):
+                    raise
+                raise stopped(error, kept) from None
+
+        return wrapped
+
+    return decorate
+
+
+def stopped(error: BaseException, kept: str) -> Stopped:
+    """Show the line for `error`, and return what ends the script."""
+    if isinstance(error, KeyboardInterrupt):
+        line, code = f"stopped by Ctrl+C; {kept}", 130
+    elif isinstance(error, BrokenPipeError) and nobody_reads():
+        line, code = f"stopped, because nobody reads the output any more; {kept}", 141
+    else:
+        line, code = f"error: {error}", 2
+    if sys.stderr:
+        print(line, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last
+        Path(report).write_text(json.dumps({"message": line}), encoding="utf-8")
+    return Stopped(line, code)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as by `| head`; what is left goes nowhere then."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
+def show_what_can_be():
+    """Letters that the terminal does not have are shown as question marks."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+
+
+def _while_importing(kind: type[BaseException], error: BaseException, trace):
+    if os.environ.get("NRCCR_DEBUG") or not issubclass(kind, (KeyboardInterrupt, ImportError)):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        os._exit(stopped(error, "nothing had begun").code)
+
+
+if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.name in ("examples", "space", "datasets_scripts"):
+    sys.excepthook = _while_importing  # until `command` does it
+try:
+    os.getcwd()
+except FileNotFoundError:
+    print("error: the working folder has been deleted: change to another one, such as `cd ~`", file=sys.stderr)
+    os._exit(2)

@@ -1,0 +1,351 @@
+"""Loads and translates the caption data sets that the examples train and test on."""
+
+import glob
+import json
+import random
+import time
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+from PIL import Image
+
+from datasets_scripts.animated_emoji import AnimatedEmoji
+from datasets_scripts.caption_files import CaptionFiles
+from datasets_scripts.cldr_emoji import CldrEmoji
+from datasets_scripts.mscoco import Mscoco
+from datasets_scripts.msrvtt_cn import MsrvttCn
+from datasets_scripts.multi30k import Multi30k
+from datasets_scripts.reading.columns import CAPTION_FEATURES, clean_caption
+from datasets_scripts.reading.debian import FetchError, cache_folder, find_data
+from datasets_scripts.reading.splits import check_ids
+from datasets_scripts.reading.text_files import read_text_lines
+from datasets_scripts.reading.wordnet import common_words
+from datasets_scripts.scenes import Scenes
+from datasets_scripts.tuxpaint import Tuxpaint
+from datasets_scripts.vatex import Vatex
+from datasets_scripts.xm3600 import Xm3600
+
+from ..media import load_image
+from ..modeling_nrccr import NrccrModel
+from ..retrieval.encoding import encode_texts
+from ..training.collator import MEDIA_COLUMNS
+from ..translation.base import Translator
+from ..translation.cache import CachedTranslator
+from ..translation.columns import add_translations
+from ..translation.engines import load_translator, split_engines
+from ..translation.packages import prepare_translator
+
+
+LANGUAGES = {
+    "ca": "Catalan", "cs": "Czech", "de": "German", "en": "English", "eo": "Esperanto", "es": "Spanish",
+    "fr": "French", "gl": "Galician",
+}  # fmt: skip
+BUILDERS = {
+    "tuxpaint": Tuxpaint,
+    "cldr_emoji": CldrEmoji,
+    "caption_files": CaptionFiles,
+    "multi30k": Multi30k,
+    "xm3600": Xm3600,
+    "msrvtt_cn": MsrvttCn,
+    "vatex": Vatex,
+    "mscoco": Mscoco,
+    "animated_emoji": AnimatedEmoji,
+    "scenes": Scenes,
+}
+
+TRANSLATION_RECORD = "translation.json"  # beside the Parquet files: what was translated, by which engines
+
+
+def language_name(code: str) -> str:
+    return LANGUAGES.get(code, code)
+
+
+def find_font(data_dir: str | None = None) -> Path | None:
+    """A font with the letters of most languages, which Pillow's own lacks; None where it cannot be had."""
+    if data_dir is not None and not Path(data_dir, "usr").is_dir():
+        data_dir = None  # it holds something else than Debian packages
+    try:
+        (folder,) = find_data({"fonts-dejavu-core": "usr/share/fonts/truetype/dejavu"}, data_dir)
+    except (FetchError, FileNotFoundError) as error:
+        print(f"search.png will lack accents: {error}")
+        return None
+    return folder / "DejaVuSans.ttf"
+
+
+class StillPicture(datasets.Image):
+    """A column of pictures that are read as [`load_image`] reads them all: damaged metadata cost none."""
+
+    def decode_example(self, value: dict, token_per_repo_id=None) -> Image.Image:
+        return load_image(value)
+
+    def __eq__(self, other) -> bool:  # a column like any of pictures, to what compares or joins data sets
+        return isinstance(other, datasets.Image) and vars(self) == vars(other)
+
+
+def load_caption_dataset(
+    name: str = "tuxpaint+cldr_emoji",
+    target_language: str = "gl",
+    seed: int = 0,
+    target: str = "translated",
+    data_dir: str | None = None,
+    source_language: str = "en",
+    visual_feature: str | None = None,
+    media_dir: str | None = None,
+    missing: str = "error",
+    dataset_options: dict | None = None,
+) -> datasets.DatasetDict:
+    """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
+    columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`; and
+    which file of a folder with several is meant: `caption_files:captions.csv`.
+    `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
+    `parquet`: what `translate.py` wrote into `data_dir`.
+
+    Raises ValueError for an unknown name or language, and where [`check_ids`] does.
+    """
+    parts = []
+    for part in name.split("+"):
+        part, _, variant = part.partition(":")
+        if part == "parquet":
+            parts.append(read_translated(data_dir, source_language, target_language, seed, target))
+            continue
+        if part not in BUILDERS:
+            known = ", ".join((*BUILDERS, "parquet"))
+            raise ValueError(f"unknown data set {part!r} in {name!r}: known are {known}, joined by '+'")
+        options = {"seed": seed, "target": target, "source_language": source_language}
+        options["target_language"] = target_language
+        options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
+        options |= {"missing": missing} | (dataset_options or {})
+        known = BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
+        options = {key: value for key, value in options.items() if key in known}
+        # a builder of any two languages takes them as options, the others as the name of a configuration
+        language = None if "target_language" in options else target_language
+        if variant and "caption_file" in known:
+            options["caption_file"], variant = variant, ""
+        config = "-".join(filter(None, (variant, language))) or None
+        builder = BUILDERS[part](config_name=config, data_dir=data_dir, **options)
+        builder.download_and_prepare()
+        parts.append(builder.as_dataset())
+    splits = dict.fromkeys(split for part in parts for split in part)
+    joined = {
+        split: datasets.concatenate_datasets([part[split] for part in parts if split in part]) for split in splits
+    }
+    for split, rows in joined.items():
+        if isinstance(rows.features.get("image"), datasets.Image):
+            joined[split] = rows.cast_column("image", StillPicture())
+    check_ids(joined)
+    return datasets.DatasetDict(joined)
+
+
+def read_translated(
+    data_dir: str | None, source_language: str, target_language: str, seed: int, target: str
+) -> datasets.DatasetDict:
+    """The folder that `translate.py` wrote. Raises ValueError if it was asked for other languages or another split."""
+    if data_dir is None or not list(Path(data_dir).glob("data/*.parquet")):
+        raise ValueError(f"parquet needs data_dir, a folder that translate.py wrote; {data_dir} has no data/*.parquet")
+    if target != "translated":
+        raise ValueError(f"{data_dir} is translated; {target} captions are in the data that it was made of")
+    files = {}
+    for file in sorted(Path(data_dir).glob("data/*.parquet")):  # by name: of a folder's, `[` and `*` are a pattern
+        files.setdefault(file.name.split("-")[0].removesuffix(".parquet"), []).append(glob.escape(str(file)))
+    dataset = datasets.load_dataset("parquet", data_files=files)
+    for split, rows in dataset.items():
+        if missing := CAPTION_FEATURES.keys() - set(rows.column_names):
+            raise ValueError(f"{data_dir}, {split} lacks the columns {', '.join(sorted(missing))}")
+        for column, language in (("source_language", source_language), ("target_language", target_language)):
+            if other := set(rows[column]) - {language}:
+                raise ValueError(f"{data_dir}, {split}: {column} is {', '.join(map(str, other))}, not {language}")
+    record = Path(data_dir, TRANSLATION_RECORD)
+    split_seed = json.loads(record.read_text(encoding="utf-8"))["split_seed"] if record.exists() else seed
+    if split_seed != seed:  # a model that says otherwise would be tested on what it was trained on
+        raise ValueError(f"{data_dir} was split by seed {split_seed}, not {seed}: --split_seed {split_seed}")
+    return dataset
+
+
+def dataset_languages(name: str) -> list[str]:
+    """The target languages that every part of a data set has, in the order of its first part's configurations; none
+    where a part leaves them to the user."""
+    languages = None
+    for part in name.split("+"):
+        part, _, variant = part.partition(":")
+        is_open = part not in BUILDERS or "target_language" in BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
+        configs = [] if is_open else BUILDERS[part].builder_configs
+        prefix = f"{variant}-" if variant else ""
+        found = [config.removeprefix(prefix) for config in configs if config.startswith(prefix)]
+        languages = found if languages is None else [language for language in languages if language in found]
+    return languages
+
+
+def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator | None:
+    """
+    The engine whose translations the data brought, where none is wanting (the released files have Google's) or none
+    is wanted (`translator="none"`).
+    """
+    for split, rows in dataset.items():
+        wanted = ("target_caption", "back_translation") if split == "train" else ("source_caption",)
+        if translator != "none" and any(rows.data.column(column).null_count for column in wanted):
+            return None
+    engine = Translator()
+    origins = set(dataset["train"]["target_origin"]) if "train" in dataset else set()
+    engine.name = ", ".join(sorted(origins - {None})) or "none"
+    return engine
+
+
+def translation_cache_path() -> Path:
+    """Where all examples keep what was translated, whatever the data set."""
+    return cache_folder() / "translations.sqlite"
+
+
+def load_engine(
+    spec: str,
+    pairs: list[tuple[str, str]],
+    data_dir: str | None = None,
+    cache: str | Path | None = None,
+    state: PartialState | None = None,
+    needed: list[tuple[str, str]] | None = None,
+    **options,
+) -> CachedTranslator:
+    """
+    The engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a name:
+    that of the pair) need of Debian is fetched.
+
+    Args:
+        pairs: what is wanted, `(source, target)`; the way back comes last.
+        cache: file of what was translated before; by default one for all data sets.
+        state: of several processes that all make the same calls, see [`CachedTranslator`].
+        needed: those of `pairs` that the engine must have; default: all.
+        options: of the engines.
+
+    Raises:
+        ValueError: the engine lacks one of the pairs; before the first is translated.
+    """
+    target_language, source_language = pairs[-1]
+    spec, root = prepare_translator(spec, source_language, target_language, data_dir)
+    translator = load_translator(spec, **root, **options)
+    for pair in pairs if needed is None else needed:
+        translator.check_pair(*pair)
+    return CachedTranslator(translator, cache or translation_cache_path(), state)
+
+
+def query_origin(rows: datasets.Dataset) -> str:
+    """Who wrote the target captions of a split, for reports."""
+    origins = set(rows["target_origin"]) if "target_origin" in rows.column_names else {"human"}
+    if origins == {"grammar"}:
+        return "written by a grammar, not by people (synthetic)"
+    engines = sorted(str(origin) for origin in origins - {"human"})
+    return f"translated by {', '.join(engines)}, not all by people" if engines else "written by people"
+
+
+def load_translated_dataset(
+    name: str,
+    source_language: str,
+    target_language: str,
+    seed: int,
+    target: str,
+    translator: str,
+    data_dir: str | None,
+    **media,
+) -> tuple[datasets.DatasetDict, Translator]:
+    """The same, translated both ways, and the translator; the time of each part is printed. Of several engines, joined
+    by ',', each gives the training captions once, in rows of its own; the first one gives all else."""
+    start = time.perf_counter()
+    dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
+    for split, rows in dataset.items():
+        for column in MEDIA_COLUMNS:
+            if column in rows.column_names and rows.data.column(column).null_count:
+                raise ValueError(
+                    f"{name}, {split}: rows without {column}; put pictures into the folder `images` of data_dir, "
+                    "videos into `videos`, features into `FeatureData`, or name the folder (media_dir, visual_feature)"
+                )
+    if empty := [split for split in ("train", "validation", "test") if not len(dataset.get(split, ()))]:
+        raise ValueError(f"{name} has no {' and no '.join(empty)} split here: see docs/datasets.md")
+    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.items())
+    print(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
+    if engine := translated_by(dataset, translator):
+        print(f"not translated here; the data came with translations by {engine.name}")
+        return dataset, engine
+    start = time.perf_counter()
+    pairs = [(source_language, target_language), (target_language, source_language)]
+    engines = [load_engine(spec, pairs, data_dir) for spec in split_engines(translator)]
+    train = datasets.DatasetDict(train=dataset["train"])
+    dataset = add_translations(dataset, engines[0], source_language, target_language)
+    for other in engines[1:]:
+        more = add_translations(train, other, source_language, target_language)
+        dataset["train"] = datasets.concatenate_datasets([dataset["train"], more["train"]])
+    engines[0].name = ", ".join(engine.name for engine in engines)
+    print(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")
+    return dataset, engines[0]
+
+
+def check_lexicon(lexicon: str, text_only: bool):
+    """Raises ValueError for a lexicon where training reads pictures."""
+    if lexicon != "none" and not text_only:
+        raise ValueError(f"lexicon={lexicon!r} has no pictures: set text_only, or the lexicon to none")
+
+
+def lexicon_rows(
+    lexicon: str, source_language: str, target_language: str, translator: str, data_dir: str | None = None
+) -> list[dict]:
+    """
+    Words and phrases with their translations, as rows without pictures, to train on beside captions.
+
+    Args:
+        lexicon: "wordnet:5000", that many common English words; or a file, a word or phrase a line.
+        translator: As of `load_translated_dataset`; each engine gives its own pairs.
+
+    Returns:
+        The pairs that can be trusted: translated (not left as they were), and translated back to themselves. That
+        filter is for words, of which a translator knows one sense or none; few captions would pass it.
+
+    Raises:
+        ValueError: nothing is left, or WordNet is asked for another language than English.
+    """
+    if lexicon.startswith("wordnet:"):
+        if source_language != "en":
+            raise ValueError(f"lexicon={lexicon!r} is English, not {source_language!r}: name a file, a word a line")
+        words = common_words(int(lexicon.partition(":")[2]), data_dir)
+    else:
+        words = list(dict.fromkeys(filter(None, (clean_caption(line) for _, line in read_text_lines(lexicon)))))
+    pairs = [(source_language, target_language), (target_language, source_language)]
+    found = {}
+    for spec in split_engines(translator):
+        engine = load_engine(spec, pairs, data_dir)
+        made, again = words, []
+        for pair in pairs:  # with a full stop, because a translator may have no answer at all to a word such as "will"
+            made = [plain(text) for text in engine.translate([f"{text}." for text in made], *pair)]
+            again.append(made)
+        for word, target, back in zip(words, *again):
+            if target and target != plain(word) and back == plain(word):
+                found.setdefault((word, target), back)
+    if not found:
+        raise ValueError(f"{translator} translates no word of {lexicon} there and back: leave the lexicon out")
+    return [
+        {"image_id": f"lexicon/{word}", "caption_id": f"lexicon/{word}#{target}", "source_caption": word,
+         "target_caption": target, "back_translation": back}
+        for (word, target), back in found.items()
+    ]  # fmt: skip
+
+
+def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
+    """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed; in
+    an order that mixes them."""
+    size, draw = max(map(len, languages)), random.Random(seed)
+    rows = []
+    for of_language in languages:
+        again, rest = divmod(size, len(of_language))
+        rows += of_language * again + draw.sample(of_language, rest)
+    draw.shuffle(rows)
+    return rows
+
+
+def plain(text: str) -> str:
+    return text.lower().strip(" .")
+
+
+def teach(rows: list[dict], base: NrccrModel, processor) -> list[dict]:
+    """Gives each row the base's embedding of its source caption, as `teacher_text_embeds`; returns them."""
+    captions = [row["source_caption"] for row in rows]
+    embeds = encode_texts(base, captions, processor, show_progress=True, languages=None)
+    for row, embed in zip(rows, embeds, strict=True):
+        row["teacher_text_embeds"] = embed
+    return rows

