@@ -23,7 +23,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["modeling_nrccr*", "datasets_scripts*"]),
-    package_data={"datasets_scripts": ["*.sha256"]},
+    package_data={
+        "datasets_scripts": ["*.sha256"],
+        "modeling_nrccr.recipes": ["*.yaml", "*/*.yaml", "README.md"],
+        "modeling_nrccr.publishing": ["*.md"],
+        "modeling_nrccr.space": ["*.css", "*.md", "*.txt"],
+    },
+    entry_points={"console_scripts": ["nrccr = modeling_nrccr.cli.main:main"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

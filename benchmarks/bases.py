@@ -7,8 +7,8 @@ An instrument for the plumbing, and no more: it shows that a family's own code, 
 whole way from captions to an answered query, and says nothing of how good real weights are. Each base is of its
 family's own classes at a small size, with its own kind of tokenizer, trained from 1,350 English captions, and its own
 image processor. Its picture tower is first pulled to the picture embeddings of a model of ours (the base "nrccr", of
-`examples/configs/english.yaml`); then the text side is trained by the family's own loss on the real pictures and their
-English captions. The pictures of EmbeddingGemma 2 stay with it: its text side alone is trained, towards nrccr's.
+the recipe `english`); then the text side is trained by the family's own loss on the real pictures and their English
+captions. The pictures of EmbeddingGemma 2 stay with it: its text side alone is trained, towards nrccr's.
 """
 
 import argparse
@@ -143,9 +143,16 @@ def siglip2_config(tokenizer: PreTrainedTokenizerBase, size: Size) -> Siglip2Con
 def embedding_gemma2_config(tokenizer: PreTrainedTokenizerBase, size: Size) -> EmbeddingGemma2Config:
     head = size.width // size.heads
     text = text_fields(
-        tokenizer, size, num_key_value_heads=2, head_dim=head, global_head_dim=2 * head, sliding_window_pattern=2,
-        sliding_window=3, hidden_size_per_layer_input=size.width // 4, embedding_dim=EMBEDDING_DIM,
-    )  # fmt: skip
+        tokenizer,
+        size,
+        num_key_value_heads=2,
+        head_dim=head,
+        global_head_dim=2 * head,
+        sliding_window_pattern=2,
+        sliding_window=3,
+        hidden_size_per_layer_input=size.width // 4,
+        embedding_dim=EMBEDDING_DIM,
+    )
     return EmbeddingGemma2Config(text_config=text)
 
 
@@ -153,21 +160,24 @@ def clip_pictures(size: Size) -> CLIPImageProcessorPil:
     return CLIPImageProcessorPil(size={"shortest_edge": size.side}, crop_size=size.side)
 
 
-EMBEDDING_DIM = 1024  # of examples/configs/english.yaml, whose pictures EmbeddingGemma 2 is taught by
+EMBEDDING_DIM = 1024  # of modeling_nrccr/recipes/english.yaml, whose pictures EmbeddingGemma 2 is taught by
 BASES = {
     "clip": Base(kinds.clip_tokenizer, clip_config, clip_pictures),
     "metaclip_2": Base(kinds.xlm_roberta_tokenizer, metaclip2_config, clip_pictures),
     "altclip": Base(kinds.xlm_roberta_tokenizer, altclip_config, clip_pictures),
     "siglip": Base(
-        kinds.siglip_tokenizer, siglip_config,
+        kinds.siglip_tokenizer,
+        siglip_config,
         lambda size: SiglipImageProcessorPil(size={"height": size.side, "width": size.side}),
     ),
     "siglip2": Base(
-        kinds.siglip2_tokenizer, siglip2_config,
-        lambda size: Siglip2ImageProcessorPil(patch_size=size.patch, max_num_patches=size.grid**2), rate=2e-3,
+        kinds.siglip2_tokenizer,
+        siglip2_config,
+        lambda size: Siglip2ImageProcessorPil(patch_size=size.patch, max_num_patches=size.grid**2),
+        rate=2e-3,
     ),
     "embedding_gemma2": Base(kinds.gemma_tokenizer, embedding_gemma2_config),
-}  # fmt: skip
+}
 NAMES = ("nrccr", *BASES)
 
 
@@ -312,7 +322,7 @@ def build_nrccr(folder: Path, seed: int) -> float:
     """Runs the recipe of our own English base."""
     from modeling_nrccr.training import experiment as recipe
 
-    config = ROOT / "examples/configs/english.yaml"
+    config = ROOT / "modeling_nrccr/recipes/english.yaml"
     recipe.main([f"--config={config}", f"--output_dir={folder}", f"--seed={seed}", "--disable_tqdm=true"])
     model, processor = NrccrModel.from_pretrained(folder).eval(), NrccrProcessor.from_pretrained(folder)
     captions, pictures = captioned("test")

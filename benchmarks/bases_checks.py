@@ -71,9 +71,11 @@ class Examined:
 
     def sum_recall(self, images: torch.Tensor) -> dict[str, float]:
         queries = {
-            "before": self.of_base(self.asked), "english before": self.of_base(self.english),
-            "after": self.embed(self.model, self.asked), "english after": self.embed(self.model, self.english, None),
-        }  # fmt: skip
+            "before": self.of_base(self.asked),
+            "english before": self.of_base(self.english),
+            "after": self.embed(self.model, self.asked),
+            "english after": self.embed(self.model, self.english, None),
+        }
         owner = torch.arange(len(images))
         return {name: compute_retrieval_metrics(part, images, owner)["sum_recall"] for name, part in queries.items()}
 
@@ -229,11 +231,18 @@ def check(name: str, work: Path, steps: Sequence[str]) -> dict[str, dict]:
         recalls = one.sum_recall(images)
         checks = {
             "loaded": partial(one.report_differs, recalls),
-            "pictures": partial(one.pictures_changed, images), "english": one.english_changed,
-            "cached": one.cached, "alone": one.alone, "bfloat16": one.bfloat16, "merged": one.merged,
-            "published": one.published, "sentence_transformers": one.sentence_transformers, "onnx": one.onnx,
-            "served": one.served, "searched": partial(one.searched, images, ids),
-        }  # fmt: skip
+            "pictures": partial(one.pictures_changed, images),
+            "english": one.english_changed,
+            "cached": one.cached,
+            "alone": one.alone,
+            "bfloat16": one.bfloat16,
+            "merged": one.merged,
+            "published": one.published,
+            "sentence_transformers": one.sentence_transformers,
+            "onnx": one.onnx,
+            "served": one.served,
+            "searched": partial(one.searched, images, ids),
+        }
         if not one.has_pictures:  # they stay with the base, and add_language.py is given none to test with
             checks.pop("pictures")
             checks.pop("loaded")

@@ -31,21 +31,26 @@ ROOT = Path(__file__).parent.parent
 
 WORK, PAGE, REPORT = ROOT / "outputs/bases", ROOT / "docs/bases.md", ROOT / "docs/bases.json"
 FOUND = "found.json"  # in the folder of a base
-CONFIGS = ROOT / "examples/configs"
+CONFIGS = ROOT / "modeling_nrccr/recipes"
 STEPS = {
     "linear": [],
     "lora": [f"--config={CONFIGS / 'recommended.yaml'}", "--lexicon=none"],
     "pictures": [
-        f"--config={CONFIGS / 'add_language_pictures.yaml'}", "--kind=lora", "--rank=32",
+        f"--config={CONFIGS / 'add_language_pictures.yaml'}",
+        "--kind=lora",
+        "--rank=32",
         "--num_train_epochs=3",
     ],
     "several": ["--target_language=gl,ca"],
     "text_encoder": ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "],
-}  # fmt: skip
+}
 HEADS = {
-    "linear": "linear", "lora": "LoRA, all layers", "pictures": "LoRA, with pictures", "several": "gl and ca, linear",
+    "linear": "linear",
+    "lora": "LoRA, all layers",
+    "pictures": "LoRA, with pictures",
+    "several": "gl and ca, linear",
     "text_encoder": "another text encoder",
-}  # fmt: skip
+}
 # add_language.py has no entrance for embeddings of pictures that stay with a base
 LEFT_OUT = {("embedding_gemma2", "pictures")}
 # each with what it may be at most
@@ -170,8 +175,10 @@ def recalls_table(report: dict[str, dict]) -> str:
     for name, of_base in report.items():
         training, steps = of_base["training"], of_base["steps"]
         before = next((found["sum_recall"]["before"] for found in steps.values() if "sum_recall" in found), None)
-        cells = [f"{steps[step]['sum_recall']['after']:.1f}" if "sum_recall" in steps.get(step, {}) else "-"
-                 for step in STEPS]  # fmt: skip
+        cells = [
+            f"{steps[step]['sum_recall']['after']:.1f}" if "sum_recall" in steps.get(step, {}) else "-"
+            for step in STEPS
+        ]
         rows.append([name, f"{training['sum_recall']:.1f}", "-" if before is None else f"{before:.1f}", *cells])
     return markdown_table(["base", "English", "Galician, before", *(HEADS[step] for step in STEPS)], rows)
 

@@ -57,9 +57,17 @@ def siglip_tokenizer(captions: Sequence[str], size: int, length: int = 64) -> Si
     with tempfile.TemporaryDirectory() as folder:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([caption.lower() for caption in captions]),
-            model_prefix=str(Path(folder, "spiece")), vocab_size=size, model_type="unigram", hard_vocab_limit=False,
-            pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            model_prefix=str(Path(folder, "spiece")),
+            vocab_size=size,
+            model_type="unigram",
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            num_threads=1,
+            minloglevel=2,
+        )
         return SiglipTokenizer(str(Path(folder, "spiece.model")), model_max_length=length)
 
 

@@ -48,9 +48,12 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/differences.md"
 CAPTIONS = ROOT.parent / "shared/data/multi30k/task1/raw"
 PUBLISHED = dict(
-    pool_padding=True, attention_score_scale="hidden", projection_norm="batch_norm", projection_dropout=0.2,
+    pool_padding=True,
+    attention_score_scale="hidden",
+    projection_norm="batch_norm",
+    projection_dropout=0.2,
     visual_head="attention",
-)  # fmt: skip
+)
 TEXT = dict(vocab_size=99, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128)
 BATCH, DIM = 128, 1536  # of the paper's runs
 
@@ -203,10 +206,14 @@ def outputs(seed: int = 6) -> NrccrOutput:
     views = {
         name: F.normalize(images + noise * unit(BATCH, DIM, seed=seed + i + 1), dim=-1).requires_grad_()
         for i, (name, noise) in enumerate(
-            [("text_embeds", 2.0), ("target_text_embeds", 4.0), ("teacher_text_embeds", 3.0),
-             ("back_translation_text_embeds", 3.0)]
+            [
+                ("text_embeds", 2.0),
+                ("target_text_embeds", 4.0),
+                ("teacher_text_embeds", 3.0),
+                ("back_translation_text_embeds", 3.0),
+            ]
         )
-    }  # fmt: skip
+    }
     return NrccrOutput(image_embeds=images.requires_grad_(), logit_scale=torch.tensor(1 / 0.07), **views)
 
 
@@ -387,9 +394,14 @@ def toy_rows(count: int, seed: int) -> list[dict]:
             " ".join(f"{start}{word}" for word in words) for start, words in (("", chosen), ("9", heard))
         )
         rows.append(
-            {"image_id": f"{i}", "visual_feats": np.eye(30, dtype="float32")[chosen].sum(0, keepdims=True),
-             "source_caption": source, "target_caption": target, "back_translation": source}
-        )  # fmt: skip
+            {
+                "image_id": f"{i}",
+                "visual_feats": np.eye(30, dtype="float32")[chosen].sum(0, keepdims=True),
+                "source_caption": source,
+                "target_caption": target,
+                "back_translation": source,
+            }
+        )
     return rows
 
 
@@ -403,10 +415,18 @@ def words_to_ids(text=None, visual_feats=None, **kwargs) -> BatchFeature:
 
 def trainer(folder: str, seed: int = 0, epochs: int = 8, **changes) -> NrccrTrainer:
     args = NrccrTrainingArguments(
-        output_dir=folder, seed=seed, num_train_epochs=epochs, per_device_train_batch_size=32, learning_rate=5e-3,
-        trained_text_layers=1, disable_tqdm=True, use_cpu=True, load_best_model_at_end=False, save_strategy="no",
+        output_dir=folder,
+        seed=seed,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=32,
+        learning_rate=5e-3,
+        trained_text_layers=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        load_best_model_at_end=False,
+        save_strategy="no",
         **changes,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     heads = dict(text_head="pooling", visual_head="pooling", teacher_view="source")
     model = NrccrModel(NrccrConfig(text_config=TEXT, visual_feat_dim=30, projection_dim=32, **heads))

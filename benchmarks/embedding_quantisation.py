@@ -113,11 +113,16 @@ def main(argv: list[str] | None = None):
     report = {
         "results": measure(test, validation, dims),
         "settings": {
-            "model": encoder_label(args.model), "dataset": settings["dataset"], "split_seed": seed,
-            "target_language": settings["target_language"], "seed": settings["seed"], "captions": len(test[0]),
-            "pictures": len(test[1]), "sentence_transformers": sentence_transformers.__version__,
+            "model": encoder_label(args.model),
+            "dataset": settings["dataset"],
+            "split_seed": seed,
+            "target_language": settings["target_language"],
+            "seed": settings["seed"],
+            "captions": len(test[0]),
+            "pictures": len(test[1]),
+            "sentence_transformers": sentence_transformers.__version__,
         },
-    }  # fmt: skip
+    }
     write_file(RESULTS, json.dumps(report, indent=1) + "\n")
     fill(PAGE, {"quantisation": table(report)})
     print(table(report))

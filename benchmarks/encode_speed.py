@@ -175,10 +175,15 @@ def pictures_of_ours(folder: Path, dtype: torch.dtype) -> tuple[float, torch.Ten
     tower.to(dtype)
     with torch.inference_mode():
         tower_alone = min(best_time(lambda size=size: tower(pixels[:size])) / size for size in (8, 16, 32))
-    return seconds, embeds, {
-        "floor_seconds": tower_alone * len(files), "pictures": len(files),
-        "pictures_per_second": round(len(files) / seconds),
-    }  # fmt: skip
+    return (
+        seconds,
+        embeds,
+        {
+            "floor_seconds": tower_alone * len(files),
+            "pictures": len(files),
+            "pictures_per_second": round(len(files) / seconds),
+        },
+    )
 
 
 def pictures_of_peer(folder: Path, dtype: torch.dtype, workers: int) -> tuple[float, torch.Tensor, dict]:
@@ -204,8 +209,12 @@ def pictures_of_peer(folder: Path, dtype: torch.dtype, workers: int) -> tuple[fl
 
 def run_side(side: str, folder: Path, dtype: torch.dtype):
     name, _, size = side.partition(" ")
-    run = {"captions": captions_of_ours, "sentence-transformers": captions_of_peer,
-           "pictures": pictures_of_ours, "dataloader": pictures_of_peer}[name]  # fmt: skip
+    run = {
+        "captions": captions_of_ours,
+        "sentence-transformers": captions_of_peer,
+        "pictures": pictures_of_ours,
+        "dataloader": pictures_of_peer,
+    }[name]
     seconds, embeds, more = run(folder, dtype, *([int(size)] if size else []))
     torch.save(embeds, folder / f"{side}.pt")
     print(json.dumps({"seconds": seconds, "peak_gb": peak_gigabytes()} | more))
@@ -243,8 +252,11 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         prepare(args.captions, args.count, folder)
-        report = machine() | {"dtype": str(dtype), "bandwidth_gb_s": round(bandwidth() / 1e9, 1),
-                              "matmul_gflop_s": round(matmul_rate(384, dtype) / 1e9, 1)}  # fmt: skip
+        report = machine() | {
+            "dtype": str(dtype),
+            "bandwidth_gb_s": round(bandwidth() / 1e9, 1),
+            "matmul_gflop_s": round(matmul_rate(384, dtype) / 1e9, 1),
+        }
         for name, sides in (("captions", CAPTION_SIDES), ("pictures", PICTURE_SIDES)):
             if args.only in (None, name):
                 report[name] = compare(sides, folder, args.rounds, args.bf16)

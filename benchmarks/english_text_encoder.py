@@ -6,7 +6,7 @@
 What was run is a line of benchmarks/results/english_text_encoder.jsonl; the draws that intervals over splits are made
 of lie beside the models, in outputs/english_text_encoder. A run that lacks them is run again.
 
-The base is real: all-MiniLM-L6-v2 and the demo's picture tower, trained like `examples/configs/english.yaml` on the
+The base is real: all-MiniLM-L6-v2 and the demo's picture tower, trained by the recipe `english` on the
 English captions of real pictures. Each row is a run of `examples/add_language.py`, all four languages in one adapter.
 """
 
@@ -30,7 +30,7 @@ DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (1
 NAMES = {"gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech"}
 WORK = ROOT / "outputs/english_text_encoder"
 RESULTS, PAGE = ROOT / "benchmarks/results/english_text_encoder.jsonl", ROOT / "docs/english_text_encoders.md"
-CONFIGS = ROOT / "examples/configs"
+CONFIGS = ROOT / "modeling_nrccr/recipes"
 ENGINES = (
     "gl=apertium,apertium+es+apertium;ca=apertium,apertium+es+apertium;es=apertium,apertium+ca+apertium;cs=dictionary"
 )
@@ -40,15 +40,19 @@ NEW_SIDE = ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "]
 ROWS = {
     "new_linear": ("another text encoder beside it (e5), linear adapter", [*NEW_SIDE, f"--translator={ENGINES}"]),
     "new_lora": (
-        "another text encoder beside it (e5), recommended.yaml", [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}"]
+        "another text encoder beside it (e5), recommended.yaml",
+        [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}"],
     ),
     "new_lora_long": (
-        "the same, three times as long", [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}", "--num_train_epochs=3"]
+        "the same, three times as long",
+        [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}", "--num_train_epochs=3"],
     ),
     "own_lora": ("LoRA in its own text encoder, recommended.yaml", [*RECOMMENDED, f"--translator={ENGINES}"]),
-    "human": ("e5 beside it, LoRA from human captions (bound)", [*RECOMMENDED, *NEW_SIDE, "--lexicon=none",
-                                                                 "--num_train_epochs=3"]),
-}  # fmt: skip
+    "human": (
+        "e5 beside it, LoRA from human captions (bound)",
+        [*RECOMMENDED, *NEW_SIDE, "--lexicon=none", "--num_train_epochs=3"],
+    ),
+}
 
 
 def train_base(split: int) -> Path:
@@ -57,10 +61,16 @@ def train_base(split: int) -> Path:
 
     folder = WORK / f"base-{split}"
     if not (folder / "metrics.json").exists():
-        train.main([
-            f"--config={CONFIGS / 'english.yaml'}", "--text_encoder=all-MiniLM-L6-v2", "--text_prefix=",
-            f"--split_seed={split}", f"--output_dir={folder}", "--overwrite=true",
-        ])  # fmt: skip
+        train.main(
+            [
+                f"--config={CONFIGS / 'english.yaml'}",
+                "--text_encoder=all-MiniLM-L6-v2",
+                "--text_prefix=",
+                f"--split_seed={split}",
+                f"--output_dir={folder}",
+                "--overwrite=true",
+            ]
+        )
     return folder
 
 
@@ -97,25 +107,41 @@ def run(row: str, split: int) -> dict:
     folder, own = WORK / f"{row}-{split}", add_language.Examination
     add_language.Examination = Examination
     try:
-        add_language.main([
-            *arguments, f"--base={train_base(split)}", f"--dataset={DATASET}", f"--output_dir={folder}",
-            f"--target_language={','.join(LANGUAGES)}",
-        ])  # fmt: skip
+        add_language.main(
+            [
+                *arguments,
+                f"--base={train_base(split)}",
+                f"--dataset={DATASET}",
+                f"--output_dir={folder}",
+                f"--target_language={','.join(LANGUAGES)}",
+            ]
+        )
     finally:
         add_language.Examination = own
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    np.savez(WORK / f"{row}-{split}.npz", **{f"{language}|{name}": sums for language, exam in zip(LANGUAGES, exams)
-                                             for name, sums in exam.sums.items()})  # fmt: skip
+    np.savez(
+        WORK / f"{row}-{split}.npz",
+        **{f"{language}|{name}": sums for language, exam in zip(LANGUAGES, exams) for name, sums in exam.sums.items()},
+    )
     found = {
-        language: {name: {"sum_recall": round(float(sums[0]), 2), "interval": np.round(interval(sums), 2).tolist()}
-                   for name, sums in exam.sums.items()}
+        language: {
+            name: {"sum_recall": round(float(sums[0]), 2), "interval": np.round(interval(sums), 2).tolist()}
+            for name, sums in exam.sums.items()
+        }
         for language, exam in zip(LANGUAGES, exams)
-    }  # fmt: skip
+    }
     return {
-        "row": row, "label": ROWS[row][0], "split_seed": split, "seed": report["seed"], "steps": report["steps"],
-        "verdicts": report["verdicts"], "reasons": report["reasons"], "tokenizer": report["tokenizer"],
-        "found": found, "machine": machine(),
-    }  # fmt: skip
+        "row": row,
+        "label": ROWS[row][0],
+        "split_seed": split,
+        "seed": report["seed"],
+        "steps": report["steps"],
+        "verdicts": report["verdicts"],
+        "reasons": report["reasons"],
+        "tokenizer": report["tokenizer"],
+        "found": found,
+        "machine": machine(),
+    }
 
 
 def means(results: list[dict], row: str, name: str, language: str, other: tuple | None = None) -> np.ndarray:

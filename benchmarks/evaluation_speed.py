@@ -99,8 +99,12 @@ def by_ranx(texts, images, owner) -> dict[str, float]:
     names = [str(number) for number in range(len(images))]
     run = Run({str(q): dict(zip(names, map(float, row))) for q, row in enumerate(scores)})
     qrels = Qrels({str(q): {str(int(image)): 1} for q, image in enumerate(owner)})
-    measures = {"t2v_recall@1": "hit_rate@1", "t2v_recall@5": "hit_rate@5", "t2v_recall@10": "hit_rate@10",
-                "t2v_map": "mrr"}  # fmt: skip
+    measures = {
+        "t2v_recall@1": "hit_rate@1",
+        "t2v_recall@5": "hit_rate@5",
+        "t2v_recall@10": "hit_rate@10",
+        "t2v_map": "mrr",
+    }
     found = evaluate(qrels, run, list(measures.values()))
     return {name: found[measure] * (1 if name == "t2v_map" else 100) for name, measure in measures.items()}
 
@@ -128,9 +132,11 @@ def main():
         ours, theirs = found[f"{peer} metrics"], found[peer]
         differences = [abs(ours["found"][name] - value) for name, value in theirs["found"].items()]
         report["evaluation"][peer] = {
-            "captions": count, "ratio": round(ours["seconds"] / theirs["seconds"], 4),
-            "memory_ratio": round(ours["peak_gb"] / theirs["peak_gb"], 3), "largest_difference": max(differences),
-        }  # fmt: skip
+            "captions": count,
+            "ratio": round(ours["seconds"] / theirs["seconds"], 4),
+            "memory_ratio": round(ours["peak_gb"] / theirs["peak_gb"], 3),
+            "largest_difference": max(differences),
+        }
     if args.large:
         large = in_turns(__file__, ["large product", "large metrics"], 1)
         report["evaluation"]["large"] = {

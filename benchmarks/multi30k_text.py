@@ -57,12 +57,23 @@ def train_on_text(model, processor, rows: dict[str, list[dict]], output_dir: str
     names = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
     cache.add_texts(row.get(name) for split in rows.values() for row in split for name in names)
     args = NrccrTrainingArguments(
-        output_dir=output_dir, text_only=True, contrastive_loss_weight=0.0, target_contrastive_loss_weight=1.0,
-        eval_gallery_column="reference_source_caption", keep_best_in_memory=True, save_strategy="no",
-        load_best_model_at_end=False, num_train_epochs=10, per_device_train_batch_size=256, learning_rate=3e-4,
-        lr_scheduler_type="cosine", seed=0, report_to="none", disable_tqdm=True,
+        output_dir=output_dir,
+        text_only=True,
+        contrastive_loss_weight=0.0,
+        target_contrastive_loss_weight=1.0,
+        eval_gallery_column="reference_source_caption",
+        keep_best_in_memory=True,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        num_train_epochs=10,
+        per_device_train_batch_size=256,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        seed=0,
+        report_to="none",
+        disable_tqdm=True,
         use_cpu=not torch.accelerator.is_available(),
-    )  # fmt: skip
+    )
     collator = DataCollatorForCrossLingualRetrieval(cache)
     NrccrTrainer(model, args, rows["train"], rows["validation"], processor, collator).train()
 
@@ -112,10 +123,12 @@ def run(data_dir: str, trained: int) -> dict:
     seconds["retrieval"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    rows = {"train": [
-        {"image_id": str(i), "source_caption": source, "target_caption": target, "back_translation": back}
-        for i, (source, target, back) in enumerate(zip(sources, targets, backs))
-    ]}  # fmt: skip
+    rows = {
+        "train": [
+            {"image_id": str(i), "source_caption": source, "target_caption": target, "back_translation": back}
+            for i, (source, target, back) in enumerate(zip(sources, targets, backs))
+        ]
+    }
     held_out = splits["de"]["validation"]["reference_source_caption"][:]
     rows["validation"] = [
         {"image_id": str(i), "target_caption": target, "reference_source_caption": source}

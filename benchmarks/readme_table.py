@@ -1,4 +1,4 @@
-"""Writes the results of `docs/demo.json` (a run's metrics.json) into examples/README.md:
+"""Writes the results of `docs/demo.json` (a run's metrics.json) into modeling_nrccr/recipes/README.md:
 
 cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
 """
@@ -34,7 +34,7 @@ def results(report: dict) -> str:
 
 def main():
     report = json.loads((ROOT / "docs/demo.json").read_text(encoding="utf-8"))
-    fill(ROOT / "examples/README.md", {"results": results(report)})
+    fill(ROOT / "modeling_nrccr/recipes/README.md", {"results": results(report)})
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def measure(folder: Path) -> dict[str, dict[int, float]]:
     from modeling_nrccr import encode_images, encode_texts
     from modeling_nrccr.data.load import load_caption_dataset
     from modeling_nrccr.loading.encoders import find_encoder
-    from modeling_nrccr.retrieval.search import load_model
+    from modeling_nrccr.loading.models import load_model
 
     model, processor = text_model(find_encoder("multilingual-e5-small"))
     processor.max_text_length = 512
@@ -81,8 +81,18 @@ def measure(folder: Path) -> dict[str, dict[int, float]]:
         found["pictures"][count] = seconds(lambda count=count: encode_images(model, files[:count], processor))
     for processes in PROCESSES:
         index = folder.parent / f"index{processes}"
-        command = ["torchrun", "--nproc_per_node", str(processes), str(ROOT / "examples/index_gallery.py"), "--model",
-                   str(ROOT / "outputs/demo"), "--gallery", str(folder), "--index", str(index)]  # fmt: skip
+        command = [
+            "torchrun",
+            "--nproc_per_node",
+            str(processes),
+            str(ROOT / "examples/index_gallery.py"),
+            "--model",
+            str(ROOT / "outputs/demo"),
+            "--gallery",
+            str(folder),
+            "--index",
+            str(index),
+        ]
         start = time.perf_counter()
         program, *rest = command
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -136,8 +146,10 @@ def main():
     report = machine() | {
         "seconds": {name: {x: round(y, 3) for x, y in points.items()} for name, points in found.items()},
         "slopes": {name: round(slope(points), 3) for name, points in found.items()},
-        "on_paper": on_paper(found), "peak_gb": round(peak_gigabytes(), 2), "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "on_paper": on_paper(found),
+        "peak_gb": round(peak_gigabytes(), 2),
+        "threads": torch.get_num_threads(),
+    }
     print(json.dumps(report, indent=1))
     write_file(args.output, json.dumps(report, indent=1) + "\n")
     figure(found, Path(args.output).with_suffix(".png"))

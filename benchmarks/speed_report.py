@@ -24,19 +24,34 @@ def gpu_table() -> str:
     sides = step["sides"]
     ours = captions["sides"]["captions"], pictures["sides"]["pictures"]
     rows = [
-        [f"encode {ours[0]['captions']:,} captions, bf16", captions["peer"],
-         seconds(captions, "captions", captions["peer"]), f"{captions['ratio']:.2f}",
-         f"{ours[0]['tokens_per_second']:,} tokens/s", f"{ours[0]['utilisation']:.1%}"],
-        [f"encode {ours[1]['pictures']:,} pictures, bf16", pictures["peer"],
-         seconds(pictures, "pictures", pictures["peer"]), f"{pictures['ratio']:.2f}",
-         f"{ours[1]['pictures_per_second']:,} pictures/s", "–"],
-    ]  # fmt: skip
+        [
+            f"encode {ours[0]['captions']:,} captions, bf16",
+            captions["peer"],
+            seconds(captions, "captions", captions["peer"]),
+            f"{captions['ratio']:.2f}",
+            f"{ours[0]['tokens_per_second']:,} tokens/s",
+            f"{ours[0]['utilisation']:.1%}",
+        ],
+        [
+            f"encode {ours[1]['pictures']:,} pictures, bf16",
+            pictures["peer"],
+            seconds(pictures, "pictures", pictures["peer"]),
+            f"{pictures['ratio']:.2f}",
+            f"{ours[1]['pictures_per_second']:,} pictures/s",
+            "–",
+        ],
+    ]
     for ours, peer in (("ours", "stock"), ("ours bf16", "stock bf16")):
-        rows.append([
-            f"training step, {'bf16' if 'bf16' in ours else 'float32'}", f"stock Trainer, {peer[6:] or 'float32'}",
-            seconds(step, ours, peer), f"{sides[ours]['seconds'] / sides[peer]['seconds']:.2f}",
-            f"{sides[ours]['tokens_per_second']:,} tokens/s", f"{sides[ours]['utilisation']:.0%}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"training step, {'bf16' if 'bf16' in ours else 'float32'}",
+                f"stock Trainer, {peer[6:] or 'float32'}",
+                seconds(step, ours, peer),
+                f"{sides[ours]['seconds'] / sides[peer]['seconds']:.2f}",
+                f"{sides[ours]['tokens_per_second']:,} tokens/s",
+                f"{sides[ours]['utilisation']:.0%}",
+            ]
+        )
     return (
         f"{encode['accelerator']}, {encode['threads']} threads, torch {encode['versions']['torch']}; a bf16 product "
         f"at {encode['matmul_gflop_s'] / 1000:.0f} TFLOP/s (width 384), copies at "
@@ -87,25 +102,41 @@ def lines() -> Iterator[list[str]]:
         ]
     part = training["contrast"]
     yield [
-        "contrast of 2,048 pairs, exact gradient", part["peer"], seconds(part, "cached", part["peer"]),
-        verdict(part["ratio"], 0.9), f"{part['memory_ratio']:.2f}; {part['sides']['cached']['peak_gb']:.1f} GB", "–",
-    ]  # fmt: skip
+        "contrast of 2,048 pairs, exact gradient",
+        part["peer"],
+        seconds(part, "cached", part["peer"]),
+        verdict(part["ratio"], 0.9),
+        f"{part['memory_ratio']:.2f}; {part['sides']['cached']['peak_gb']:.1f} GB",
+        "–",
+    ]
     yield [
-        "metrics, 5,000 x 25,000, both directions", "the bare product", seconds(evaluation, "metrics", "product"),
-        verdict(evaluation["over_product"], 6), f"{evaluation['more_gb']:.2f} GB more", "–",
-    ]  # fmt: skip
+        "metrics, 5,000 x 25,000, both directions",
+        "the bare product",
+        seconds(evaluation, "metrics", "product"),
+        verdict(evaluation["over_product"], 6),
+        f"{evaluation['more_gb']:.2f} GB more",
+        "–",
+    ]
     for peer in ("torchmetrics", "ranx"):
         part = evaluation[peer]
         yield [
-            f"metrics, {part['captions']:,} of the captions", peer, seconds(evaluation, f"{peer} metrics", peer),
-            verdict(part["ratio"], 0.1), f"{part['memory_ratio']:.2f}", "–",
-        ]  # fmt: skip
+            f"metrics, {part['captions']:,} of the captions",
+            peer,
+            seconds(evaluation, f"{peer} metrics", peer),
+            verdict(part["ratio"], 0.1),
+            f"{part['memory_ratio']:.2f}",
+            "–",
+        ]
     if "large" in evaluation:
         part = evaluation["large"]
         yield [
-            "metrics, 50,000 x 250,000", "the bare product", seconds(evaluation, "large metrics", "large product"),
-            verdict(part["over_product"], 6), f"{part['more_gb']:.2f} GB more", "–",
-        ]  # fmt: skip
+            "metrics, 50,000 x 250,000",
+            "the bare product",
+            seconds(evaluation, "large metrics", "large product"),
+            verdict(part["over_product"], 6),
+            f"{part['more_gb']:.2f} GB more",
+            "–",
+        ]
 
 
 def tables() -> str:

@@ -37,8 +37,8 @@ class Row:
 
     Args:
         label: Its name in tables.
-        recipe: A file of examples/configs: its own settings come before the row's; the folders of models that it names
-            are left to `start_from` and `teacher`.
+        recipe: A file of modeling_nrccr/recipes: its own settings come before the row's; the folders of models
+            that it names are left to `start_from` and `teacher`.
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
@@ -110,7 +110,7 @@ class Study:
         self.rows = {name: Row(**row) for name, row in loaded["rows"].items()}
         for row in self.rows.values():
             if row.recipe:
-                own = yaml.safe_load((ROOT / "examples/configs" / row.recipe).read_text(encoding="utf-8"))
+                own = yaml.safe_load((ROOT / "modeling_nrccr/recipes" / row.recipe).read_text(encoding="utf-8"))
                 row.settings = {key: value for key, value in own.items() if key not in FOLDERS} | row.settings
         named = {name for row in self.rows.values() for name in (row.teacher, row.start_from, row.tuned_as)} - {None}
         named |= {side.split(":")[0] for pair in self.comparisons for side in pair}
@@ -227,11 +227,17 @@ class Runner:
 
         start, row = time.perf_counter(), self.study.rows[run.row]
         fixed = {
-            "feature_cache_dir": str(WORK / "features"), "output_dir": str(self.study.work / "trainer"),
+            "feature_cache_dir": str(WORK / "features"),
+            "output_dir": str(self.study.work / "trainer"),
             "search_page": "none",
-            "save_strategy": "no", "load_best_model_at_end": False, "keep_best_in_memory": True, "report_to": "none",
-            "disable_tqdm": True, "logging_strategy": "no", "use_cpu": not torch.accelerator.is_available(),
-        }  # fmt: skip
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "keep_best_in_memory": True,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "use_cpu": not torch.accelerator.is_available(),
+        }
         experiment = self.experiment(parse_arguments(["--config", str(ROOT / self.study.config)], **settings | fixed))
         args = experiment.args
         teacher = None
@@ -338,7 +344,7 @@ class Runner:
 
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
         """Rows with the base's embeddings of their source captions, which no step then computes again."""
-        from modeling_nrccr.data.load import teach
+        from modeling_nrccr.training.teacher import add_teacher_embeds as teach
 
         model = self.trained(experiment, run, base)
         cache = experiment.cached(model, experiment.model.build(experiment.encoders)[1])

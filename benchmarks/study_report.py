@@ -27,9 +27,16 @@ ASKED = {
     "english": "human English query",
 }
 LANGUAGES = {
-    "gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech", "de": "German", "fr": "French", "eu": "Basque",
-    "sw": "Swahili", "cy": "Welsh",
-}  # fmt: skip
+    "gl": "Galician",
+    "ca": "Catalan",
+    "es": "Spanish",
+    "cs": "Czech",
+    "de": "German",
+    "fr": "French",
+    "eu": "Basque",
+    "sw": "Swahili",
+    "cy": "Welsh",
+}
 
 
 def summary(study: Study) -> dict:
@@ -97,11 +104,13 @@ def comparison_lines(study: Study, report: dict, condition: str, language: str) 
         }
         if not by_gallery:
             continue
-        lines.append([
-            f"{side_name(study, first, name)} − {side_name(study, second, name)}",
-            *(interval(by_gallery[gallery]) for gallery in by_gallery),
-            verdict(by_gallery["all"]),
-        ])  # fmt: skip
+        lines.append(
+            [
+                f"{side_name(study, first, name)} − {side_name(study, second, name)}",
+                *(interval(by_gallery[gallery]) for gallery in by_gallery),
+                verdict(by_gallery["all"]),
+            ]
+        )
     return lines
 
 
@@ -127,9 +136,14 @@ def settings_table(study: Study) -> str:
         trained = [run for run in runs if run["steps"]] or runs
         seconds = sorted(sum(run["seconds"].values()) for run in trained)
         weights = sorted({run["source_query_weight"] for run in runs})
-        lines.append([
-            spec.label, chosen or "–", f"{weights[0]:g} to {weights[-1]:g}", f"{seconds[len(seconds) // 2]:.0f}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                spec.label,
+                chosen or "–",
+                f"{weights[0]:g} to {weights[-1]:g}",
+                f"{seconds[len(seconds) // 2]:.0f}",
+            ]
+        )
     return markdown(["row", "chosen on validation", "fusion weight", "seconds a run (median)"], lines)
 
 
@@ -149,11 +163,13 @@ def tables(study: Study) -> str:
 def compact_tables(study: Study) -> str:
     """Of a study with many rows: all pictures alone."""
     report, condition, language = summary(study), next(iter(study.conditions)), study.languages[0]
-    return "\n".join([
-        rows_table(study, report, "all", condition, language),
-        comparisons_table(study, report, condition, language),
-        settings_table(study),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            rows_table(study, report, "all", condition, language),
+            comparisons_table(study, report, condition, language),
+            settings_table(study),
+        ]
+    )
 
 
 def cell(report: dict, **place) -> str:
@@ -203,10 +219,12 @@ def quality_table(recommended: Study, czech: Study) -> str:
     goes from the English-only model to human captions."""
     quality = json.loads((ROOT / "docs/translation.json").read_text(encoding="utf-8"))["pictures"]
     engines = [
-        ("gl", "apertium en-gl", recommended, "linear"), ("ca", "apertium en-ca", recommended, "linear"),
-        ("es", "apertium en-es", recommended, "linear"), ("cs", "dictionary en-cs", czech, "dictionary"),
+        ("gl", "apertium en-gl", recommended, "linear"),
+        ("ca", "apertium en-ca", recommended, "linear"),
+        ("es", "apertium en-es", recommended, "linear"),
+        ("cs", "dictionary en-cs", czech, "dictionary"),
         ("cs", "marian en-cs", czech, "marian"),
-    ]  # fmt: skip
+    ]
     lines = []
     for language, engine, study, row in engines:
         rows = summary(study)["rows"]

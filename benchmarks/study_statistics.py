@@ -89,13 +89,15 @@ def compare(study):
                     ):
                         continue
                     means = [
-                        np.stack([
-                            bootstrap.sums(run, gallery, query)
-                            for run in runs[condition, language, row]
-                            if (run.split_seed, run.seed) in shared
-                        ])
+                        np.stack(
+                            [
+                                bootstrap.sums(run, gallery, query)
+                                for run in runs[condition, language, row]
+                                if (run.split_seed, run.seed) in shared
+                            ]
+                        )
                         for row, query in sides
-                    ]  # fmt: skip
+                    ]
                     place = {"condition": condition, "language": language, "first": first, "second": second}
                     pairs.append(place | {"gallery": gallery} | summary(means[0] - means[1]))
     report = {"draws": DRAWS, "rows": rows, "comparisons": pairs}

@@ -104,16 +104,30 @@ def step_side(kind: str, steps: int, batch: int) -> dict:
 
     stock, rows, model = kind.startswith("stock"), training_rows(steps * batch), build_model().to(device())
     args = dict(
-        per_device_train_batch_size=batch, max_steps=steps, learning_rate=1e-4, lr_scheduler_type="constant", seed=0,
-        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(), dataloader_drop_last=True, dataloader_pin_memory=False,
-        remove_unused_columns=False, bf16="bf16" in kind,
-    )  # fmt: skip
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="constant",
+        seed=0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_drop_last=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        bf16="bf16" in kind,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         ours = NrccrTrainingArguments(
-            output_dir=scratch, eval_strategy="no", load_best_model_at_end=False, trained_text_layers=TRAINED,
-            gradient_cache="recompute" in kind, **args,
-        )  # fmt: skip
+            output_dir=scratch,
+            eval_strategy="no",
+            load_best_model_at_end=False,
+            trained_text_layers=TRAINED,
+            gradient_cache="recompute" in kind,
+            **args,
+        )
         model.set_trained_layers(TRAINED)
         filled, processor = 0.0, Tokens()
         if not stock:
@@ -159,11 +173,13 @@ def stock_trainer(model, scratch: str, args: dict, rows: list[dict], collator, l
             from modeling_nrccr import NrccrOutput
 
             outputs = NrccrOutput(
-                text_embeds=embeds["source"], target_text_embeds=embeds["target"],
-                back_translation_text_embeds=embeds["back_translation"], teacher_text_embeds=embeds["teacher"],
+                text_embeds=embeds["source"],
+                target_text_embeds=embeds["target"],
+                back_translation_text_embeds=embeds["back_translation"],
+                teacher_text_embeds=embeds["teacher"],
                 image_embeds=self.model.get_image_features(visual_feats=visual_feats).pooler_output,
                 logit_scale=self.model.logit_scale.exp(),
-            )  # fmt: skip
+            )
             return {"loss": loss(outputs, image_ids)["loss"]}
 
     trainer = Trainer(Stock(), TrainingArguments(output_dir=scratch, **args), collator, rows)
@@ -198,9 +214,12 @@ def contrast_side(kind: str, texts: Path) -> dict:
         model.to(device()).set_trained_layers(None).train()
         model.recompute_passes = True
         loss_of = NrccrLoss(
-            contrastive_loss_weight=0.0, target_contrastive_loss_weight=1.0, distillation_loss_weight=0.0,
-            feature_distillation_loss_weight=0.0, back_translation_loss_weight=0.0,
-        )  # fmt: skip
+            contrastive_loss_weight=0.0,
+            target_contrastive_loss_weight=1.0,
+            distillation_loss_weight=0.0,
+            feature_distillation_loss_weight=0.0,
+            back_translation_loss_weight=0.0,
+        )
 
         def step(sources, targets):
             batch = dict(processor(text=sources, return_tensors="pt"))

@@ -69,7 +69,7 @@ SIGNALS = {  # what could tell a good translation from a bad one; the first is w
 def engine(row: str):
     """The engine of a row, behind the cache of the examples."""
     from datasets_scripts.reading.debian import cache_folder
-    from modeling_nrccr.data.load import load_engine
+    from modeling_nrccr.translation.cache import load_engine
 
     spec, target = ENGINES[row]
     return load_engine(spec.format(cache=cache_folder()), [("en", target), (target, "en")])
@@ -304,8 +304,10 @@ def main():
         report[section] = {row: report[section][row] for row in known if row in report[section]}
     packages = ("sacrebleu", "py3langid")
     report["settings"] = {package: version(package) for package in packages} | {
-        "seed": SEED, "encoder": ENCODER, "left_out": sorted(left_out),
-    }  # fmt: skip
+        "seed": SEED,
+        "encoder": ENCODER,
+        "left_out": sorted(left_out),
+    }
     write_file(REPORT, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     fill(PAGE, {"translation": tables(report)})
     print(tables(report))

@@ -23,8 +23,14 @@ from .reading.text_files import TextFilesBuilder, TextFilesConfig, read_text_lin
 SUFFIXES = (".csv", ".tsv", ".jsonl")  # each also packed, as .csv.gz
 NAMES = {"image", "caption_id"}  # are as they are: a blank or an accent more names another file
 COLUMNS = {*NAMES, "caption", "target_caption", "split", "group"}
-SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation",
-               "dev": "validation", "test": "test"}  # fmt: skip
+SPLIT_NAMES = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
 
 
 @dataclass

@@ -33,7 +33,7 @@ from .reading.scenes_grammar import (
 from .reading.splits import split_of
 
 
-_SOURCES = ("scenes.py", "scenes_drawing.py", "scenes_grammar.py")
+_SOURCES = ("scenes.py", "reading/scenes_drawing.py", "reading/scenes_grammar.py")
 _THINGS_WEIGHTS = (0.2, 0.45, 0.35)  # of one, two, three things in a picture
 _SAID = {"size": 0.5, "colour": 0.75, "pattern": 0.6}  # how often a caption says them
 _OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above"}
@@ -151,7 +151,7 @@ class Scenes(CaptionBuilder):
             except ValueError:
                 raise ValueError(f"{amount!r} is no rate of noise: write such as 0.5-{language}") from None
         # datasets caches by options; here the code is the data
-        code = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SOURCES))
+        code = hashlib.sha256(b"".join(Path(__file__).parent.joinpath(name).read_bytes() for name in _SOURCES))
         super().__init__(*args, config_name=config_name, hash=hash or code.hexdigest()[:16], **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:

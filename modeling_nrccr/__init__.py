@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 # Each public name and its module, imported on first use: a query on the terminal need not wait for the Trainer.
 _PUBLIC = {
-    "DataCollatorForCrossLingualRetrieval": "training.collator",
+    "DataCollatorForCrossLingualRetrieval": "data.collator",
     "EfficientNetLiteConfig": "configuration_nrccr",
     "EfficientNetLiteModel": "modeling_efficientnet_lite",
     "FeatureCache": "training.feature_cache",
@@ -39,6 +39,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from .configuration_nrccr import EfficientNetLiteConfig, NrccrConfig
+    from .data.collator import DataCollatorForCrossLingualRetrieval
     from .modeling_efficientnet_lite import EfficientNetLiteModel
     from .modeling_nrccr import NrccrModel, NrccrOutput
     from .processing_nrccr import NrccrProcessor, NrccrTextProcessor
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .retrieval.retriever import Hit, NrccrRetriever
     from .training.adversary import LanguageDiscriminator
     from .training.arguments import NrccrTrainingArguments
-    from .training.collator import DataCollatorForCrossLingualRetrieval
     from .training.feature_cache import FeatureCache
     from .training.losses import NrccrLoss, NrccrLossArguments
     from .training.trainer import NrccrTrainer

@@ -156,8 +156,9 @@ def load_dual_encoder(model: nn.Module, dual: PreTrainedModel):
         weights = getattr(dual, name).state_dict()
         tower.encoder.load_state_dict({key: weights[key] for key in tower.encoder.state_dict()})
     for projection, name in (
-        (model.text_projection, family.text_projection), (model.visual_projection, family.visual_projection)
-    ):  # fmt: skip
+        (model.text_projection, family.text_projection),
+        (model.visual_projection, family.visual_projection),
+    ):
         if name:
             linear = attrgetter(name)(dual)
             projection.dense.weight.copy_(linear.weight)

@@ -32,9 +32,9 @@ IMAGE_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF",
 if pillow_heif is not None:
     IMAGE_FORMATS += ("HEIF",)
 Image.init()
-IMAGE_SUFFIXES = tuple(sorted(
-    suffix for suffix, name in Image.registered_extensions().items() if name in (*IMAGE_FORMATS, "MPO")
-))  # fmt: skip
+IMAGE_SUFFIXES = tuple(
+    sorted(suffix for suffix, name in Image.registered_extensions().items() if name in (*IMAGE_FORMATS, "MPO"))
+)
 MOVING_FORMATS = ("AVIF", "GIF", "PNG", "WEBP")  # the frames of others are pages, sizes or depths of one picture
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 HEIF_REMEDY = 'pip install "modeling_nrccr[heic]"'
@@ -44,8 +44,23 @@ MAX_BYTES = 2**30  # of memory to decode a picture: what Pillow allows (89 megap
 BYTES_A_PIXEL = 12
 ORIENTATION = 0x0112  # of EXIF
 # of TIFF, that bear on the pixels: sizes, strips, tiles, colours, how they are packed; not names and dates
-TIFF_TAGS = {*range(254, 269), *range(273, 285), 290, 291, 292, 293, 317, 320, *range(322, 326), 332, 338, 339, 347,
-             *range(512, 522), *range(529, 533)}  # fmt: skip
+TIFF_TAGS = {
+    *range(254, 269),
+    *range(273, 285),
+    290,
+    291,
+    292,
+    293,
+    317,
+    320,
+    *range(322, 326),
+    332,
+    338,
+    339,
+    347,
+    *range(512, 522),
+    *range(529, 533),
+}
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,

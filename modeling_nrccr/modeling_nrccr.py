@@ -132,9 +132,13 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         width = config.text_feat_dim
         if config.text_head == "attention":
             self.text_head = NrccrAttentionHead(
-                width, config.text_hidden_size or width, config.text_num_attention_heads,
-                config.max_text_positions, config.text_pooling, config,
-            )  # fmt: skip
+                width,
+                config.text_hidden_size or width,
+                config.text_num_attention_heads,
+                config.max_text_positions,
+                config.text_pooling,
+                config,
+            )
         else:
             dense = config.text_head == "linear"
             self.text_head = NrccrPoolingHead(width, config.text_pooling, config.text_dropout, config, dense, False)
@@ -143,9 +147,13 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             self.visual_head = None
         elif config.visual_head == "attention":
             self.visual_head = NrccrAttentionHead(
-                width, config.visual_hidden_size or width, config.visual_num_attention_heads,
-                config.max_visual_positions, config.visual_pooling, config,
-            )  # fmt: skip
+                width,
+                config.visual_hidden_size or width,
+                config.visual_num_attention_heads,
+                config.max_visual_positions,
+                config.visual_pooling,
+                config,
+            )
         else:
             dense = config.visual_head == "linear"
             self.visual_head = NrccrPoolingHead(width, config.visual_pooling, config.visual_dropout, config, dense)
@@ -239,10 +247,16 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         settings = self.config.to_dict() | {
             "text_config": read_encoder_config(text_encoder, **hub),
             "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
-            "text_feat_dim": None, "text_length": None, "text_head": "pooling", "text_pooling": "mean",
-            "text_projection": "linear", "teacher_view": "source", "languages": None, "language": None,
+            "text_feat_dim": None,
+            "text_length": None,
+            "text_head": "pooling",
+            "text_pooling": "mean",
+            "text_projection": "linear",
+            "teacher_view": "source",
+            "languages": None,
+            "language": None,
             "source_text_side": None,
-        }  # fmt: skip
+        }
         config = NrccrConfig(**own_fields(settings))
         towers = SimpleNamespace(text_tower=NrccrTextTower(config), visual_tower=self.visual_tower)
         load_encoder(towers.text_tower, text_encoder, settings["text_config"], **hub)
@@ -267,9 +281,13 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         if inside := [language for language in base.language_adapters if base.has_lora(language)]:
             raise ValueError(f"the base has {', '.join(inside)} inside its text tower: remove_language first")
         settings = base.config.to_dict() | {
-            "vision_config": None, "visual_feat_dim": None, "languages": None, "language": None, "dual_encoder": None,
+            "vision_config": None,
+            "visual_feat_dim": None,
+            "languages": None,
+            "language": None,
+            "dual_encoder": None,
             "source_text_side": None,
-        }  # fmt: skip
+        }
         config = NrccrConfig(**own_fields(settings))
         side = type(self)(config, towers=SimpleNamespace(text_tower=base.text_tower)).to(base.dtype)
         side.text_head, side.text_projection = base.text_head, base.text_projection
@@ -309,10 +327,16 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         heads = [module for module in (self.visual_head, self.visual_projection) if module]
         for module in heads:
             module.requires_grad_(visual_head)
-        frozen = [] if frozen_dropout else [
-            module for tower in towers for module in tower.modules()
-            if (parameters := list(module.parameters())) and not any(p.requires_grad for p in parameters)
-        ]  # fmt: skip
+        frozen = (
+            []
+            if frozen_dropout
+            else [
+                module
+                for tower in towers
+                for module in tower.modules()
+                if (parameters := list(module.parameters())) and not any(p.requires_grad for p in parameters)
+            ]
+        )
         frozen += [] if visual_head else heads
         # their dropout too, which has no parameters
         self.kept_in_eval = list({child: None for module in frozen for child in module.modules()})
@@ -603,9 +627,11 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
             "source": (input_ids, attention_mask, boundary_states),
             "target": (target_input_ids, target_attention_mask, target_boundary_states),
             "back_translation": (
-                back_translation_input_ids, back_translation_attention_mask, back_translation_boundary_states,
+                back_translation_input_ids,
+                back_translation_attention_mask,
+                back_translation_boundary_states,
             ),
-        }  # fmt: skip
+        }
         views = {
             name: self.text_inputs(*view) for name, view in views.items() if view[0] is not None or view[2] is not None
         }
@@ -616,9 +642,14 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         embeds, teacher_embeds, states = {}, None, {}
         if not (pixel_values is None and visual_feats is None and image_embeds is None):
             image_embeds = self.get_image_features(
-                pixel_values, visual_feats, visual_attention_mask, pixel_attention_mask, spatial_shapes, image_embeds,
+                pixel_values,
+                visual_feats,
+                visual_attention_mask,
+                pixel_attention_mask,
+                spatial_shapes,
+                image_embeds,
                 return_dict=True,
-            ).pooler_output  # fmt: skip
+            ).pooler_output
         if self.source_text_side is not None and views:
             if set(views) != {"source"} or boundary_states is not None:
                 raise ValueError("a model of two text sides asks; what is trained of it is its language_side()")

@@ -45,17 +45,53 @@ WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors",
 BPE_FILE, NUM_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
 MODEL_KEYS = ("embed_dim", "quick_gelu", "force_quick_gelu", "vision_cfg", "text_cfg")
 # Of open_clip's settings those that CLIP has, and of those that it has not the values that change nothing.
-TEXT_KEYS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id", "pad_id",
-             "tokenizer_kwargs", "hf_tokenizer_name", "output_tokens")  # fmt: skip
-VISION_KEYS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout",
-               "output_tokens", "attn_pooler_queries", "attn_pooler_heads")  # fmt: skip
-NEUTRAL = {"pool_type": ("argmax", "eos", "tok"), "proj_type": ("linear",), "pos_embed_type": ("learnable",),
-           "block_type": ("default",)}  # fmt: skip
+TEXT_KEYS = (
+    "context_length",
+    "vocab_size",
+    "width",
+    "heads",
+    "layers",
+    "mlp_ratio",
+    "eos_id",
+    "pad_id",
+    "tokenizer_kwargs",
+    "hf_tokenizer_name",
+    "output_tokens",
+)
+VISION_KEYS = (
+    "image_size",
+    "patch_size",
+    "width",
+    "layers",
+    "head_width",
+    "mlp_ratio",
+    "patch_dropout",
+    "output_tokens",
+    "attn_pooler_queries",
+    "attn_pooler_heads",
+)
+NEUTRAL = {
+    "pool_type": ("argmax", "eos", "tok"),
+    "proj_type": ("linear",),
+    "pos_embed_type": ("learnable",),
+    "block_type": ("default",),
+}
 RESIZE_MODES, INTERPOLATIONS = ("shortest", "longest", "squash"), {"bicubic": 3, "bilinear": 2, "random": 3}
-PREPROCESS = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "interpolation": "bicubic",
-              "resize_mode": "shortest", "fill_color": 0, "mode": "RGB"}  # fmt: skip
-LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
-         "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+PREPROCESS = {
+    "mean": OPENAI_CLIP_MEAN,
+    "std": OPENAI_CLIP_STD,
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+    "mode": "RGB",
+}
+LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
 NAMES = {
     "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -69,10 +105,11 @@ NAMES = {
     f"{theirs}.{kind}": f"{ours}.{kind}"
     for kind in ("weight", "bias")
     for theirs, ours in (
-        ("visual.ln_pre", "vision_model.pre_layrnorm"), ("visual.ln_post", "vision_model.post_layernorm"),
+        ("visual.ln_pre", "vision_model.pre_layrnorm"),
+        ("visual.ln_post", "vision_model.post_layernorm"),
         ("ln_final", "text_model.final_layer_norm"),
     )
-}  # fmt: skip
+}
 
 
 def is_open_clip(name) -> bool:
@@ -96,8 +133,13 @@ def read_file(name: str, **hub) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         model = content["model_cfg"]
-        return {"model": model, "text": dict(model["text_cfg"]), "vision": dict(model["vision_cfg"]),
-                "preprocess": dict(content.get("preprocess_cfg") or {}), "path": path}  # fmt: skip
+        return {
+            "model": model,
+            "text": dict(model["text_cfg"]),
+            "vision": dict(model["vision_cfg"]),
+            "preprocess": dict(content.get("preprocess_cfg") or {}),
+            "path": path,
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no config of open_clip ({type(error).__name__}: {error}): get it again"
@@ -148,18 +190,28 @@ def read_open_clip_config(name: str, **hub) -> CLIPConfig:
     vocab_size = text.get("vocab_size", 49408)
     end = text.get("eos_id", 2) if text.get("pool_type") == "eos" else vocab_size - 1  # argmax: the highest number
     text_config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=width, intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
-        num_hidden_layers=text.get("layers", 12), num_attention_heads=text.get("heads", 8), hidden_act=act,
-        max_position_embeddings=text.get("context_length", 77), projection_dim=size, pad_token_id=end,
-        bos_token_id=end - 1, eos_token_id=end,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=int(width * text.get("mlp_ratio", 4.0)),
+        num_hidden_layers=text.get("layers", 12),
+        num_attention_heads=text.get("heads", 8),
+        hidden_act=act,
+        max_position_embeddings=text.get("context_length", 77),
+        projection_dim=size,
+        pad_token_id=end,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+    )
     vision_config = CLIPVisionConfig(
-        hidden_size=vision_width, intermediate_size=int(vision_width * vision.get("mlp_ratio", 4.0)),
-        num_hidden_layers=vision.get("layers", 12), hidden_act=act, projection_dim=size,
+        hidden_size=vision_width,
+        intermediate_size=int(vision_width * vision.get("mlp_ratio", 4.0)),
+        num_hidden_layers=vision.get("layers", 12),
+        hidden_act=act,
+        projection_dim=size,
         num_attention_heads=vision_width // vision.get("head_width", 64),
         image_size=one_side(path, "image_size", vision.get("image_size", 224)),
         patch_size=one_side(path, "patch_size", vision.get("patch_size", 16)),
-    )  # fmt: skip
+    )
     return CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=size)
 
 
@@ -281,8 +333,13 @@ def read_open_clip_tokenizer(name: str, config: PreTrainedConfig, **hub) -> PreT
         )
     steps = []
     if clean == "canonicalize":  # of big_vision: ASCII punctuation goes
-        steps = [normalizers.Replace("_", " "), normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
-                 normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]  # fmt: skip
+        steps = [
+            normalizers.Replace("_", " "),
+            normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), ""),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     elif clean == "lower" and of_hub:  # CLIP's own lower-cases anyway
         steps = [normalizers.Lowercase()]
     if steps:
@@ -353,12 +410,18 @@ def read_open_clip_image_processor(name: str, config: CLIPConfig, **hub) -> Open
                 f"{read['path']}: preprocess_cfg.{key} = {preprocess[key]!r}; known is {', '.join(values)}"
             )
     sides = {"height": side, "width": side}
-    mean, std = (value if isinstance(value, (list, tuple)) else [value] * 3 for value in
-                 (preprocess["mean"], preprocess["std"]))  # fmt: skip
+    mean, std = (
+        value if isinstance(value, (list, tuple)) else [value] * 3 for value in (preprocess["mean"], preprocess["std"])
+    )
     return OpenClipImageProcessor(
-        resize_mode=preprocess["resize_mode"], fill_color=preprocess["fill_color"], size=sides, crop_size=sides,
-        resample=INTERPOLATIONS[preprocess["interpolation"]], image_mean=list(mean), image_std=list(std),
-    )  # fmt: skip
+        resize_mode=preprocess["resize_mode"],
+        fill_color=preprocess["fill_color"],
+        size=sides,
+        crop_size=sides,
+        resample=INTERPOLATIONS[preprocess["interpolation"]],
+        image_mean=list(mean),
+        image_std=list(std),
+    )
 
 
 OpenClipImageProcessor.register_for_auto_class()

@@ -40,9 +40,14 @@ def frame_mask(counts: Sequence[int]) -> np.ndarray:
 # Of the tokenizer's options those that change what the model reads.
 TRUNCATIONS = (True, "longest_first", "only_first", False, None, "do_not_truncate")
 TEXT_OPTIONS = {
-    "padding", "truncation", "max_length", "pad_to_multiple_of", "padding_side", "add_special_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "add_special_tokens",
     "return_attention_mask",
-}  # fmt: skip
+}
 # Of the image processor's options those without effect here: pictures are RGB by then, and its other backend's.
 WITHOUT_EFFECT = {"do_convert_rgb", "device", "disable_grouping", "image_seq_length"}
 
@@ -353,9 +358,15 @@ class NrccrProcessor(NrccrTextProcessor):
         **parts,
     ):
         super().__init__(
-            tokenizer, text_prefix, max_text_length, text_padding, lower_case, visual_feat_dim,
-            image_processor=image_processor, **parts,
-        )  # fmt: skip
+            tokenizer,
+            text_prefix,
+            max_text_length,
+            text_padding,
+            lower_case,
+            visual_feat_dim,
+            image_processor=image_processor,
+            **parts,
+        )
         self.pad_to_square = pad_to_square
 
     @classmethod

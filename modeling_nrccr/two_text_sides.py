@@ -81,9 +81,14 @@ class NrccrTwoSidedTextProcessor(TwoTextSides, NrccrTextProcessor):
         visual_feat_dim: int | None = None,
     ):
         super().__init__(
-            tokenizer, text_prefix, max_text_length, text_padding, lower_case, visual_feat_dim,
+            tokenizer,
+            text_prefix,
+            max_text_length,
+            text_padding,
+            lower_case,
+            visual_feat_dim,
             source_tokenizer=source_tokenizer,
-        )  # fmt: skip
+        )
         self.source_side, self.source_text = NrccrTextProcessor(source_tokenizer, **source_text), source_text
         self.language = language
 
@@ -111,9 +116,16 @@ class NrccrTwoSidedProcessor(TwoTextSides, NrccrProcessor):
         visual_feat_dim: int | None = None,
     ):
         super().__init__(
-            tokenizer, image_processor, text_prefix, max_text_length, pad_to_square, text_padding, lower_case,
-            visual_feat_dim, source_tokenizer=source_tokenizer,
-        )  # fmt: skip
+            tokenizer,
+            image_processor,
+            text_prefix,
+            max_text_length,
+            pad_to_square,
+            text_padding,
+            lower_case,
+            visual_feat_dim,
+            source_tokenizer=source_tokenizer,
+        )
         self.source_side, self.source_text = NrccrTextProcessor(source_tokenizer, **source_text), source_text
         self.language = language
 

@@ -240,9 +240,7 @@ def load_weights(
     if not quantized and not options.get("ignore_mismatched_sizes"):
         of_class = {key: options[key] for key in ("add_pooling_layer",) if key in options}
         check_shapes(model_class, config, shapes, str(name), **of_class)
-    model, info = load(
-        name, *arguments, config=config, output_loading_info=True, use_safetensors=True, **options
-    )  # fmt: skip
+    model, info = load(name, *arguments, config=config, output_loading_info=True, use_safetensors=True, **options)
     if missing := sorted(key for key in info["missing_keys"] if not key.startswith(may_lack)):
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ValueError(

@@ -14,10 +14,19 @@ _MARGIN = 20  # room for the outline, and for corners when it is turned
 _OUTLINE = (45, 40, 40)
 
 COLOURS = {
-    "red": (214, 40, 40), "blue": (40, 80, 210), "green": (40, 150, 60), "yellow": (245, 212, 40),
-    "orange": (243, 130, 25), "purple": (130, 50, 165), "pink": (245, 145, 195), "brown": (120, 75, 40),
-    "black": (25, 25, 28), "white": (252, 252, 252), "grey": (140, 140, 140), "turquoise": (50, 200, 205),
-}  # fmt: skip
+    "red": (214, 40, 40),
+    "blue": (40, 80, 210),
+    "green": (40, 150, 60),
+    "yellow": (245, 212, 40),
+    "orange": (243, 130, 25),
+    "purple": (130, 50, 165),
+    "pink": (245, 145, 195),
+    "brown": (120, 75, 40),
+    "black": (25, 25, 28),
+    "white": (252, 252, 252),
+    "grey": (140, 140, 140),
+    "turquoise": (50, 200, 205),
+}
 
 # Each shape in a box of 100 x 100, as steps: "+" draws, "-" cuts out.
 _SHAPES = {
@@ -157,7 +166,7 @@ _SHAPES = {
             ),
         )
     ],
-}  # fmt: skip
+}
 
 
 @cache
@@ -232,10 +241,18 @@ def draw_shape(
 
 
 # Centres of the things, and how many pixels large, middling and small ones take.
-_SPOTS = {"top left": (38, 38), "top right": (90, 38), "middle": (64, 64), "bottom left": (38, 90),
-          "bottom right": (90, 90)}  # fmt: skip
-_SIZES = {1: {"large": 60, None: 42, "small": 26}, 2: {"large": 54, None: 38, "small": 24},
-          3: {"large": 37, None: 28, "small": 19}}  # fmt: skip
+_SPOTS = {
+    "top left": (38, 38),
+    "top right": (90, 38),
+    "middle": (64, 64),
+    "bottom left": (38, 90),
+    "bottom right": (90, 90),
+}
+_SIZES = {
+    1: {"large": 60, None: 42, "small": 26},
+    2: {"large": 54, None: 38, "small": 24},
+    3: {"large": 37, None: 28, "small": 19},
+}
 _GROUPS = {1: [(0, 0)], 2: [(-0.3, 0), (0.3, 0)], 3: [(-0.29, 0.27), (0.29, 0.27), (0, -0.27)]}
 _SHARES = {1: 1.0, 2: 0.58, 3: 0.5}  # of the size, that one of so many alike has
 

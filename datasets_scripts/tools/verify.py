@@ -27,8 +27,8 @@ NAMES_SHOWN = 5  # of broken pictures
 
 
 def builder_names() -> list[str]:
-    """The modules beside this one that hold a builder named as they are."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """The modules of `datasets_scripts` that hold a builder named as they are."""
+    files = sorted(Path(__file__).parents[1].glob("*.py"))
     return [file.stem for file in files if f"class {_class_name(file.stem)}(" in file.read_text(encoding="utf-8")]
 
 
@@ -40,7 +40,7 @@ def find_builder(name: str) -> type[datasets.GeneratorBasedBuilder]:
     """The builder that the module of its name holds. Raises ValueError for an unknown name."""
     if name not in builder_names():
         raise ValueError(f"unknown data set {name!r}: known are {', '.join(builder_names())}")
-    return getattr(importlib.import_module(f"{__package__}.{name}"), _class_name(name))
+    return getattr(importlib.import_module(f"datasets_scripts.{name}"), _class_name(name))
 
 
 def builder_options(builder: type[datasets.GeneratorBasedBuilder], options: dict) -> dict:

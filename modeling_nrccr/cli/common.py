@@ -1,10 +1,11 @@
-"""How a script ends that cannot go on: with one line, which says what is kept and how to go on, whatever stopped it.
+"""What all commands share: their options, and how one ends that cannot go on: with one line, which says what is kept
+and how to go on, whatever stopped it. Nothing here is slow to import.
 
-Scripts import this first of all, because what they import after it takes seconds, in which Ctrl+C may be pressed.
-`NRCCR_DEBUG=1` shows where an error was raised. Exit codes: 2 for what a user can put right, 130 after Ctrl+C, 141
-where nobody reads the output any more.
+`--debug` (or `NRCCR_DEBUG=1`) shows where an error was raised. Exit codes: 2 for what a user can put right, 130 after
+Ctrl+C, 141 where nobody reads the output any more.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from functools import wraps
 from pathlib import Path
 
 from datasets_scripts.reading.debian import FetchError
+
+from ..recipes.limits import number
 
 
 class Stopped(SystemExit):
@@ -25,9 +28,43 @@ class Stopped(SystemExit):
 
 def mistakes() -> tuple[type[Exception], ...]:
     """The errors whose message says what a user can put right."""
-    translation = sys.modules.get("modeling_nrccr.translation")  # which takes long to import
+    translation = sys.modules.get("modeling_nrccr.translation.base")  # which takes long to import
     engines = () if translation is None else (translation.TranslationError,)
     return (ValueError, OSError, ImportError, FetchError, *engines)
+
+
+def parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of `nrccr name`; the default of each option is shown by `--help`."""
+    return argparse.ArgumentParser(
+        prog=f"nrccr {name}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_model_options(options: argparse.ArgumentParser, does: str, batch_size: int = 32):
+    """
+    Add `--language`, `--device`, `--batch_size` and `--dtype`, which every command has that loads a model; the first
+    is what `load_with_languages` reads.
+
+    Args:
+        does: what the first language does, for `--help`.
+    """
+    options.add_argument(
+        "--language",
+        action="append",
+        default=[],
+        metavar="CODE[=FOLDER]",
+        help="a language of the model, or what `nrccr add-language` wrote (its folder or file), under this code; may "
+        f'be given several times, and the first {does}; "base" is the model without a language',
+    )
+    options.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: a GPU where there is one")
+    options.add_argument("--batch_size", type=number(1), default=batch_size, help="texts or pictures at once")
+    options.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; default: as they were saved"
+    )
 
 
 def command(kept: str = "nothing was kept: run it again to begin anew") -> Callable[[Callable], Callable]:
@@ -94,7 +131,7 @@ def _while_importing(kind: type[BaseException], error: BaseException, trace):
         os._exit(stopped(error, "nothing had begun").code)
 
 
-if Path(getattr(sys.modules["__main__"], "__file__", "")).parent.name in ("examples", "space", "datasets_scripts"):
+if Path(sys.argv[0] if sys.argv else "").stem in ("nrccr", "__main__", "train"):
     sys.excepthook = _while_importing  # until `command` does it
 try:
     os.getcwd()

@@ -147,7 +147,11 @@ def read_eval(path: Path) -> list[dict]:
     records = read_records(path, needed=("image", "target_caption"))
     images = find_all(path, [record["image"] for record in records])
     return [
-        {"image_id": os.path.realpath(images[record["image"]]), "image": images[record["image"]],  # one, however named
-         "target_caption": record["target_caption"], "reference_source_caption": record.get("caption")}
+        {
+            "image_id": os.path.realpath(images[record["image"]]),
+            "image": images[record["image"]],  # one, however named
+            "target_caption": record["target_caption"],
+            "reference_source_caption": record.get("caption"),
+        }
         for record in records
-    ]  # fmt: skip
+    ]

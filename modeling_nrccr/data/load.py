@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import datasets
-from accelerate import PartialState
 from PIL import Image
 
 from datasets_scripts.animated_emoji import AnimatedEmoji
@@ -16,31 +15,22 @@ from datasets_scripts.cldr_emoji import CldrEmoji
 from datasets_scripts.mscoco import Mscoco
 from datasets_scripts.msrvtt_cn import MsrvttCn
 from datasets_scripts.multi30k import Multi30k
-from datasets_scripts.reading.columns import CAPTION_FEATURES, clean_caption
-from datasets_scripts.reading.debian import FetchError, cache_folder, find_data
+from datasets_scripts.reading.columns import CAPTION_FEATURES
+from datasets_scripts.reading.debian import FetchError, find_data
 from datasets_scripts.reading.splits import check_ids
-from datasets_scripts.reading.text_files import read_text_lines
-from datasets_scripts.reading.wordnet import common_words
 from datasets_scripts.scenes import Scenes
 from datasets_scripts.tuxpaint import Tuxpaint
 from datasets_scripts.vatex import Vatex
 from datasets_scripts.xm3600 import Xm3600
 
 from ..media import load_image
-from ..modeling_nrccr import NrccrModel
-from ..retrieval.encoding import encode_texts
-from ..training.collator import MEDIA_COLUMNS
 from ..translation.base import Translator
-from ..translation.cache import CachedTranslator
+from ..translation.cache import load_engine
 from ..translation.columns import add_translations
-from ..translation.engines import load_translator, split_engines
-from ..translation.packages import prepare_translator
+from ..translation.engines import split_engines
+from .collator import MEDIA_COLUMNS
 
 
-LANGUAGES = {
-    "ca": "Catalan", "cs": "Czech", "de": "German", "en": "English", "eo": "Esperanto", "es": "Spanish",
-    "fr": "French", "gl": "Galician",
-}  # fmt: skip
 BUILDERS = {
     "tuxpaint": Tuxpaint,
     "cldr_emoji": CldrEmoji,
@@ -55,10 +45,6 @@ BUILDERS = {
 }
 
 TRANSLATION_RECORD = "translation.json"  # beside the Parquet files: what was translated, by which engines
-
-
-def language_name(code: str) -> str:
-    return LANGUAGES.get(code, code)
 
 
 def find_font(data_dir: str | None = None) -> Path | None:
@@ -191,42 +177,6 @@ def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator 
     return engine
 
 
-def translation_cache_path() -> Path:
-    """Where all examples keep what was translated, whatever the data set."""
-    return cache_folder() / "translations.sqlite"
-
-
-def load_engine(
-    spec: str,
-    pairs: list[tuple[str, str]],
-    data_dir: str | None = None,
-    cache: str | Path | None = None,
-    state: PartialState | None = None,
-    needed: list[tuple[str, str]] | None = None,
-    **options,
-) -> CachedTranslator:
-    """
-    The engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a name:
-    that of the pair) need of Debian is fetched.
-
-    Args:
-        pairs: what is wanted, `(source, target)`; the way back comes last.
-        cache: file of what was translated before; by default one for all data sets.
-        state: of several processes that all make the same calls, see [`CachedTranslator`].
-        needed: those of `pairs` that the engine must have; default: all.
-        options: of the engines.
-
-    Raises:
-        ValueError: the engine lacks one of the pairs; before the first is translated.
-    """
-    target_language, source_language = pairs[-1]
-    spec, root = prepare_translator(spec, source_language, target_language, data_dir)
-    translator = load_translator(spec, **root, **options)
-    for pair in pairs if needed is None else needed:
-        translator.check_pair(*pair)
-    return CachedTranslator(translator, cache or translation_cache_path(), state)
-
-
 def query_origin(rows: datasets.Dataset) -> str:
     """Who wrote the target captions of a split, for reports."""
     origins = set(rows["target_origin"]) if "target_origin" in rows.column_names else {"human"}
@@ -277,55 +227,6 @@ def load_translated_dataset(
     return dataset, engines[0]
 
 
-def check_lexicon(lexicon: str, text_only: bool):
-    """Raises ValueError for a lexicon where training reads pictures."""
-    if lexicon != "none" and not text_only:
-        raise ValueError(f"lexicon={lexicon!r} has no pictures: set text_only, or the lexicon to none")
-
-
-def lexicon_rows(
-    lexicon: str, source_language: str, target_language: str, translator: str, data_dir: str | None = None
-) -> list[dict]:
-    """
-    Words and phrases with their translations, as rows without pictures, to train on beside captions.
-
-    Args:
-        lexicon: "wordnet:5000", that many common English words; or a file, a word or phrase a line.
-        translator: As of `load_translated_dataset`; each engine gives its own pairs.
-
-    Returns:
-        The pairs that can be trusted: translated (not left as they were), and translated back to themselves. That
-        filter is for words, of which a translator knows one sense or none; few captions would pass it.
-
-    Raises:
-        ValueError: nothing is left, or WordNet is asked for another language than English.
-    """
-    if lexicon.startswith("wordnet:"):
-        if source_language != "en":
-            raise ValueError(f"lexicon={lexicon!r} is English, not {source_language!r}: name a file, a word a line")
-        words = common_words(int(lexicon.partition(":")[2]), data_dir)
-    else:
-        words = list(dict.fromkeys(filter(None, (clean_caption(line) for _, line in read_text_lines(lexicon)))))
-    pairs = [(source_language, target_language), (target_language, source_language)]
-    found = {}
-    for spec in split_engines(translator):
-        engine = load_engine(spec, pairs, data_dir)
-        made, again = words, []
-        for pair in pairs:  # with a full stop, because a translator may have no answer at all to a word such as "will"
-            made = [plain(text) for text in engine.translate([f"{text}." for text in made], *pair)]
-            again.append(made)
-        for word, target, back in zip(words, *again):
-            if target and target != plain(word) and back == plain(word):
-                found.setdefault((word, target), back)
-    if not found:
-        raise ValueError(f"{translator} translates no word of {lexicon} there and back: leave the lexicon out")
-    return [
-        {"image_id": f"lexicon/{word}", "caption_id": f"lexicon/{word}#{target}", "source_caption": word,
-         "target_caption": target, "back_translation": back}
-        for (word, target), back in found.items()
-    ]  # fmt: skip
-
-
 def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
     """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed; in
     an order that mixes them."""
@@ -335,17 +236,4 @@ def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
         again, rest = divmod(size, len(of_language))
         rows += of_language * again + draw.sample(of_language, rest)
     draw.shuffle(rows)
-    return rows
-
-
-def plain(text: str) -> str:
-    return text.lower().strip(" .")
-
-
-def teach(rows: list[dict], base: NrccrModel, processor) -> list[dict]:
-    """Gives each row the base's embedding of its source caption, as `teacher_text_embeds`; returns them."""
-    captions = [row["source_caption"] for row in rows]
-    embeds = encode_texts(base, captions, processor, show_progress=True, languages=None)
-    for row, embed in zip(rows, embeds, strict=True):
-        row["teacher_text_embeds"] = embed
     return rows

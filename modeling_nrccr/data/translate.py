@@ -32,10 +32,10 @@ from ..cli.common import command
 from ..files import replacing_folder
 from ..recipes.limits import number
 from ..translation.base import TranslationError, one_line
-from ..translation.cache import CachedTranslator
+from ..translation.cache import CachedTranslator, load_engine, translation_cache_path
 from ..translation.columns import add_translations
 from ..translation.engines import split_engines, split_spec
-from .load import TRANSLATION_RECORD, load_caption_dataset, load_engine, translated_by, translation_cache_path
+from .load import TRANSLATION_RECORD, load_caption_dataset, translated_by
 
 
 PATIENCE = timedelta(days=7)  # of a process for the others
@@ -167,9 +167,14 @@ def main(argv: list[str] | None = None):
     check_output(output, args.overwrite)
     with state.main_process_first():  # it may fetch and build them
         dataset = load_caption_dataset(
-            args.dataset, args.target, args.split_seed, data_dir=args.data_dir, source_language=args.source,
-            visual_feature=args.visual_feature, media_dir=args.media_dir,
-        )  # fmt: skip
+            args.dataset,
+            args.target,
+            args.split_seed,
+            data_dir=args.data_dir,
+            source_language=args.source,
+            visual_feature=args.visual_feature,
+            media_dir=args.media_dir,
+        )
         if engine := translated_by(dataset, ""):
             raise ValueError(f"{args.dataset} came with translations by {engine.name}: nothing is wanting")
         pairs = [pair, pair[::-1]] if len(dataset.get("train", ())) else [pair[::-1]]
@@ -184,9 +189,14 @@ def main(argv: list[str] | None = None):
     if state.is_main_process:
         check(dataset, result, engines, pair)
         rows = {split: len(part) for split, part in result.items()}
-        record = {"dataset": args.dataset, "source_language": args.source, "target_language": args.target,
-                  "split_seed": args.split_seed, "rows": rows,
-                  "engines": [{"name": engine.name, "version": engine.version} for engine in engines]}  # fmt: skip
+        record = {
+            "dataset": args.dataset,
+            "source_language": args.source,
+            "target_language": args.target,
+            "split_seed": args.split_seed,
+            "rows": rows,
+            "engines": [{"name": engine.name, "version": engine.version} for engine in engines],
+        }
         write(result, output, record)
     for engine in engines:
         process = f"process {state.process_index}: " if state.num_processes > 1 else ""

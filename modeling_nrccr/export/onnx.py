@@ -39,11 +39,11 @@ from ..configuration_nrccr import NrccrConfig
 from ..data.load import load_caption_dataset
 from ..data.trained_split import check_unseen, source_captions, split_seed
 from ..files import replacing_folder, write_file
+from ..loading.models import load_with_languages
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
 from ..publishing.tables import markdown_table
 from ..retrieval.evaluation import evaluate_dataset
-from ..retrieval.search import load_with_languages
 
 
 TOLERANCE = 1e-4  # of float32: the largest difference between two numbers of an embedding of length 1
@@ -258,10 +258,13 @@ def quantize(side: Side, folder: Path):
     path = folder / f"{side.name}.onnx"
     with quiet():
         quantization.quantize_dynamic(
-            path, folder / f"{side.name}.int8.onnx", per_channel=True, weight_type=quantization.QuantType.QInt8,
+            path,
+            folder / f"{side.name}.int8.onnx",
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],  # convolutions would be slower: see docs/export.md
             use_external_data_format=path.with_suffix(".onnx.data").exists(),
-        )  # fmt: skip
+        )
 
 
 @torch.no_grad()
@@ -323,8 +326,10 @@ def export(
                 found[file] = {"max_difference": difference, "min_cosine": cosine}
                 print(f"{file}: largest difference to the model {difference:.1e}, lowest cosine {cosine:.6f}")
                 if not suffix and not difference <= TOLERANCE:  # also where it is no number
-                    raise ValueError(f"{file} differs by {difference:.1e} from the model, more than {TOLERANCE}: "
-                                     "nothing was written; try another version of torch or onnxruntime")  # fmt: skip
+                    raise ValueError(
+                        f"{file} differs by {difference:.1e} from the model, more than {TOLERANCE}: "
+                        "nothing was written; try another version of torch or onnxruntime"
+                    )
         processor.save_pretrained(work)
     if torch_export is not None:
         torch_export.mkdir(parents=True, exist_ok=True)
@@ -378,9 +383,11 @@ def machine() -> dict[str, str | int]:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": (names or [platform.processor()])[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "cpu": (names or [platform.processor()])[0],
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
+    }
 
 
 def format_report(report: dict) -> str:
@@ -442,13 +449,16 @@ def run(args: argparse.Namespace):
         if args.int8 or not suffix
     }
     report = {
-        "model": args.model, "language": model.language, "dataset": args.dataset, "target": args.target,
+        "model": args.model,
+        "language": model.language,
+        "dataset": args.dataset,
+        "target": args.target,
         "compared": compared,
         "rows": measure(sides, folder, engines),
         "sum_recall": count_found(args.model, {"torch": model} | engines, processor, args) if args.dataset else {},
         "machine": machine(),
         "versions": {name: version(name) for name in PACKAGES},
-    }  # fmt: skip
+    }
     print(f"\n{format_report(report)}")
     if args.report:
         write_file(args.report, json.dumps(report, indent=1) + "\n")

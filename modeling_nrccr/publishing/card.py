@@ -8,14 +8,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from ..data.load import language_name
+from ..data.names import language_name
 from ..files import write_file
+from ..recipes.settings import RECIPES
 from .tables import METRICS, WAYS, format_markdown
 
 
-ROOT = Path(__file__).parent.parent
-TEMPLATE = ROOT / "model_card.md"
-LANGUAGE_TEMPLATE = ROOT / "language_card.md"
+TEMPLATE, LANGUAGE_TEMPLATE = (Path(__file__).with_name(f"{name}_card.md") for name in ("model", "language"))
+ROOT = Path(__file__).parents[2]  # of a checkout, which has measurements that a wheel has not
 EXAMPLE_MEDIA = {
     "image": 'images=[Image.new("RGB", (64, 64))]',
     "video": 'videos=[[Image.new("RGB", (64, 64))] * 4]',
@@ -39,7 +39,7 @@ ENCODER_NOTES = {
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
 STUDIES = [ROOT / "benchmarks" / "results" / "study" / name for name in ("real", "czech")]
 PARALLEL = "parallel sentences"  # in the place of an engine
-STUDY_CONFIG = ROOT / "examples" / "configs" / "joint.yaml"
+STUDY_CONFIG = RECIPES / "joint.yaml"
 NOISE = ROOT / "docs" / "translation.json"
 
 
@@ -135,10 +135,16 @@ def language_card(
         metrics=["recall"] if report["found"] else None,
     )
     fields = report | {
-        "names": ", ".join(map(language_name, languages)), "languages": languages, "base": base, "folder": folder,
+        "names": ", ".join(map(language_name, languages)),
+        "languages": languages,
+        "base": base,
+        "folder": folder,
         "base_name": hub_name(base),
-        "source_name": language_name(report["source_language"]), "whole": whole, "captions": f"{report['captions']:,}",
-        "translator": report["translator"] if report["translator"] == PARALLEL
+        "source_name": language_name(report["source_language"]),
+        "whole": whole,
+        "captions": f"{report['captions']:,}",
+        "translator": report["translator"]
+        if report["translator"] == PARALLEL
         else f"machine translation by {report['translator']}",
         "table": format_markdown(report["found"]) if report["found"] else "",
         "left_out": len(report.get("left_out", ())),
@@ -146,7 +152,7 @@ def language_card(
             code: f"{describe_reading(found)}. Recipe: {found['recipe']}"
             for code, found in report["tokenizer"].items()
         },
-    }  # fmt: skip
+    }
     return str(ModelCard.from_template(data, template_path=str(LANGUAGE_TEMPLATE), **fields)).rstrip() + "\n"
 
 

@@ -18,9 +18,11 @@ from pathlib import Path
 import datasets
 
 from ..cli.common import command
-from ..data.load import language_name, load_caption_dataset, load_engine, translated_by
+from ..data.load import load_caption_dataset, translated_by
+from ..data.names import language_name
 from ..files import write_file
 from ..recipes.limits import number
+from ..translation.cache import load_engine
 from ..translation.columns import add_translations
 from ..translation.noise import noise_report
 from .search_page import STYLE

@@ -28,11 +28,11 @@ from ..cli.common import command
 from ..data.trained_split import SPLIT_FILE
 from ..files import write_file
 from ..languages import LANGUAGE_FILE
+from ..loading.models import load_with_languages
 from ..loading.wheels import new_folder
-from ..retrieval.search import load_with_languages
-from ..training.examination import STERN
 from .card import hub_name, language_card
 from .sentence_transformers_files import write_sentence_transformers_files
+from .verdicts import STERN
 
 
 CARD, REPORT, METRICS = "README.md", "report.json", "metrics.json"
@@ -176,10 +176,13 @@ def merge_cards(reports: list[dict]) -> dict:
         reasons += [f"{report['language']}: {report['verdict']}", *report["reasons"]]
         tokenizer |= report["tokenizer"]
     return reports[0] | {
-        "language": ",".join(report["language"] for report in reports), "found": found, "reasons": reasons,
-        "tokenizer": tokenizer, "verdict": min((report["verdict"] for report in reports), key=STERN.index),
+        "language": ",".join(report["language"] for report in reports),
+        "found": found,
+        "reasons": reasons,
+        "tokenizer": tokenizer,
+        "verdict": min((report["verdict"] for report in reports), key=STERN.index),
         "queries": sum(report["queries"] for report in reports),
-    }  # fmt: skip
+    }
 
 
 def write_upload(

@@ -12,6 +12,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from .limits import check_numbers
 
 
+RECIPES = Path(__file__).parent
+
+
 def option(default, help: str):
     return field(default=default, metadata={"help": help})
 

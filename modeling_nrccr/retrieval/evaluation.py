@@ -24,17 +24,18 @@ from transformers import BatchFeature
 from datasets_scripts.reading.videos import read_frames
 
 from ..cli.common import command
+from ..data.collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from ..data.load import dataset_languages, load_caption_dataset
 from ..data.trained_split import check_unseen, source_captions, split_seed
 from ..files import write_file
+from ..loading.models import BASE, load_with_languages, read_by
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
 from ..publishing.tables import format_table
 from ..recipes.limits import number
-from ..training.collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from .encoding import ACTIVE, Language, encode_images, encode_texts, picture_rows
 from .metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
-from .search import BASE, add_language_option, load_with_languages, read_by
+from .search import add_language_option
 
 
 WAYS = ("t2v", "v2t")
@@ -203,9 +204,14 @@ def evaluate(args: argparse.Namespace):
             english = source_captions(splits[args.split])
             check_unseen(args.model, english, f"the {args.split} split of {args.dataset}, seed {seed}")
         by_language[language] = evaluate_dataset(
-            model, processor, splits[args.split], batch_size=args.batch_size, known_images=known_images,
-            num_frames=args.num_frames, language=readers[language],
-        )  # fmt: skip
+            model,
+            processor,
+            splits[args.split],
+            batch_size=args.batch_size,
+            known_images=known_images,
+            num_frames=args.num_frames,
+            language=readers[language],
+        )
 
     table, report = {}, {}
     if len(languages) == 1:

@@ -36,12 +36,12 @@ from datasets_scripts.reading.videos import VIDEO_SUFFIXES, read_frames
 from ..cli.common import command
 from ..files import is_utf8, printable, write_file, writing
 from ..languages import SAME_MODEL
+from ..loading.models import load_model
 from ..loading.wheels import cache_folder
 from ..media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
 from ..recipes.limits import number
 from .index import is_milvus
 from .retriever import NOT_UTF8, NrccrRetriever, Skipped
-from .search import load_model
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))

@@ -29,11 +29,12 @@ from ..cli.common import command
 from ..data.load import dataset_languages, load_caption_dataset
 from ..data.trained_split import check_unseen, source_captions, split_seed
 from ..files import write_file
+from ..loading.models import BASE, load_with_languages, read_by
 from ..publishing.tables import format_markdown
 from ..recipes.limits import number
 from .encoding import encode_images, encode_texts, picture_rows
 from .metrics import RECALL_AT
-from .search import BASE, add_language_option, load_with_languages, read_by
+from .search import add_language_option
 
 
 DIRECTIONS = {"t2i": "t2v", "i2t": "v2t"}  # mteb's names, and those of `compute_retrieval_metrics`
@@ -65,12 +66,15 @@ class NrccrEncoder(AbsEncoder):
         name = model_name if model_name.count("/") == 1 and not Path(model_name).exists() else Path(model_name).name
         self.mteb_model_meta = ModelMeta.create_empty(
             {
-                "name": name if "/" in name else f"local/{name}", "revision": revision or "unknown",
+                "name": name if "/" in name else f"local/{name}",
+                "revision": revision or "unknown",
                 "modalities": ["text", "image"] if self.model.visual_tower is not None else ["text"],
-                "similarity_fn_name": ScoringFunction.COSINE, "embed_dim": self.model.config.projection_dim,
-                "n_parameters": self.model.num_parameters(), "framework": ["PyTorch", "Transformers"],
+                "similarity_fn_name": ScoringFunction.COSINE,
+                "embed_dim": self.model.config.projection_dim,
+                "n_parameters": self.model.num_parameters(),
+                "framework": ["PyTorch", "Transformers"],
             }
-        )  # fmt: skip
+        )
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs) -> torch.Tensor:
         """Embeddings of the texts or pictures of a DataLoader, float32, `(num_rows, projection_dim)`. mteb's prompts
@@ -154,9 +158,14 @@ def run(
     """`{task: {language: scores}}`, with mteb's names of the scores."""
     # cache=None: mteb would keep results under the model's name, which a folder that is trained again keeps too
     result = mteb.evaluate(
-        encoder, tasks, cache=None, co2_tracker=False, num_proc=1, show_progress_bar=show_progress,
+        encoder,
+        tasks,
+        cache=None,
+        co2_tracker=False,
+        num_proc=1,
+        show_progress_bar=show_progress,
         encode_kwargs={"batch_size": batch_size},
-    )  # fmt: skip
+    )
     return {
         task.task_name: {row["hf_subset"]: row for rows in task.scores.values() for row in rows}
         for task in result.task_results

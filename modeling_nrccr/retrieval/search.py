@@ -6,31 +6,20 @@ python examples/search.py --model outputs/english --language gl=outputs/gl --ind
 """
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 
 from PIL import Image
-from transformers import AutoProcessor
 
 from datasets_scripts.reading.videos import read_frames
 
 from ..cli.common import command
-from ..configuration_nrccr import NrccrConfig
-from ..dual_encoders import read_config
 from ..files import printable
-from ..languages import LANGUAGE_FILE
-from ..loading.encoders import find_encoder
+from ..loading.models import BASE, load_with_languages
 from ..media import load_image
-from ..modeling_nrccr import NrccrModel
-from ..processing_nrccr import NrccrProcessor
 from ..processor_inputs import text_problem
 from ..publishing.search_page import QueryRow, Result, draw_sheet, save_png
 from ..recipes.limits import number
 from .index import is_milvus
 from .retriever import Hit, NrccrRetriever
-
-
-BASE = "base"  # in the place of a language: no adapter, the model's own text side
 
 
 @command()
@@ -57,64 +46,16 @@ def main(argv: list[str] | None = None):
     search(args)
 
 
-def load_model(name: str) -> tuple[NrccrModel, NrccrProcessor]:
-    """A trained model, or another dual encoder (see `from_dual_encoder`), ready to encode, and its processor. Raises
-    ValueError where there is none."""
-    try:
-        name = find_encoder(name)
-        if read_config(name).model_type != NrccrConfig.model_type:  # CLIP, SigLIP 2, ...
-            return NrccrModel.from_dual_encoder(name).eval(), NrccrProcessor.from_dual_encoder(name)
-        return NrccrModel.from_pretrained(name).eval(), AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        hint = "" if Path(name).is_dir() else " (`make demo` trains outputs/demo)"
-        raise ValueError(f"Cannot load the model {name!r}: {str(error).splitlines()[0]}{hint}") from error
-
-
 def add_language_option(parser: argparse.ArgumentParser, does: str):
     """`--language`, which `load_with_languages` reads; `does`: what the first one does."""
     parser.add_argument(
-        "--language", action="append", default=[], metavar="CODE[=FOLDER]",
+        "--language",
+        action="append",
+        default=[],
+        metavar="CODE[=FOLDER]",
         help="a language of the model, or what add_language.py wrote (its folder or file), under this code; may be "
         f'given several times, and the first {does}; "{BASE}" is the model without a language',
-    )  # fmt: skip
-
-
-def language_code(spec: str) -> str | None:
-    """Of what `--language` takes, as the model knows it."""
-    code = spec.partition("=")[0]
-    return None if code == BASE else code
-
-
-def load_with_languages(name: str, languages: Sequence[str]) -> tuple[NrccrModel, NrccrProcessor]:
-    """
-    As `load_model`; the first of `languages` is the active one.
-
-    Args:
-        languages: as `--language` takes them: `CODE=FOLDER` or `CODE=FILE` of what `save_language` wrote, `CODE` of
-            what the model has.
-
-    Raises:
-        ValueError: where there is no model, for a language that is not there, or was made for another model.
-    """
-    model, processor = load_model(name)
-    for spec in reversed(languages):
-        code, named, source = spec.partition("=")
-        if not code or bool(named) != bool(source):
-            raise ValueError(f"--language {spec!r}: give CODE of what the model has, or CODE=FOLDER")
-        if source:
-            path = Path(source)
-            model.load_language(code, path.parent if path.name == LANGUAGE_FILE and path.is_file() else source)
-        model.set_language(language_code(spec))
-    return model, processor
-
-
-def read_by(model: NrccrModel, target: str, languages: Sequence[str]) -> str | None:
-    """Which of the model's languages reads texts in `target`: of those that `--language` gave the one of that code,
-    else the first; where none was given, the model's of that code, else the active one."""
-    given = [language_code(spec) for spec in languages]
-    if given:
-        return target if target in given else given[0]
-    return target if target in model.language_adapters else model.language
+    )
 
 
 def read_hit(hit: Hit) -> Image.Image:

@@ -27,6 +27,7 @@ import torch
 from PIL import UnidentifiedImageError
 
 from ..cli.common import command
+from ..loading.models import BASE, load_with_languages
 from ..media import IMAGE_FORMATS, count_pixels, load_image
 from ..modeling_nrccr import NrccrModel
 from ..processor_inputs import text_problem
@@ -36,7 +37,7 @@ from ..retrieval.encoding import encode, encode_texts
 from ..retrieval.index import is_milvus
 from ..retrieval.metrics import fuse_query_embeds
 from ..retrieval.retriever import NrccrRetriever
-from ..retrieval.search import BASE, add_language_option, load_with_languages
+from ..retrieval.search import add_language_option
 
 
 try:
@@ -409,9 +410,11 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--filter_by", action="append", default=[], help="metadata that a search may filter by")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument(
-        "--allowed_host", action="append", help="name that requests may call the server by: search.example.org, "
+        "--allowed_host",
+        action="append",
+        help="name that requests may call the server by: search.example.org, "
         f"*.example.org or *; may be given several times; default: {', '.join(LOCAL)}; any, where --host is another",
-    )  # fmt: skip
+    )
     parser.add_argument("--port", type=number(0, 65535), default=8000, help="0: a free one")
     for field in fields(Limits):
         parser.add_argument(f"--{field.name}", type=int, default=field.default, help=field.metadata["help"])

@@ -189,10 +189,15 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
             apply_default_css=False,
         )
         box = gr.MultimodalTextbox(
-            {"text": LANGUAGES[first].examples[0], "files": []}, sources=["upload"],
-            placeholder="What would you like to see?", max_lines=3, submit_btn="Search", elem_id="box",
-            max_plain_text_length=10_000, **accepted,
-        )  # fmt: skip
+            {"text": LANGUAGES[first].examples[0], "files": []},
+            sources=["upload"],
+            placeholder="What would you like to see?",
+            max_lines=3,
+            submit_btn="Search",
+            elem_id="box",
+            max_plain_text_length=10_000,
+            **accepted,
+        )
         with gr.Row(elem_id="options"):
             languages = [(language.name, code) for code, language in shown.items()]
             language = gr.Radio(
@@ -203,9 +208,12 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
             )
             unseen = gr.Checkbox(label="Only what training never saw", container=False, min_width=200, scale=0)
         examples = gr.Dataset(
-            components=["textbox"], samples=[[text] for text in LANGUAGES[first].examples], show_label=False,
-            container=False, elem_id="examples",
-        )  # fmt: skip
+            components=["textbox"],
+            samples=[[text] for text in LANGUAGES[first].examples],
+            show_label=False,
+            container=False,
+            elem_id="examples",
+        )
         problem = gr.HTML(apply_default_css=False)
         with gr.Tabs():
             with gr.Tab("Results"):
@@ -217,10 +225,12 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
             with gr.Tab("Your own"):
                 files = gr.File(file_count="multiple", height=180, elem_id="own", **accepted)
                 said = gr.HTML(
-                    cards.note(f"Up to {MAX_OWN} pictures of {MAX_BYTES // 2**20} MB each. They are kept in memory "
-                               "while this page is open, and searched under “Mine”."),
+                    cards.note(
+                        f"Up to {MAX_OWN} pictures of {MAX_BYTES // 2**20} MB each. They are kept in memory "
+                        "while this page is open, and searched under “Mine”."
+                    ),
                     apply_default_css=False,
-                )  # fmt: skip
+                )
                 forget = gr.Button("Delete my pictures", size="sm", scale=0)
         gr.HTML(
             "<p>Emoji: Noto Color Emoji (OFL). Stamps: Tux Paint (GPL-2+). Clips: Fluent Emoji (MIT). Names: Unicode "

@@ -9,8 +9,8 @@ Writes into `output_dir` the language file, a few megabytes (`model.load_languag
 and `README.md`. With `--eval human.csv` (columns `image` and `target_caption`, written by people; `caption`, their
 English, if you have it) the report says how well the language is searched, beside the base, the translated query and
 what else a team would try (`--rivals`), and "do not use" where it is worse than the base. Run it again: it goes on
-where it was stopped. Every field of examples/configs/add_language.yaml is also a flag. Where captions have pictures
-(column `image`), `--config examples/configs/add_language_pictures.yaml` learns more, from the base's view of them.
+where it was stopped. Every field of recipes/add_language.yaml is also a flag. Where captions have pictures
+(column `image`), `--config recipes/add_language_pictures.yaml` learns more, from the base's view of them.
 
 `--target_language gl,ca,es` teaches one adapter several languages, each as often as the others; `load_language` takes
 the file under any name, so under each of them.
@@ -31,7 +31,9 @@ from datasets_scripts.reading.splits import group_key, split_of
 
 from ..cli.common import command
 from ..data.captions import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
-from ..data.load import balance, check_lexicon, lexicon_rows, load_caption_dataset, load_engine, teach
+from ..data.collator import DataCollatorForCrossLingualRetrieval
+from ..data.lexicon import check_lexicon, lexicon_rows
+from ..data.load import balance, load_caption_dataset
 from ..data.trained_split import check_unseen, split_seed, write_trained_split
 from ..files import write_file, writing
 from ..language_adapters import NrccrLanguageAdapter
@@ -41,22 +43,23 @@ from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
 from ..publishing.card import PARALLEL, describe_reading, language_card
 from ..publishing.tables import format_table
-from ..recipes.settings import option, parse_fields
+from ..recipes.settings import RECIPES, option, parse_fields
 from ..translation.base import TranslationError
+from ..translation.cache import load_engine
 from ..translation.engines import split_engines
 from ..two_text_sides import join_text_sides
 from .arguments import NrccrTrainingArguments
 from .baselines import distillation_arguments, embed_distillation, frozen_cache, m2m, trunk_calibration
 from .checkpoints import last_complete_checkpoint
-from .collator import DataCollatorForCrossLingualRetrieval
 from .examination import TRANSLATED, Examination, embed_pictures, merge_reports
 from .feature_cache import FeatureCache, fingerprint
 from .losses import NrccrLoss
+from .teacher import add_teacher_embeds as teach
 from .tokenizer_coverage import tokenizer_coverage, why_unread
 from .trainer import NrccrTrainer
 
 
-CONFIG = Path(__file__).parent / "configs" / "add_language.yaml"
+CONFIG = RECIPES / "add_language.yaml"
 HELD_OUT, HELD_OUT_SEED = {"validation": 0.1}, 2208  # not a split seed: those captions are all of one side
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")
 TEXT_SIDE_EPOCHS = 60
@@ -114,8 +117,13 @@ def training_rows(
 
     def add(number: int, source: str, target: str, again: str | None, first: bool):
         split = split_of(group_key(source), HELD_OUT_SEED, HELD_OUT)
-        row = {"image_id": str(number), "caption_id": str(number), "source_caption": source,
-               "target_caption": target, "back_translation": again}  # fmt: skip
+        row = {
+            "image_id": str(number),
+            "caption_id": str(number),
+            "source_caption": source,
+            "target_caption": target,
+            "back_translation": again,
+        }
         if split == "train" or first:
             splits[split].append(row)
 
@@ -146,8 +154,16 @@ def training_rows(
 
 def run_fingerprint(script: LanguageArguments, args: NrccrTrainingArguments, rows: dict[str, list[dict]]) -> str:
     """Of what is trained on what: another recipe or other captions are no continuation."""
-    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "text_only",
-             "min_steps", "warmup_steps")  # fmt: skip
+    names = (
+        "learning_rate",
+        "num_train_epochs",
+        "max_steps",
+        "per_device_train_batch_size",
+        "seed",
+        "text_only",
+        "min_steps",
+        "warmup_steps",
+    )
     recipe = [getattr(args, name) for name in names] + [NrccrLoss.from_arguments(args).settings]
     texts = [(row["source_caption"], row["target_caption"]) for part in rows.values() for row in part]
     return fingerprint(script.base, script.text_encoder, script.adapter_settings(), recipe, texts)
@@ -196,10 +212,13 @@ def run(script: LanguageArguments, args: NrccrTrainingArguments):
     for language, rows in test_rows.items():
         engines = [] if captions[language].translations else translators(script, language)
         exams[language] = Examination(
-            rows, partial(load_row[language], rows), base, base_processor,
+            rows,
+            partial(load_row[language], rows),
+            base,
+            base_processor,
             partial(translate_queries, script, engines[0], language) if engines else None,
             (ValueError, OSError, ImportError, FetchError, TranslationError),
-        )  # fmt: skip
+        )
         print_left_out(language, exams[language])
     readings = {
         language: measure_reading(script, language, base_processor, exam.asked, exam.english)
@@ -234,14 +253,24 @@ def run(script: LanguageArguments, args: NrccrTrainingArguments):
     side.eval().save_language(name, output)
 
     report = {
-        "verdict": NOT_TESTED, "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
-        "found": {}, "queries": 0, "language": script.target_language, "source_language": script.source_language,
-        "base": base.made_for(), "text_encoder": script.text_encoder and encoder_label(script.text_encoder),
-        "translator": engines, "data": script.dataset or data_name(script.captions, languages),
-        "split_seed": script.split_seed, "adapter": script.adapter_settings(), "captions": len(texts),
-        "seed": args.seed, "steps": trainer.state.global_step, "truncated_captions": side_processor.num_truncated,
+        "verdict": NOT_TESTED,
+        "reasons": ["no human captions were given (--eval): nobody knows how good it is"],
+        "found": {},
+        "queries": 0,
+        "language": script.target_language,
+        "source_language": script.source_language,
+        "base": base.made_for(),
+        "text_encoder": script.text_encoder and encoder_label(script.text_encoder),
+        "translator": engines,
+        "data": script.dataset or data_name(script.captions, languages),
+        "split_seed": script.split_seed,
+        "adapter": script.adapter_settings(),
+        "captions": len(texts),
+        "seed": args.seed,
+        "steps": trainer.state.global_step,
+        "truncated_captions": side_processor.num_truncated,
         "tokenizer": readings,
-    }  # fmt: skip
+    }
     loaded = str(output / "model") if script.text_encoder else None
     write_trained_split(output, report["data"], script.split_seed or 0, texts, [script.base])
     if script.text_encoder:
@@ -275,9 +304,12 @@ def read_data(
         script.split_seed = split_seed(script.base, script.split_seed, script.dataset)
         for language in languages:
             dataset = load_caption_dataset(
-                script.dataset, language, script.split_seed, data_dir=script.data_dir,
+                script.dataset,
+                language,
+                script.split_seed,
+                data_dir=script.data_dir,
                 source_language=script.source_language,
-            )  # fmt: skip
+            )
             train, test = dataset["train"], dataset["test"]
             # those of the first language for all: each learns from the same captions
             first = {}
@@ -331,7 +363,7 @@ def measure_reading(
     recipe that follows from it."""
     found = read_by(processor, texts, sources)
     print(f"{language}, read by the base: {describe_reading(found)}", flush=True)
-    found["recipe"] = "LoRA in the base: --config examples/configs/recommended.yaml"
+    found["recipe"] = "LoRA in the base: --config recipes/recommended.yaml"
     if found["reasons"]:
         found["recipe"] = (
             "another text encoder that knows it, such as --text_encoder multilingual-e5-small --text_prefix 'query: '"
@@ -347,8 +379,10 @@ def measure_reading(
 
 def read_by(processor, texts: list[str], sources: list[str]) -> dict:
     tokenizer = getattr(processor, "tokenizer", processor)
-    sides = [[text.lower() for text in side] if getattr(processor, "lower_case", False) else side
-             for side in (texts, sources)]  # fmt: skip
+    sides = [
+        [text.lower() for text in side] if getattr(processor, "lower_case", False) else side
+        for side in (texts, sources)
+    ]
     target, source = (tokenizer_coverage(tokenizer, side) for side in sides)
     return {"language": target, "source": source, "reasons": why_unread(target, source)}
 
@@ -358,8 +392,10 @@ def give_pictures(captions: dict[str, Captions], rows: dict, base: NrccrModel, p
     images, load = {}, {}
     for of_language in captions.values():
         if missing := [text for text in of_language.texts if text not in of_language.images]:
-            raise ValueError(f"{missing[0]!r} and {len(missing) - 1:,} others have no picture: add a column image, or "
-                             "train with --text_only true")  # fmt: skip
+            raise ValueError(
+                f"{missing[0]!r} and {len(missing) - 1:,} others have no picture: add a column image, or "
+                "train with --text_only true"
+            )
         images |= {text: str(image) for text, image in of_language.images.items()}
         load |= {str(image): partial(of_language.load, image) for image in of_language.images.values()}
     embeds, _ = embed_pictures(load, lambda name: load[name](), base, processor, work)

@@ -21,14 +21,29 @@ from .losses import NrccrLossArguments
 logger = logging.get_logger(__name__)
 
 LEAST = {
-    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "dataloader_num_workers": 0, "max_steps": -1, "min_steps": 0, "early_stopping_patience": 0, "plateau_interval": 1,
-    "trained_text_layers": -1, "weight_decay": 0, "max_grad_norm": 0, "margin": 0, "eval_source_query_weight": 0,
-}  # fmt: skip
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "max_steps": -1,
+    "min_steps": 0,
+    "early_stopping_patience": 0,
+    "plateau_interval": 1,
+    "trained_text_layers": -1,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "margin": 0,
+    "eval_source_query_weight": 0,
+}
 ABOVE = {
-    "num_train_epochs": 0, "learning_rate": 0, "discriminator_learning_rate": 0, "lr_decay_per_epoch": 0,
-    "plateau_factor": 0, "temperature": 0, "feature_distillation_beta": 0,
-}  # fmt: skip
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "discriminator_learning_rate": 0,
+    "lr_decay_per_epoch": 0,
+    "plateau_factor": 0,
+    "temperature": 0,
+    "feature_distillation_beta": 0,
+}
 
 
 @dataclass

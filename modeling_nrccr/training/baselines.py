@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from transformers import set_seed
 
+from ..data.collator import DataCollatorForCrossLingualRetrieval
 from ..modeling_nrccr import NrccrModel
 from .arguments import NrccrTrainingArguments
-from .collator import DataCollatorForCrossLingualRetrieval
 from .feature_cache import FeatureCache
 from .trainer import NrccrTrainer
 
@@ -78,11 +78,19 @@ def embed_distillation(
         labels = model.text_projection(states)
     data = Dataset.from_dict({"sentence": [row["target_caption"] for row in rows], "label": labels.tolist()})
     own = Arguments(
-        output_dir=f"{args.output_dir}-embed-distill", num_train_epochs=args.num_train_epochs, seed=args.seed,
-        per_device_train_batch_size=args.per_device_train_batch_size, learning_rate=args.learning_rate,
-        save_strategy="no", report_to="none", use_cpu=True, bf16=args.bf16, disable_tqdm=True,
-        logging_strategy="no", dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=f"{args.output_dir}-embed-distill",
+        num_train_epochs=args.num_train_epochs,
+        seed=args.seed,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        learning_rate=args.learning_rate,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=args.bf16,
+        disable_tqdm=True,
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+    )
     SentenceTransformerTrainer(student, own, train_dataset=data, loss=EmbedDistillLoss(student, "cosine")).train()
     adapter = model.add_language(language, kind="linear")
     with torch.no_grad():
@@ -113,9 +121,15 @@ def trunk_calibration(
     set_seed(args.seed)
     student = deepcopy(model)
     args = distillation_arguments(
-        args, feature_distillation_loss_weight=1.0, target_contrastive_loss_weight=1.0, trained_text_layers=-1,
-        train_visual_head=False, learning_rate=2e-4, num_train_epochs=epochs, per_device_train_batch_size=64,
-    )  # fmt: skip
+        args,
+        feature_distillation_loss_weight=1.0,
+        target_contrastive_loss_weight=1.0,
+        trained_text_layers=-1,
+        train_visual_head=False,
+        learning_rate=2e-4,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=64,
+    )
     trainer = NrccrTrainer(student, args, rows, processing_class=processor, teacher=model)
     student.requires_grad_(False)
     parent, name = student.text_tower.layer_list()
@@ -126,8 +140,15 @@ def trunk_calibration(
 
 def distillation_arguments(args: NrccrTrainingArguments, **changes) -> NrccrTrainingArguments:
     """Text alone, no term but those that `changes` gives a weight, no checkpoints."""
-    fixed = {"text_only": True, "train_language": None, "save_strategy": "no", "eval_strategy": "no",
-             "load_best_model_at_end": False, "early_stopping_patience": 0, "keep_best_in_memory": False}  # fmt: skip
+    fixed = {
+        "text_only": True,
+        "train_language": None,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "early_stopping_patience": 0,
+        "keep_best_in_memory": False,
+    }
     args = copy(args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
     for key, value in (args.without_terms() | fixed | changes).items():
         setattr(args, key, value)

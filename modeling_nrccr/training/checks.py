@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from ..data.collator import without_images
 from .checkpoints import last_complete_checkpoint
-from .collator import without_images
 
 
 logger = logging.get_logger(__name__)

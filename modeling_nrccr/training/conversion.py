@@ -41,16 +41,38 @@ UNREAD = re.compile(r"text_bert\.text_bert\.(pooler\..*|embeddings\.position_ids
 
 POSITIONS = "pos_embed_layer.position_embeddings.weight"
 OPTIONS = (
-    "model_type", "visual_feat_dim", "visual_mapping_layers", "text_mapping_layers",
-    "text_hidden_size", "text_num_attention", "text_pooling", "dropout", "loss_fun", "margin", "measure",
-    "max_violation", "cost_style", "direction", "tri_alpha", "dtl_beta", "l1_gama", "back_w", "scale",
-)  # fmt: skip
+    "model_type",
+    "visual_feat_dim",
+    "visual_mapping_layers",
+    "text_mapping_layers",
+    "text_hidden_size",
+    "text_num_attention",
+    "text_pooling",
+    "dropout",
+    "loss_fun",
+    "margin",
+    "measure",
+    "max_violation",
+    "cost_style",
+    "direction",
+    "tri_alpha",
+    "dtl_beta",
+    "l1_gama",
+    "back_w",
+    "scale",
+)
 VIDEO_OPTIONS = ("video_hidden_size", "video_num_attention", "video_pooling")
 KNOWN_VALUES = {
-    "model_type": ("img", "video"), "text_pooling": ("mean", "max"), "video_pooling": ("mean", "max"),
-    "loss_fun": ("mrl",), "cost_style": ("sum", "mean"), "direction": ("all", "t2v", "v2t"), "measure": MEASURES,
-    "text_layer": (1,), "video_layer": (1,),
-}  # fmt: skip
+    "model_type": ("img", "video"),
+    "text_pooling": ("mean", "max"),
+    "video_pooling": ("mean", "max"),
+    "loss_fun": ("mrl",),
+    "cost_style": ("sum", "mean"),
+    "direction": ("all", "t2v", "v2t"),
+    "measure": MEASURES,
+    "text_layer": (1,),
+    "video_layer": (1,),
+}
 
 
 def convert_original_checkpoint(
@@ -104,11 +126,15 @@ def convert_options(options: Mapping, text_config: Mapping, parts: Mapping[str, 
         if POSITIONS in parts[part]
     }
     video = options["model_type"] == "video"
-    visual = dict(
-        visual_hidden_size=options["video_hidden_size"],
-        visual_num_attention_heads=options["video_num_attention"],
-        visual_pooling=options["video_pooling"],
-    ) if video else {}  # fmt: skip
+    visual = (
+        dict(
+            visual_hidden_size=options["video_hidden_size"],
+            visual_num_attention_heads=options["video_num_attention"],
+            visual_pooling=options["video_pooling"],
+        )
+        if video
+        else {}
+    )
     return NrccrConfig(
         text_config=dict(text_config),
         visual_feat_dim=options["visual_feat_dim"],

@@ -24,9 +24,14 @@ from .conversion import OPTIONS, PARTS, convert_original_checkpoint, unwrap
 
 # the options, and the numbers that the training loop kept (numpy 1 and 2 name their own differently)
 ALLOWED = [
-    argparse.Namespace, np.dtype, np.dtypes.Float32DType, np.dtypes.Float64DType, np.dtypes.Int64DType,
-    np._core.multiarray.scalar, (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
-]  # fmt: skip
+    argparse.Namespace,
+    np.dtype,
+    np.dtypes.Float32DType,
+    np.dtypes.Float64DType,
+    np.dtypes.Int64DType,
+    np._core.multiarray.scalar,
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+]
 
 CARD = """---
 library_name: transformers

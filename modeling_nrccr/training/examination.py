@@ -9,6 +9,7 @@ import torch
 from datasets_scripts.reading.splits import group_key
 
 from ..modeling_nrccr import NrccrModel
+from ..publishing.verdicts import ASK, DO_NOT, STERN, TOO_FEW, USE, USE_FUSED
 from ..retrieval.bootstrap import draw_groups, hits, interval, intervals, sum_recall
 from ..retrieval.encoding import encode_texts, picture_rows
 from ..retrieval.metrics import compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
@@ -20,10 +21,6 @@ FUSED, ENGLISH, ENGLISH_BEFORE = "{}, half its translation", "English, {}", "Eng
 SHARE = 0.5  # of the translation in a fused query
 FEWEST_GROUPS = 20  # of pictures: of fewer no interval can be trusted
 MARGIN = 1.0  # SumR: less is no difference
-USE, USE_FUSED, ASK, TOO_FEW, DO_NOT = (
-    "use", "use fused", "ask the translation", "too few queries to say", "do not use"
-)  # fmt: skip
-STERN = (DO_NOT, TOO_FEW, ASK, USE_FUSED, USE)  # the sternest first
 
 
 class Examination:
@@ -38,9 +35,14 @@ class Examination:
     """
 
     def __init__(
-        self, rows: list[dict], load: Callable, base: NrccrModel, processor, translate: Callable | None = None,
+        self,
+        rows: list[dict],
+        load: Callable,
+        base: NrccrModel,
+        processor,
+        translate: Callable | None = None,
         unavailable: tuple = (ValueError,),
-    ):  # fmt: skip
+    ):
         first, _ = picture_rows([row["image_id"] for row in rows])
         embeds, self.broken = embed_pictures(first, lambda name: load(first[name]), base, processor, skip_broken=True)
         rows = [row for row in rows if row["image_id"] in embeds]
@@ -101,8 +103,12 @@ class Examination:
         word, reasons = verdict(self.sums, OURS, self.draws.shape[1])
         if self.untranslated:
             reasons.append(f"the translated query was not asked: {self.untranslated}")
-        counts = {"queries": len(self.asked), "pictures": len(self.images), "groups": self.draws.shape[1],
-                  "left_out": list(self.broken.values())}  # fmt: skip
+        counts = {
+            "queries": len(self.asked),
+            "pictures": len(self.images),
+            "groups": self.draws.shape[1],
+            "left_out": list(self.broken.values()),
+        }
         return {"verdict": word, "reasons": reasons, "found": self.found} | counts
 
 
@@ -184,4 +190,4 @@ def merge_reports(tested: dict[str, dict]) -> dict:
             f"{language}: {name}": found for language, part in tested.items() for name, found in part["found"].items()
         },
         "left_out": [reason for part in tested.values() for reason in part["left_out"]],
-    } | counts  # fmt: skip
+    } | counts

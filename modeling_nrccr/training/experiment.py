@@ -1,6 +1,6 @@
 """Trains a cross-lingual picture search and says how good it is, beside the baselines that a user would try first.
 
-    accelerate launch examples/train.py --config examples/configs/demo.yaml
+    accelerate launch examples/train.py --config modeling_nrccr/recipes/demo.yaml
 
 Without --config it runs joint.yaml beside that file. Every field of the YAML file is also a flag, and a flag wins:
 
@@ -34,46 +34,55 @@ from datasets_scripts.reading.videos import read_frames
 
 from ..cli.common import command
 from ..configuration_nrccr import NrccrConfig
-from ..data.load import (
-    check_lexicon,
-    find_font,
-    language_name,
-    lexicon_rows,
-    load_translated_dataset,
-    query_origin,
-    teach,
-)
+from ..data.collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
+from ..data.lexicon import check_lexicon, lexicon_rows
+from ..data.load import find_font, load_translated_dataset, query_origin
+from ..data.names import language_name
 from ..data.trained_split import split_seed, write_trained_split
 from ..files import write_file, writing
 from ..language_adapters import NrccrLanguageAdapter
 from ..loading.encoders import encoder_label, find_encoder
+from ..loading.models import load_model
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from ..publishing.card import training_settings, write_model_card
 from ..publishing.search_page import QueryRow, Result, write_search_page
 from ..publishing.sentence_transformers_files import write_sentence_transformers_files
 from ..publishing.tables import format_table
-from ..recipes.settings import as_flags, given_flags, option, parse_fields
+from ..recipes.settings import RECIPES, as_flags, given_flags, option, parse_fields
 from ..retrieval.encoding import picture_rows
 from ..retrieval.evaluation import metrics_by_source
 from ..retrieval.metrics import chance_metrics, compute_retrieval_metrics, fuse_query_embeds
-from ..retrieval.search import load_model
 from ..translation.base import Translator
 from ..translation.engines import split_engines
 from .arguments import NrccrTrainingArguments
 from .checkpoints import last_complete_checkpoint
-from .collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from .feature_cache import FeatureCache
+from .teacher import add_teacher_embeds as teach
 from .trainer import NrccrTrainer
 
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "joint.yaml"
+DEFAULT_CONFIG = RECIPES / "joint.yaml"
 # what a base that is trained first has of the run that it is for, beside all of ModelArguments
 SHARED = (
-    "dataset", "dataset_options", "data_dir", "visual_feature", "media_dir", "num_frames", "source_language",
-    "target_language", "translator", "split_seed", "feature_cache_dir", "strict", "overwrite", "seed", "use_cpu",
-    "bf16", "disable_tqdm",
-)  # fmt: skip
+    "dataset",
+    "dataset_options",
+    "data_dir",
+    "visual_feature",
+    "media_dir",
+    "num_frames",
+    "source_language",
+    "target_language",
+    "translator",
+    "split_seed",
+    "feature_cache_dir",
+    "strict",
+    "overwrite",
+    "seed",
+    "use_cpu",
+    "bf16",
+    "disable_tqdm",
+)
 ENGLISH_TERMS = ("triplet_loss_weight", "contrastive_loss_weight")  # all that the English-only model learns from
 
 
@@ -175,8 +184,11 @@ class ModelArguments:
         tokenizer = load_tokenizer(text_encoder, **({"do_lower_case": True} if self.do_lower_case else {}))
         if self.do_lower_case and tokenizer.tokenize("ÉTÉ") != tokenizer.tokenize("ete"):
             raise ValueError(f"do_lower_case is BERT's: {type(tokenizer).__name__} of {self.text_encoder} ignores it")
-        options = {"text_prefix": self.text_prefix, "max_text_length": self.max_text_length,
-                   "visual_feat_dim": model.config.visual_feat_dim}  # fmt: skip
+        options = {
+            "text_prefix": self.text_prefix,
+            "max_text_length": self.max_text_length,
+            "visual_feat_dim": model.config.visual_feat_dim,
+        }
         if vision_encoder is None:
             return model, NrccrTextProcessor(tokenizer, **options)
         image_processor = AutoImageProcessor.from_pretrained(vision_encoder)
@@ -245,11 +257,18 @@ class Experiment:
     def load(self, target: str, translator: str) -> tuple[DatasetDict, Translator]:
         script = self.script
         return load_translated_dataset(
-            script.dataset, script.source_language, script.target_language, script.split_seed, target,
-            translator, script.data_dir, visual_feature=script.visual_feature, media_dir=script.media_dir,
+            script.dataset,
+            script.source_language,
+            script.target_language,
+            script.split_seed,
+            target,
+            translator,
+            script.data_dir,
+            visual_feature=script.visual_feature,
+            media_dir=script.media_dir,
             missing="error" if script.strict else "skip",
             dataset_options=json.loads(script.dataset_options or "{}"),
-        )  # fmt: skip
+        )
 
     def keep_captions(self, count: int):
         """So many of the training captions, each with all its translations."""
@@ -300,9 +319,10 @@ class Experiment:
                 index, _ = picture_rows(rows["image_id"])
                 if self.media != "visual_feats":
                     broken |= cache.add_images(
-                        index, lambda image_id, s=split, at=index: self.picture(s, at[image_id]),
+                        index,
+                        lambda image_id, s=split, at=index: self.picture(s, at[image_id]),
                         skip_broken=not self.script.strict,
-                    )  # fmt: skip
+                    )
         state.wait_for_everyone()
         if shared is not None and state.is_local_main_process:
             shutil.rmtree(shared, ignore_errors=True)
@@ -508,11 +528,16 @@ def run(script: ScriptArguments, model_arguments: ModelArguments, args: NrccrTra
     baselines = {}
     if script.baselines:
         # English captions alone; validation has human English captions, as a team with English data would
-        english = experiment.base() if script.base else experiment.train(
-            "english_only",
-            **args.without_terms() | {name: getattr(args, name) for name in ENGLISH_TERMS},
-            pair_weighting="none", eval_query_column="reference_source_caption",
-        )  # fmt: skip
+        english = (
+            experiment.base()
+            if script.base
+            else experiment.train(
+                "english_only",
+                **args.without_terms() | {name: getattr(args, name) for name in ENGLISH_TERMS},
+                pair_weighting="none",
+                eval_query_column="reference_source_caption",
+            )
+        )
         queries, images, owner = experiment.test(english, "target_caption")
         asked = {"english_only": queries}
         for name, column in (("translated_query", "source_caption"), ("english_query", "reference_source_caption")):

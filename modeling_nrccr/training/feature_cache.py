@@ -360,8 +360,11 @@ class Store:
         chunks = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
         prepared = tqdm(
             ahead(chunks, prepare, device),
-            desc=f"frozen {self.kind}", unit="batch", total=len(chunks), disable=not keys,
-        )  # fmt: skip
+            desc=f"frozen {self.kind}",
+            unit="batch",
+            total=len(chunks),
+            disable=not keys,
+        )
         for chunk in prepared:
             parts = compute(chunk)
             if not parts:

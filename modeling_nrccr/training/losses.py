@@ -213,12 +213,20 @@ class NrccrLossArguments:
     mask_same_image: bool = setting(True, "Captions of one picture are never negatives. Released code: false.")
 
     PUBLISHED = dict(
-        triplet_loss_weight=1.0, contrastive_loss_weight=0.0, target_triplet_loss_weight=0.6,
-        target_contrastive_loss_weight=0.0, distillation_loss_weight=0.4, feature_distillation_loss_weight=0.1,
-        back_translation_loss_weight=0.5, adversarial_loss_weight=0.001, triplet_reduction="sum",
-        back_translation_objective="triplet", feature_distillation_kind="smooth_l1", detach_targets=False,
+        triplet_loss_weight=1.0,
+        contrastive_loss_weight=0.0,
+        target_triplet_loss_weight=0.6,
+        target_contrastive_loss_weight=0.0,
+        distillation_loss_weight=0.4,
+        feature_distillation_loss_weight=0.1,
+        back_translation_loss_weight=0.5,
+        adversarial_loss_weight=0.001,
+        triplet_reduction="sum",
+        back_translation_objective="triplet",
+        feature_distillation_kind="smooth_l1",
+        detach_targets=False,
         mask_same_image=False,
-    )  # fmt: skip
+    )
 
     def needed_views(self, taught: bool = False) -> tuple[str, ...]:
         """Which views of a caption any term reads; the others need not be encoded. `taught`: the rows bring the

@@ -72,25 +72,37 @@ def tokenizer_coverage(tokenizer, texts: Sequence[str]) -> dict:
         spelled_out = not unknown and length > 1 and len(pieces) >= length
         back = "".join(tokenizer.decode(ids).split())
         unread = not ids or unknown > 0 or spelled_out
-        total.update({
-            "words": count, "tokens": count * len(ids), "unknown": count * unknown, "spelled_out": count * spelled_out,
-            "longer": count * (length > 1), "unread": count * unread,
-            "altered": count * (unicodedata.normalize("NFC", back).casefold() != word.casefold()),
-        })  # fmt: skip
+        total.update(
+            {
+                "words": count,
+                "tokens": count * len(ids),
+                "unknown": count * unknown,
+                "spelled_out": count * spelled_out,
+                "longer": count * (length > 1),
+                "unread": count * unread,
+                "altered": count * (unicodedata.normalize("NFC", back).casefold() != word.casefold()),
+            }
+        )
         script = script_of(word)
         signs[script] += count * len(word)
         of_script[script] += count
         unread_of_script[script] += count * unread
-    written = {script: of_script[script] / total["words"] for script, number in signs.most_common()
-               if number > RARE * signs.total()}  # fmt: skip
+    written = {
+        script: of_script[script] / total["words"]
+        for script, number in signs.most_common()
+        if number > RARE * signs.total()
+    }
     shares = {
-        "texts": len(texts), "words": total["words"],
-        "tokens_per_word": total["tokens"] / total["words"], "tokens_per_text": total["tokens"] / len(texts),
+        "texts": len(texts),
+        "words": total["words"],
+        "tokens_per_word": total["tokens"] / total["words"],
+        "tokens_per_text": total["tokens"] / len(texts),
         "unknown": total["unknown"] / max(1, total["tokens"]),
         "spelled_out": total["spelled_out"] / max(1, total["longer"]),
-        "unread": total["unread"] / total["words"], "altered": total["altered"] / total["words"],
+        "unread": total["unread"] / total["words"],
+        "altered": total["altered"] / total["words"],
         "scripts": written,
-    }  # fmt: skip
+    }
     unread = [script for script in written if unread_of_script[script] > of_script[script] / 2]
     return shares | {"unread_scripts": unread}
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchFeature, EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.utils import logging
 
+from ..data.collator import KEY_PREFIX, DataCollatorForCrossLingualRetrieval, single_rows, without_images
 from ..files import write_file, writing
 from ..heads import gather_rows
 from ..modeling_nrccr import NrccrModel, NrccrOutput
@@ -34,7 +35,6 @@ from .checkpoints import (
     remove_old_checkpoints,
 )
 from .checks import TrainingChecks, fit_batches, not_a_number
-from .collator import KEY_PREFIX, DataCollatorForCrossLingualRetrieval, single_rows, without_images
 from .losses import NrccrLoss, ranking_cross_entropy
 
 

@@ -2,7 +2,7 @@
 
     python examples/train_translator.py --data_dir FOLDER_OF_MULTI30K
 
-Without more arguments it runs examples/configs/marian_en_cs.yaml; every field of the YAML file is also a flag, and a
+Without more arguments it runs recipes/marian_en_cs.yaml; every field of the YAML file is also a flag, and a
 flag wins. Writes into `output_dir`, in the layout of OPUS-MT: the model (safetensors), `source.spm`, `target.spm`,
 `vocab.json`, and `metrics.json`. `load_translator("seq2seq:<output_dir>")` and `examples/translate.py` take it.
 Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` goes on from the last one;
@@ -38,7 +38,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..cli.common import command
 from ..data.load import load_caption_dataset
 from ..files import write_file, writing_weights
-from ..recipes.settings import option, parse_fields
+from ..recipes.settings import RECIPES, option, parse_fields
 from ..translation.base import Translator, one_line
 from ..translation.seq2seq import Seq2SeqTranslator
 from .checkpoints import checkpoint_directory, last_complete_checkpoint, mark_complete
@@ -54,13 +54,22 @@ except ImportError as error:
     ) from error
 
 
-CONFIG = Path(__file__).parent / "configs" / "marian_en_cs.yaml"
+CONFIG = RECIPES / "marian_en_cs.yaml"
 MAX_POSITIONS = 512
 SAMPLES = 5
 REPORTED = (
-    "num_train_epochs", "per_device_train_batch_size", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "adam_beta2", "weight_decay", "label_smoothing_factor", "train_sampling_strategy", "bf16", "seed",
-)  # fmt: skip
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "adam_beta2",
+    "weight_decay",
+    "label_smoothing_factor",
+    "train_sampling_strategy",
+    "bf16",
+    "seed",
+)
 COSTS = "costs.json"  # in a checkpoint: seconds so far
 TRAINING = "training.json"  # what a run was and cost
 
@@ -149,9 +158,16 @@ def train_tokenizer(texts: list[str], script: ScriptArguments) -> MarianTokenize
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=script.vocab_size, character_coverage=1.0,
-            bos_id=-1, eos_id=-1, unk_id=0, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=script.vocab_size,
+            character_coverage=1.0,
+            bos_id=-1,
+            eos_id=-1,
+            unk_id=0,
+            num_threads=1,
+            minloglevel=2,
+        )
     except (RuntimeError, OSError) as error:
         raise ValueError(f"vocab_size={script.vocab_size} does not fit {len(texts)} captions: {error}") from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
@@ -163,10 +179,13 @@ def train_tokenizer(texts: list[str], script: ScriptArguments) -> MarianTokenize
             Path(folder, name).write_bytes(model.getvalue())
         Path(folder, "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
         return MarianTokenizer(
-            Path(folder, "source.spm").as_posix(), Path(folder, "target.spm").as_posix(),
-            Path(folder, "vocab.json").as_posix(), source_lang=script.source_language,
-            target_lang=script.target_language, model_max_length=MAX_POSITIONS,
-        )  # fmt: skip
+            Path(folder, "source.spm").as_posix(),
+            Path(folder, "target.spm").as_posix(),
+            Path(folder, "vocab.json").as_posix(),
+            source_lang=script.source_language,
+            target_lang=script.target_language,
+            model_max_length=MAX_POSITIONS,
+        )
 
 
 def build_model(tokenizer: MarianTokenizer, script: ScriptArguments) -> MarianMTModel:
@@ -176,17 +195,27 @@ def build_model(tokenizer: MarianTokenizer, script: ScriptArguments) -> MarianMT
         f"{part}_{name}": value
         for part in ("encoder", "decoder")
         for name, value in (
-            ("layers", script.layers), ("ffn_dim", script.ffn_dim), ("attention_heads", script.attention_heads)
+            ("layers", script.layers),
+            ("ffn_dim", script.ffn_dim),
+            ("attention_heads", script.attention_heads),
         )
-    }  # fmt: skip
+    }
     model = MarianMTModel(
         MarianConfig(
-            vocab_size=len(tokenizer.get_vocab()), d_model=script.d_model, dropout=script.dropout, **layers,
-            max_position_embeddings=MAX_POSITIONS, activation_function="relu", scale_embedding=True,
-            init_std=script.d_model**-0.5, pad_token_id=pad, eos_token_id=end, forced_eos_token_id=end,
+            vocab_size=len(tokenizer.get_vocab()),
+            d_model=script.d_model,
+            dropout=script.dropout,
+            **layers,
+            max_position_embeddings=MAX_POSITIONS,
+            activation_function="relu",
+            scale_embedding=True,
+            init_std=script.d_model**-0.5,
+            pad_token_id=pad,
+            eos_token_id=end,
+            forced_eos_token_id=end,
             decoder_start_token_id=pad,
         )
-    )  # fmt: skip
+    )
     options = {"num_beams": 4, "max_new_tokens": 128, "bad_words_ids": [[pad]], "decoder_start_token_id": pad}
     # on two cores, the backward pass of torch's own attention takes twice as long on texts as short as captions
     model.set_attn_implementation("eager")
@@ -212,8 +241,10 @@ def tokenize(pairs: list[tuple[str, str]], tokenizer: MarianTokenizer) -> datase
         lambda batch: tokenizer(
             batch["source"], text_target=batch["target"], truncation=True, max_length=MAX_POSITIONS
         ),
-        batched=True, remove_columns=rows.column_names, desc="tokenizing",
-    )  # fmt: skip
+        batched=True,
+        remove_columns=rows.column_names,
+        desc="tokenizing",
+    )
 
 
 class CostsCallback(TrainerCallback):
@@ -272,11 +303,14 @@ def train(script: ScriptArguments, args: Seq2SeqTrainingArguments, pairs: dict) 
     taught = with_plain_forms(pairs["train"], script.plain_rate, args.seed)
     costs = CostsCallback(checkpoint)
     trainer = Seq2SeqTrainer(
-        model, args, DataCollatorForSeq2Seq(tokenizer, model=model),
+        model,
+        args,
+        DataCollatorForSeq2Seq(tokenizer, model=model),
         train_dataset=tokenize(directed(taught, script), tokenizer),
         eval_dataset=tokenize(directed(pairs["validation"], script), tokenizer),
-        processing_class=tokenizer, callbacks=[costs],
-    )  # fmt: skip
+        processing_class=tokenizer,
+        callbacks=[costs],
+    )
     print(f"{model.num_parameters():,} parameters, {len(trainer.train_dataset):,} pairs", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = costs.seconds()

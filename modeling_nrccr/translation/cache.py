@@ -8,7 +8,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from datasets_scripts.reading.debian import cache_folder
+
 from .base import TranslationError, Translator
+from .engines import load_translator
+from .packages import prepare_translator
 
 
 FORMAT = 1  # of the file, as `PRAGMA user_version`
@@ -186,3 +190,39 @@ class CachedTranslator(Translator):
                     f"{min(missing)!r}: it must lie in a folder that all machines of the launch share"
                 )
             yield list(found), list(found.values())
+
+
+def translation_cache_path() -> Path:
+    """Where all examples keep what was translated, whatever the data set."""
+    return cache_folder() / "translations.sqlite"
+
+
+def load_engine(
+    spec: str,
+    pairs: list[tuple[str, str]],
+    data_dir: str | None = None,
+    cache: str | Path | None = None,
+    state: PartialState | None = None,
+    needed: list[tuple[str, str]] | None = None,
+    **options,
+) -> CachedTranslator:
+    """
+    The engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a name:
+    that of the pair) need of Debian is fetched.
+
+    Args:
+        pairs: what is wanted, `(source, target)`; the way back comes last.
+        cache: file of what was translated before; by default one for all data sets.
+        state: of several processes that all make the same calls, see [`CachedTranslator`].
+        needed: those of `pairs` that the engine must have; default: all.
+        options: of the engines.
+
+    Raises:
+        ValueError: the engine lacks one of the pairs; before the first is translated.
+    """
+    target_language, source_language = pairs[-1]
+    spec, root = prepare_translator(spec, source_language, target_language, data_dir)
+    translator = load_translator(spec, **root, **options)
+    for pair in pairs if needed is None else needed:
+        translator.check_pair(*pair)
+    return CachedTranslator(translator, cache or translation_cache_path(), state)

@@ -90,9 +90,12 @@ class CTranslate2Translator(Seq2SeqTranslator):
         threads = {} if self.device.type == "cuda" else {"intra_threads": torch.get_num_threads()}
         try:
             self.model = _ctranslate2().Translator(
-                str(model), device=self.device.type, device_index=self.device.index or 0, compute_type=self.dtype,
+                str(model),
+                device=self.device.type,
+                device_index=self.device.index or 0,
+                compute_type=self.dtype,
                 **threads,
-            )  # fmt: skip
+            )
         except (RuntimeError, ValueError) as error:
             raise TranslationError(f"{model} cannot be loaded by CTranslate2: {error}") from error
 
@@ -102,6 +105,8 @@ class CTranslate2Translator(Seq2SeqTranslator):
         results = self.model.translate_batch(
             [self.tokenizer.convert_ids_to_tokens(row) for row in ids],
             target_prefix=None if forced_token is None else [[self._target_token(target)]] * len(ids),
-            beam_size=self.num_beams, max_decoding_length=max_new_tokens, max_input_length=0,
-        )  # fmt: skip
+            beam_size=self.num_beams,
+            max_decoding_length=max_new_tokens,
+            max_input_length=0,
+        )
         return [self.tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]

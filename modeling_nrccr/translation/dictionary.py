@@ -112,9 +112,15 @@ def _best(entries: dict[str, list[str]]) -> dict[str, str]:
 def _english_lemmas(word: str) -> Iterator[str]:
     """What an English word may be an inflected form of: cats, boxes, ponies, running, baked, tried, dog's."""
     for ending, replacements in (
-        ("'s", [""]), ("’s", [""]), ("ies", ["y"]), ("es", [""]), ("s", [""]), ("ied", ["y"]),
-        ("ing", ["", "e"]), ("ed", ["", "e"]),
-    ):  # fmt: skip
+        ("'s", [""]),
+        ("’s", [""]),
+        ("ies", ["y"]),
+        ("es", [""]),
+        ("s", [""]),
+        ("ied", ["y"]),
+        ("ing", ["", "e"]),
+        ("ed", ["", "e"]),
+    ):
         stem = word.removesuffix(ending)
         if stem == word or len(stem) < 2:
             continue

@@ -252,8 +252,12 @@ class Seq2SeqTranslator(Translator):
         """The answers' token ids, up to the end token."""
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         made = self.model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], forced_bos_token_id=forced_token,
-            num_beams=self.num_beams, do_sample=False, max_new_tokens=max_new_tokens,
-        )  # fmt: skip
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            forced_bos_token_id=forced_token,
+            num_beams=self.num_beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )
         end = self.tokenizer.eos_token_id  # some begin with it
         return [row[: row.index(end)] if end in row else row for row in made[:, 1:].tolist()]

@@ -11,8 +11,11 @@ NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?")
 def test_the_page_says_what_the_script_measures():
     from benchmarks import differences
 
-    rows = {cells[1].strip(): cells[-2].strip() for line in differences.PAGE.read_text().splitlines()
-            if len(cells := line.split("|")) == 7 and not re.match(r"what|---", cells[1].strip())}  # fmt: skip
+    rows = {
+        cells[1].strip(): cells[-2].strip()
+        for line in differences.PAGE.read_text().splitlines()
+        if len(cells := line.split("|")) == 7 and not re.match(r"what|---", cells[1].strip())
+    }
     assert rows.keys() == differences.EFFECTS.keys() and all(rows.values())
     for row in differences.EFFECTS.keys() - differences.COSTLY:
         measured = differences.EFFECTS[row]()

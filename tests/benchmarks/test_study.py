@@ -26,30 +26,55 @@ ROOT = Path(__file__).parents[2]
 
 def write_study(folder: Path, towers: Path) -> Path:
     settings = {
-        "text_encoder": str(towers / "t"), "vision_encoder": str(towers / "v"), "text_prefix": "",
-        "projection_dim": 8, "num_train_epochs": 2, "per_device_train_batch_size": 8, "eval_steps": 2,
+        "text_encoder": str(towers / "t"),
+        "vision_encoder": str(towers / "v"),
+        "text_prefix": "",
+        "projection_dim": 8,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "eval_steps": 2,
         "distillation_loss_weight": 0.0,
-    }  # fmt: skip
+    }
     only_features = {
-        "contrastive_loss_weight": 0.0, "target_contrastive_loss_weight": 0.0,
-        "feature_distillation_loss_weight": 1.0, "text_only": True, "train_visual_head": False,
-    }  # fmt: skip
+        "contrastive_loss_weight": 0.0,
+        "target_contrastive_loss_weight": 0.0,
+        "feature_distillation_loss_weight": 1.0,
+        "text_only": True,
+        "train_visual_head": False,
+    }
     loaded = {
-        "config": "examples/configs/joint.yaml", "conditions": {"": {}}, "languages": ["gl"], "split_seeds": [0],
-        "seeds": [0, 1], "settings": settings, "grid": [{"learning_rate": 1e-2}, {"learning_rate": 1e-9}],
+        "config": "modeling_nrccr/recipes/joint.yaml",
+        "conditions": {"": {}},
+        "languages": ["gl"],
+        "split_seeds": [0],
+        "seeds": [0, 1],
+        "settings": settings,
+        "grid": [{"learning_rate": 1e-2}, {"learning_rate": 1e-9}],
         "rows": {
-            "english_only": {"label": "E", "settings": {
-                "target_contrastive_loss_weight": 0.0, "eval_query_column": "reference_source_caption"}},
+            "english_only": {
+                "label": "E",
+                "settings": {"target_contrastive_loss_weight": 0.0, "eval_query_column": "reference_source_caption"},
+            },
             "mt": {"label": "M"},
-            "student": {"label": "S", "teacher": "english_only", "start_from": "english_only",
-                        "settings": only_features | {"learning_rate": 1e-2}},
-            "together": {"label": "T", "start_from": "english_only", "adapter": True, "trained_in": "gl",
-                         "one_to_k": True,
-                         "languages": ["gl", "ca"], "learns_from": {"gl": "apertium", "ca": "apertium"},
-                         "settings": only_features | {"per_device_train_batch_size": 4}},
+            "student": {
+                "label": "S",
+                "teacher": "english_only",
+                "start_from": "english_only",
+                "settings": only_features | {"learning_rate": 1e-2},
+            },
+            "together": {
+                "label": "T",
+                "start_from": "english_only",
+                "adapter": True,
+                "trained_in": "gl",
+                "one_to_k": True,
+                "languages": ["gl", "ca"],
+                "learns_from": {"gl": "apertium", "ca": "apertium"},
+                "settings": only_features | {"per_device_train_batch_size": 4},
+            },
         },
         "comparisons": [["mt:target", "english_only:target"], ["student:english", "english_only:english"]],
-    }  # fmt: skip
+    }
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(loaded))
     return path

@@ -39,15 +39,16 @@ def start(body: str, **options) -> subprocess.Popen:
 def test_each_way_to_end_is_one_line(tmp_path):
     """A mistake; Ctrl+C; a reader that goes; an engine that goes, which is an error; a terminal without letters."""
     running = {
-        "mistake": start("raise ValueError('rows.csv, line 3: no caption')", env={"TORCHELASTIC_ERROR_FILE": "e.json"},
-                         cwd=tmp_path),
+        "mistake": start(
+            "raise ValueError('rows.csv, line 3: no caption')", env={"TORCHELASTIC_ERROR_FILE": "e.json"}, cwd=tmp_path
+        ),
         "ctrl_c": start("import time; time.sleep(60)"),
         "reader": start("\n    while True: print('hit')"),
         "engine": start("raise BrokenPipeError(32, 'engine died')"),
         "letters": start("print('árbore 木')", env={"PYTHONIOENCODING": "ascii"}),
         "debug": start("raise ValueError('rows.csv')", env={"NRCCR_DEBUG": "1"}),
         "bug": start("{}['key']"),
-    }  # fmt: skip
+    }
     assert running["ctrl_c"].stdout.readline() == b"begun\n"
     running["ctrl_c"].send_signal(signal.SIGINT)
     running["reader"].stdout.readline()
@@ -107,10 +108,15 @@ def test_while_a_script_is_being_imported(tmp_path):
 
 @pytest.mark.parametrize(
     "flags, reason",
-    [("--per_device_train_batch_size 0", "per_device_train_batch_size=0: it must be at least 1"),
-     ("--projection_dim 0", "projection_dim=0"), ("--num_frames -1", "num_frames=-1"), ("--adapter_layers -2", "-2"),
-     ("--head_dropout -0.1", "head_dropout=-0.1"), ("--human_captions -2", "human_captions=-2")],
-)  # fmt: skip
+    [
+        ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: it must be at least 1"),
+        ("--projection_dim 0", "projection_dim=0"),
+        ("--num_frames -1", "num_frames=-1"),
+        ("--adapter_layers -2", "-2"),
+        ("--head_dropout -0.1", "head_dropout=-0.1"),
+        ("--human_captions -2", "human_captions=-2"),
+    ],
+)
 def test_numbers_that_do_nothing_are_refused_when_parsed(flags, reason):
     with pytest.raises(ValueError, match=reason):
         parse_arguments(flags.split())

@@ -55,9 +55,18 @@ def broken_files(tmp_path, monkeypatch):
 
 
 def flags(encoders, output, **changes) -> list[str]:  # noqa: F811
-    settings = {"text_encoder": encoders / "t", "vision_encoder": encoders / "v", "output_dir": output,
-                "num_train_epochs": 1, "per_device_train_batch_size": 10, "projection_dim": 8, "disable_tqdm": True,
-                "baselines": False, "search_page": "none", "use_cpu": True}  # fmt: skip
+    settings = {
+        "text_encoder": encoders / "t",
+        "vision_encoder": encoders / "v",
+        "output_dir": output,
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 10,
+        "projection_dim": 8,
+        "disable_tqdm": True,
+        "baselines": False,
+        "search_page": "none",
+        "use_cpu": True,
+    }
     return [part for key, value in (settings | changes).items() for part in (f"--{key}", str(value))]
 
 
@@ -89,8 +98,15 @@ def test_a_split_without_any_readable_picture_is_an_error(broken_files, encoders
 
 
 def test_the_cache_keeps_what_can_be_read(tmp_path):
-    model = tiny_model(vision_config={"model_type": "efficientnet_lite", "width_coefficient": 0.25,
-                                      "depth_coefficient": 0.3, "hidden_size": 16}, visual_feat_dim=None)  # fmt: skip
+    model = tiny_model(
+        vision_config={
+            "model_type": "efficientnet_lite",
+            "width_coefficient": 0.25,
+            "depth_coefficient": 0.3,
+            "hidden_size": 16,
+        },
+        visual_feat_dim=None,
+    )
     pictures = {name: PIL.new("RGB", (32, 32), name) for name in ("red", "blue", "green")} | {
         "none": None,
         "empty": [],

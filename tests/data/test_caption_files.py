@@ -51,8 +51,11 @@ def all_rows(dataset):
 def test_csv(folder):
     rows = all_rows(build(folder, ROWS, source_language="en", target_language="sw"))
     assert sorted(rows) == [
-        "pictures/animals/cat.jpg#0", "pictures/animals/fox.png#0", "pictures/animals/fox.png#1", "pictures/dog.png#0"
-    ]  # fmt: skip
+        "pictures/animals/cat.jpg#0",
+        "pictures/animals/fox.png#0",
+        "pictures/animals/fox.png#1",
+        "pictures/dog.png#0",
+    ]
     for caption_id, caption, width in (("animals/fox.png#0", "A fox, asleep.", 5), ("dog.png#0", "A dog.", 7)):
         row = rows[f"pictures/{caption_id}"]
         is_train = row["split"] == "train"
@@ -317,10 +320,21 @@ def test_the_training_example_runs_on_it(folder, encoders, tmp_path, monkeypatch
     (folder / "captions.csv").write_text("\n".join(lines))
     monkeypatch.setitem(translation._TRANSLATORS, "reverser", Reverser)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    flags = {"dataset": "caption_files", "data_dir": folder, "translator": "reverser", "output_dir": tmp_path / "out",
-             "text_encoder": encoders / "t", "vision_encoder": encoders / "v", "num_train_epochs": 1, "use_cpu": True,
-             "per_device_train_batch_size": 9, "projection_dim": 8, "baselines": False, "search_page": "none",
-             "disable_tqdm": True}  # fmt: skip
+    flags = {
+        "dataset": "caption_files",
+        "data_dir": folder,
+        "translator": "reverser",
+        "output_dir": tmp_path / "out",
+        "text_encoder": encoders / "t",
+        "vision_encoder": encoders / "v",
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "per_device_train_batch_size": 9,
+        "projection_dim": 8,
+        "baselines": False,
+        "search_page": "none",
+        "disable_tqdm": True,
+    }
     train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
     report = json.loads((tmp_path / "out/metrics.json").read_text())
     assert sum(report["settings"]["pictures"].values()) == 30 and report["settings"]["dataset"] == "caption_files"

@@ -16,7 +16,7 @@ from transformers import ViTImageProcessorPil
 from datasets_scripts.reading.features import open_features
 from datasets_scripts.reading.videos import read_frames
 from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
-from modeling_nrccr.data import extract_features
+from modeling_nrccr.training import extract_features
 from tests.support.upstream_formats import colours, write_webp
 
 
@@ -66,14 +66,21 @@ def test_features_are_those_of_the_tower(media, tower, tmp_path, capsys):
     assert "6 extracted, 0 were there, 0 skipped" in capsys.readouterr().out
     features = open_features(tmp_path / "f")
     assert {item: features[item].shape for item in features.ids()} == {
-        "still": (1, 16), "clip0": (1, 16), "clip1": (2, 16), "clip2": (3, 16), "clip3": (3, 16), "clip4": (3, 16),
-    }  # fmt: skip
+        "still": (1, 16),
+        "clip0": (1, 16),
+        "clip1": (2, 16),
+        "clip2": (3, 16),
+        "clip3": (3, 16),
+        "clip4": (3, 16),
+    }
     extractor = extract_features.Extractor(str(tower))
     expected = extractor(read_frames(media / "clips/clip3.webp", 3))
     np.testing.assert_allclose(features["clip3"], expected, rtol=1e-5, atol=1e-6)
     assert sorted(os.listdir(tmp_path / "f")) == [
-        "features-00000.safetensors", "features-00001.safetensors", "settings.json",
-    ]  # fmt: skip
+        "features-00000.safetensors",
+        "features-00001.safetensors",
+        "settings.json",
+    ]
 
 
 def test_parquet_and_half_precision_hold_the_same(media, tower, tmp_path):
@@ -126,11 +133,21 @@ def command(media, output, tower, *launcher) -> list[str]:
     "launcher",
     [
         ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
-         "--rdzv_endpoint", "localhost:0"],
+        [
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "0",
+            "--rdzv_backend",
+            "c10d",
+            "--rdzv_endpoint",
+            "localhost:0",
+        ],
     ],
     ids=["accelerate", "two processes"],
-)  # fmt: skip
+)
 def test_kill_in_the_middle_and_go_on(media, tower, tmp_path, launcher):
     for i in range(60):
         write_webp(media / f"more{i}.webp", 3, (96, 96))

@@ -6,8 +6,8 @@ import torch
 from datasets_scripts.reading.wordnet import common_words
 from modeling_nrccr import NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.data import load as data
-from modeling_nrccr.data.load import lexicon_rows
-from modeling_nrccr.training.collator import DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.data.collator import DataCollatorForCrossLingualRetrieval
+from modeling_nrccr.data.lexicon import lexicon_rows
 from modeling_nrccr.translation.base import Translator
 from tests.support import WordProcessor, tiny_model, toy_rows
 
@@ -72,12 +72,24 @@ def test_rows_that_bring_their_teacher_need_no_source_caption(tmp_path):
     model = tiny_model(text_head="pooling", visual_head="pooling", teacher_view="source")
     model.add_language("xx", kind="lora", layers=3, rank=2)
     args = NrccrTrainingArguments(
-        output_dir=str(tmp_path), train_language="xx", text_only=True, contrastive_loss_weight=0.0,
-        target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0, feature_distillation_loss_weight=1.0,
-        back_translation_loss_weight=0.0, max_steps=3, per_device_train_batch_size=8, eval_strategy="no",
-        save_strategy="no", load_best_model_at_end=False, use_cpu=True, report_to="none", disable_tqdm=True,
+        output_dir=str(tmp_path),
+        train_language="xx",
+        text_only=True,
+        contrastive_loss_weight=0.0,
+        target_contrastive_loss_weight=0.0,
+        distillation_loss_weight=0.0,
+        feature_distillation_loss_weight=1.0,
+        back_translation_loss_weight=0.0,
+        max_steps=3,
+        per_device_train_batch_size=8,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
         learning_rate=0.05,
-    )  # fmt: skip
+    )
     trainer = NrccrTrainer(model, args, rows, data_collator=DataCollatorForCrossLingualRetrieval(WordProcessor()))
     trainer.calibrate_language = lambda: None  # it reads source captions
     first = trainer.data_collator(rows[:2])

@@ -42,8 +42,13 @@ def folder(tmp_path):
     write_lines(folder / "coco-cn_train.txt", [name("train", 1), name("val", 4)])
     write_lines(folder / "coco-cn_val.txt", [name("train", 2)])
     write_lines(folder / "coco-cn_test.txt", [name("val", 3)])
-    written = [f"{name('train', 1)}#0\t图 一", f"{name('val', 4)}#0\t图四", f"{name('train', 2)}#0\t图二",
-               f"{name('val', 3)}#0\t图三", f"{name('val', 3)}#1\t又 图三"]  # fmt: skip
+    written = [
+        f"{name('train', 1)}#0\t图 一",
+        f"{name('val', 4)}#0\t图四",
+        f"{name('train', 2)}#0\t图二",
+        f"{name('val', 3)}#0\t图三",
+        f"{name('val', 3)}#1\t又 图三",
+    ]
     write_lines(folder / "imageid.human-written-caption.txt", written)
     return folder
 
@@ -66,8 +71,9 @@ def test_coco_cn(folder, capsys):
     assert (row["source_caption"], row["reference_source_caption"]) == (None, "picture 3 has 1")
     human = build(folder, "zh", target="human")["train"]
     assert [(row["source_caption"], row["target_caption"]) for row in human] == [
-        ("picture 1 has 0", "图 一"), ("picture 4 has 0", "图四"),
-    ]  # fmt: skip
+        ("picture 1 has 0", "图 一"),
+        ("picture 4 has 0", "图四"),
+    ]
 
 
 def test_stair_without_and_with_karpathys_split(folder, capsys):

@@ -79,14 +79,26 @@ def build(folder, config="task1-de", **options):
 def test_task_1(folder):
     dataset = build(folder)
     assert {name: len(rows) for name, rows in dataset.items()} == {
-        "train": 9, "validation": 3, "test": 4, "test_2017_flickr": 2, "test_2018_flickr": 2, "test_2017_mscoco": 2,
-    }  # fmt: skip
+        "train": 9,
+        "validation": 3,
+        "test": 4,
+        "test_2017_flickr": 2,
+        "test_2018_flickr": 2,
+        "test_2017_mscoco": 2,
+    }
     train_row, test_row = dataset["train"][2], dataset["test"][1]
     assert train_row == {
-        "image_id": "flickr30k/train2", "caption_id": "flickr30k/train2#0", "source_caption": "red en train 2",
-        "target_caption": None, "back_translation": None, "source_language": "en", "target_language": "de",
-        "target_origin": None, "reference_source_caption": None, "image": None,
-    }  # fmt: skip
+        "image_id": "flickr30k/train2",
+        "caption_id": "flickr30k/train2#0",
+        "source_caption": "red en train 2",
+        "target_caption": None,
+        "back_translation": None,
+        "source_language": "en",
+        "target_language": "de",
+        "target_origin": None,
+        "reference_source_caption": None,
+        "image": None,
+    }
     assert test_row["target_caption"] == "red de test_2016_flickr 1" and test_row["source_caption"] is None
     assert test_row["reference_source_caption"] == "red en test_2016_flickr 1" and test_row["target_origin"] == "human"
     assert dataset["test_2017_mscoco"][1]["image_id"] == "coco/COCO_val2014_1"
@@ -273,10 +285,18 @@ def run_recipe(name, folder, towers, tmp_path, monkeypatch, **changes):
     monkeypatch.setitem(translation._TRANSLATORS, "reverser", Reverser)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     flags = {
-        "config": ROOT / f"examples/configs/paper/{name}.yaml", "data_dir": folder, "translator": "reverser",
-        "text_encoder": towers / "text", "output_dir": tmp_path / "out", "num_train_epochs": 1, "use_cpu": True,
-        "per_device_train_batch_size": 5, "projection_dim": 8, "disable_tqdm": True, **changes,
-    }  # fmt: skip
+        "config": ROOT / f"modeling_nrccr/recipes/paper/{name}.yaml",
+        "data_dir": folder,
+        "translator": "reverser",
+        "text_encoder": towers / "text",
+        "output_dir": tmp_path / "out",
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "per_device_train_batch_size": 5,
+        "projection_dim": 8,
+        "disable_tqdm": True,
+        **changes,
+    }
     train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
     return json.loads((tmp_path / "out/metrics.json").read_text())
 

@@ -110,7 +110,7 @@ SENTENCES = [
         "Zwei Blätter links von zwei schwarzen Vögeln.",
         "Deux feuilles à gauche de deux oiseaux noirs.",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("row", SENTENCES, ids=lambda row: row[1])

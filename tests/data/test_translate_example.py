@@ -100,8 +100,14 @@ def pictures(tmp_path, monkeypatch):
 
 
 def flags_of(pictures: Path, *more: str) -> list[str]:
-    names = {"dataset": "caption_files", "data_dir": pictures, "target": "cs", "translator": "slow",
-             "output_dir": pictures.parent / "out", "cache": pictures.parent / "translations.sqlite"}  # fmt: skip
+    names = {
+        "dataset": "caption_files",
+        "data_dir": pictures,
+        "target": "cs",
+        "translator": "slow",
+        "output_dir": pictures.parent / "out",
+        "cache": pictures.parent / "translations.sqlite",
+    }
     return [part for key, value in names.items() for part in (f"--{key}", str(value))] + list(more)
 
 
@@ -138,9 +144,13 @@ def test_what_it_writes_is_a_data_set(pictures, slow, capsys):
     count = 2 * 100 + 14 + 27  # distinct: both ways, and the human captions of validation and test back
     assert f"slow: {count} distinct texts translated, 0 found" in capsys.readouterr().out
     assert json.loads((output / "translation.json").read_text()) == {
-        "dataset": "caption_files", "source_language": "en", "target_language": "cs", "split_seed": 0, "rows": COUNTS,
+        "dataset": "caption_files",
+        "source_language": "en",
+        "target_language": "cs",
+        "split_seed": 0,
+        "rows": COUNTS,
         "engines": [{"name": "slow", "version": "1"}],
-    }  # fmt: skip
+    }
     assert sorted(path.name for path in output.iterdir()) == ["data", "translation.json"]
     assert not list(pictures.parent.glob(".out*"))
     loaded, engine = data.load_translated_dataset("parquet", "en", "cs", 0, "translated", "apertium", str(output))
@@ -198,8 +208,10 @@ def test_a_shifted_column_is_noticed(pictures, slow):
         texts = rows[column][:]
         last = len(rows) - 1
         for wrong, row in (
-            (texts[1:] + texts[:1], 0), (texts[:-1] + texts[:1], last), (texts[:-1] + [None], last),
-        ):  # fmt: skip
+            (texts[1:] + texts[:1], 0),
+            (texts[:-1] + texts[:1], last),
+            (texts[:-1] + [None], last),
+        ):
             changed = rows.remove_columns(column).add_column(column, wrong)
             with pytest.raises(
                 TranslationError, match=rf"{split}, row {row} \(.*others: {column} is .*slow translated"
@@ -268,9 +280,11 @@ def test_what_engines_need_is_fetched_and_pairs_are_checked_first(monkeypatch, t
     data.load_engine("apertium+es+dictionary:x", pairs)
     data.load_engine("apertium", pairs[1:])
     assert specs == [
-        (f"dictionary:{index}", {"num_beams": 2}), ("dictionary:deu-ces", {}),
-        ("apertium+es+dictionary:x", {"root": "root"}), ("apertium", {"root": "root"}),
-    ]  # fmt: skip
+        (f"dictionary:{index}", {"num_beams": 2}),
+        ("dictionary:deu-ces", {}),
+        ("apertium+es+dictionary:x", {"root": "root"}),
+        ("apertium", {"root": "root"}),
+    ]
     assert wanted == [[("en", "es"), ("es", "en")], [("en", "cs"), ("cs", "en")]]
     with pytest.raises(ValueError, match="slow has no pair en-gl here"):
         data.load_engine("slow", [("en", "gl"), ("cs", "en")])

@@ -59,11 +59,16 @@ def test_official_files_without_id_lists_have_no_test_split(official, capsys):
     row = dataset["train"][1]
     assert row.pop("video") is None
     assert row == {
-        "image_id": "t1_000001_000011", "caption_id": "t1_000001_000011#enc#1",
-        "source_caption": "a t1_000001_000011 1", "target_caption": None, "back_translation": None,
-        "source_language": "en", "target_language": "zh",
-        "target_origin": None, "reference_source_caption": None,
-    }  # fmt: skip
+        "image_id": "t1_000001_000011",
+        "caption_id": "t1_000001_000011#enc#1",
+        "source_caption": "a t1_000001_000011 1",
+        "target_caption": None,
+        "back_translation": None,
+        "source_language": "en",
+        "target_language": "zh",
+        "target_origin": None,
+        "reference_source_caption": None,
+    }
 
 
 def test_human_captions_and_english_stay_where_they_belong(official):
@@ -146,7 +151,7 @@ def test_videos_from_a_folder(official, tmp_path):
         ("test_zh", [], r"vatextest_zh\.caption\.txt is empty"),
         ("test_zh", ["y1#zh#0 a"], r"vatextest_google_zh2enc\.caption\.txt has no y1#zh2enc#0"),
     ],
-)  # fmt: skip
+)
 def test_broken_caption_files_name_file_and_line(tmp_path, name, lines, message):
     folder = tmp_path / "vatex"
     write_released(folder, "vatex", {"train": ["t1"], "val": ["v1"], "test": ["x1"]})
@@ -199,7 +204,7 @@ def test_several_engines_or_collections_must_be_chosen_from(tmp_path):
         (VALIDATION, [{"videoID": "a", "enCap": [], "chCap": None}], r"\[0\], chCap: must be a list of texts.*None"),
         (VALIDATION, [{"videoID": "a", "enCap": ["x", None], "chCap": []}], r"\[0\], enCap: must be a list of texts"),
     ],
-)  # fmt: skip
+)
 def test_broken_official_files(official, name, data, message):
     write_json(official / name, data)
     with pytest.raises(ValueError, match=message):

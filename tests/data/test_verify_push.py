@@ -55,8 +55,11 @@ def test_counts_are_compared_with_the_expected_ones(folder, monkeypatch, capsys)
     with pytest.raises(SystemExit, match="^4 things are not as expected"):
         verify.main(["multi30k", "--data_dir", str(folder)])
     output = capsys.readouterr().out
-    for line in ("validation: 2 items, expected 3", "validation: 2 captions, expected 3",
-                 "test_2017_flickr: 0 items, expected 5"):  # fmt: skip
+    for line in (
+        "validation: 2 items, expected 3",
+        "validation: 2 captions, expected 3",
+        "test_2017_flickr: 0 items, expected 5",
+    ):
         assert f"task1-cs: {line}" in output
 
 

@@ -51,9 +51,15 @@ def test_frames_are_turned_and_mirrored_as_the_file_says(tmp_path):
     content, one = (FIXTURES / "hflip.mp4").read_bytes(), 1 << 16
     at = content.index(b"tkhd") + 44
     corners = {
-        (-one, 0, 0, one): (1, 0), (one, 0, 0, one): (0, 0), (one, 0, 0, -one): (0, 1), (-one, 0, 0, -one): (1, 1),
-        (0, one, one, 0): (0, 0), (0, -one, -one, 0): (1, 1), (0, one, -one, 0): (1, 0), (0, -one, one, 0): (0, 1),
-    }  # fmt: skip
+        (-one, 0, 0, one): (1, 0),
+        (one, 0, 0, one): (0, 0),
+        (one, 0, 0, -one): (0, 1),
+        (-one, 0, 0, -one): (1, 1),
+        (0, one, one, 0): (0, 0),
+        (0, -one, -one, 0): (1, 1),
+        (0, one, -one, 0): (1, 0),
+        (0, -one, one, 0): (0, 1),
+    }
     for (a, b, c, d), (right, low) in corners.items():
         matrix = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
         (tmp_path / "a.mp4").write_bytes(content[:at] + matrix + content[at + 36 :])
@@ -109,8 +115,13 @@ def test_still_pictures_have_no_limits_of_videos(tmp_path):
 def test_what_is_no_video_names_the_file(tmp_path):
     whole = write_video(tmp_path / "a.mp4", 30).read_bytes()
     clip = write_webp(tmp_path / "a.webp", 10).read_bytes()
-    broken = {"half.mp4": whole[: len(whole) // 2], "empty.mp4": b"", "text.mp4": b"no video" * 99,
-              "half.webp": clip[: len(clip) // 2], "head.webp": clip[:30]}  # fmt: skip
+    broken = {
+        "half.mp4": whole[: len(whole) // 2],
+        "empty.mp4": b"",
+        "text.mp4": b"no video" * 99,
+        "half.webp": clip[: len(clip) // 2],
+        "head.webp": clip[:30],
+    }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=f"{name} cannot be decoded"):

@@ -64,10 +64,16 @@ def test_native_captions_and_a_test_split_alone(folder):
     row = dataset["test"][3]
     image = row.pop("image")
     assert row == {
-        "image_id": f"xm3600/{KEYS[1]}", "caption_id": f"xm3600/{KEYS[1]}#1", "source_caption": None,
-        "target_caption": "un gato", "back_translation": None, "source_language": "en", "target_language": "sw",
-        "target_origin": "human", "reference_source_caption": None,
-    }  # fmt: skip
+        "image_id": f"xm3600/{KEYS[1]}",
+        "caption_id": f"xm3600/{KEYS[1]}#1",
+        "source_caption": None,
+        "target_caption": "un gato",
+        "back_translation": None,
+        "source_language": "en",
+        "target_language": "sw",
+        "target_origin": "human",
+        "reference_source_caption": None,
+    }
     assert image.size == Image.open(folder / "images" / f"{KEYS[1]}.jpg").size
     streamed = Xm3600(config_name="sw", data_dir=folder, cache_dir=folder).as_streaming_dataset()["test"]
     assert [row["caption_id"] for row in streamed] == dataset["test"]["caption_id"][:]

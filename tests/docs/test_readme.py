@@ -14,7 +14,7 @@ def test_results_agree_with_the_committed_run():
     from benchmarks.readme_table import BLOCK, results
 
     report = json.loads((ROOT / "docs/demo.json").read_text())
-    block = BLOCK.search((ROOT / "examples/README.md").read_text())[0]
+    block = BLOCK.search((ROOT / "modeling_nrccr/recipes/README.md").read_text())[0]
     assert results(report) in block
     assert f"{report['baselines']['translated_query']['sum_recall']:.1f}" in block
 

@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast, ViTI
 from modeling_nrccr import NrccrModel, encode_images, encode_texts
 from modeling_nrccr.export import onnx as export_onnx
 from modeling_nrccr.export.onnx import OnnxModel, compare, export, format_report, list_sides
+from modeling_nrccr.loading.models import load_with_languages
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
-from modeling_nrccr.retrieval.search import load_with_languages
 from tests.model.test_dual_encoders import DUAL_ENCODERS
 from tests.model.test_hub import PICKLED, publish
 from tests.support import TINY_TEXT, tiny_model
@@ -50,8 +50,11 @@ def exported(published, tmp_path_factory):
     sides = list_sides(model, processor, ["text", "image"])
     found = export(model, processor, sides, folder / "onnx", int8=True, torch_export=folder / "pt2")
     assert {name: value["max_difference"] < 1e-5 for name, value in found.items()} == {
-        "text.onnx": True, "image.onnx": True, "text.int8.onnx": False, "image.int8.onnx": False,
-    }  # fmt: skip
+        "text.onnx": True,
+        "image.onnx": True,
+        "text.int8.onnx": False,
+        "image.int8.onnx": False,
+    }
     assert all(value["min_cosine"] > 0.98 for value in found.values()), found
     return model, sides, folder
 

@@ -1,4 +1,4 @@
-"""The five rules of CONTRIBUTING.md that a machine can hold: what may import what, and what a published model carries."""
+"""What may import what, and what a published model carries: the rules of CONTRIBUTING.md that a machine can hold."""
 
 import ast
 from pathlib import Path
@@ -13,7 +13,8 @@ PACKAGE = ROOT / "modeling_nrccr"
 LAYERS = (
     ("",),  # the files that a published model carries
     ("recipes",),
-    ("translation", "loading"),
+    ("loading",),
+    ("translation",),
     ("data",),
     ("retrieval",),
     ("publishing",),

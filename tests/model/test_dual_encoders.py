@@ -56,12 +56,22 @@ DUAL_ENCODERS = {
     ),
     "embedding_gemma2": EmbeddingGemma2Config(
         text_config=dict(
-            hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
-            global_head_dim=6, intermediate_size=37, vocab_size=41, hidden_size_per_layer_input=8, embedding_dim=17,
-            max_position_embeddings=64, sliding_window_pattern=2, pad_token_id=1,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=6,
+            global_head_dim=6,
+            intermediate_size=37,
+            vocab_size=41,
+            hidden_size_per_layer_input=8,
+            embedding_dim=17,
+            max_position_embeddings=64,
+            sliding_window_pattern=2,
+            pad_token_id=1,
         )
     ),
-}  # fmt: skip
+}
 ADAPTERS = ("linear", "bottleneck", "dynamic", "lora")
 
 
@@ -197,12 +207,24 @@ def test_a_language_is_trained_saved_and_opened_while_the_index_stays(dual, tmp_
     english = encode_texts(model, ["cat on house", "red"], processor)
     model.add_language("xx", center=False)
     args = NrccrTrainingArguments(
-        output_dir=str(tmp_path / "run"), train_language="xx", text_only=True, contrastive_loss_weight=0,
-        target_contrastive_loss_weight=0, distillation_loss_weight=0.1, back_translation_loss_weight=0,
-        feature_distillation_loss_weight=1, max_steps=8, learning_rate=1e-2, eval_strategy="no", save_strategy="no",
-        load_best_model_at_end=False, report_to="none", use_cpu=True, disable_tqdm=True,
+        output_dir=str(tmp_path / "run"),
+        train_language="xx",
+        text_only=True,
+        contrastive_loss_weight=0,
+        target_contrastive_loss_weight=0,
+        distillation_loss_weight=0.1,
+        back_translation_loss_weight=0,
+        feature_distillation_loss_weight=1,
+        max_steps=8,
+        learning_rate=1e-2,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
         dataloader_pin_memory=False,
-    )  # fmt: skip
+    )
     cache = FeatureCache(model.train_language("xx"), processor)
     cache.add_texts(row[column] for row in rows() for column in ("source_caption", "target_caption"))
     collator = DataCollatorForCrossLingualRetrieval(cache)

@@ -90,8 +90,9 @@ def test_every_parameter_gets_a_gradient(model):
 def test_a_large_batch_goes_through_in_passes(model, monkeypatch):
     tower = NrccrVisualTower(NrccrConfig(vision_config=model.config)).eval()
     sizes = []
-    tower.encoder.register_forward_pre_hook(lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])),
-                                            with_kwargs=True)  # fmt: skip
+    tower.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
     monkeypatch.setattr(length_groups, "PIXELS", 2 * 64 * 64)
     videos = torch.randn(3, 3, 3, 64, 64)
     with torch.no_grad():

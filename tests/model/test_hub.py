@@ -106,8 +106,12 @@ def test_loads_in_another_environment(tmp_path, way):
     script.write_text(FRESH)
     result = subprocess.run(
         [python, str(script), str(moved), str(expected), *arguments],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert max(json.loads(result.stdout.strip().splitlines()[-1])) < 1e-6
 

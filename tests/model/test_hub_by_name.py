@@ -211,8 +211,12 @@ def run(python: str, code: str, arguments: list[str], hub, tmp_path: Path) -> st
     script.write_text(code)
     result = subprocess.run(
         [python, str(script), *arguments],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout.strip().splitlines()[-1]
 

@@ -63,11 +63,32 @@ def test_a_language_that_is_loaded_anew_stays_the_active_one(tmp_path, word_proc
 
 @pytest.mark.parametrize(
     "code, text",
-    [("mlp", CLIPTextConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=29,
-                            vocab_size=37, max_position_embeddings=40, eos_token_id=3)),
-     ("dense", BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=4, intermediate_size=29,
-                          vocab_size=37, max_position_embeddings=40))],
-)  # fmt: skip
+    [
+        (
+            "mlp",
+            CLIPTextConfig(
+                hidden_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=29,
+                vocab_size=37,
+                max_position_embeddings=40,
+                eos_token_id=3,
+            ),
+        ),
+        (
+            "dense",
+            BertConfig(
+                hidden_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=29,
+                vocab_size=37,
+                max_position_embeddings=40,
+            ),
+        ),
+    ],
+)
 def test_a_code_may_be_the_name_of_a_module(code, text, tmp_path):
     model = NrccrModel(text_config_of(text))
     speaking(model, code, layers=-1).train_language(code)
@@ -157,9 +178,17 @@ def test_a_damaged_file_is_named_and_the_language_before_it_stays(damage, tmp_pa
 def test_a_file_holds_in_any_precision(made, used, tmp_path):
     """Of a deep encoder, whose embeddings in half precision are those of the same weights to two digits."""
 
-    def deep():  # fmt: skip
-        return base(text_config=dict(vocab_size=37, hidden_size=24, num_hidden_layers=12, num_attention_heads=4,
-                                     intermediate_size=29, max_position_embeddings=40))  # fmt: skip
+    def deep():
+        return base(
+            text_config=dict(
+                vocab_size=37,
+                hidden_size=24,
+                num_hidden_layers=12,
+                num_attention_heads=4,
+                intermediate_size=29,
+                max_position_embeddings=40,
+            )
+        )
 
     speaking(deep().to(torch.bfloat16).to(made)).save_language("gl", tmp_path)
     model = deep().to(torch.bfloat16).to(used)
@@ -177,8 +206,11 @@ def test_the_probe_is_that_of_the_base_after_training_in_half_precision(tmp_path
 
 def test_an_index_holds_in_any_precision(tmp_path, word_processor):
     def seeing(seed: int = 0) -> NrccrModel:
-        return base(seed, vision_config=EfficientNetLiteConfig(width_coefficient=0.2, depth_coefficient=0.2,
-                                                               hidden_size=24), visual_feat_dim=24)  # fmt: skip
+        return base(
+            seed,
+            vision_config=EfficientNetLiteConfig(width_coefficient=0.2, depth_coefficient=0.2, hidden_size=24),
+            visual_feat_dim=24,
+        )
 
     def processor(images=None, **kwargs):
         pixels = [np.asarray(image.resize((32, 32)), np.float32).transpose(2, 0, 1) / 255 for image in images]

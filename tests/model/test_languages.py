@@ -27,12 +27,24 @@ def base(seed: int = 0, **config) -> NrccrModel:
 
 def trained(model, language, directory, processor, rows=None, steps: int = 30, **arguments) -> NrccrTrainer:
     defaults = {
-        "train_language": language, "text_only": True, "contrastive_loss_weight": 0.0,
-        "target_contrastive_loss_weight": 0.0, "distillation_loss_weight": 0.0, "back_translation_loss_weight": 0.0,
-        "feature_distillation_loss_weight": 1.0, "max_steps": steps, "learning_rate": 1e-2, "eval_strategy": "no",
-        "save_strategy": "no", "load_best_model_at_end": False, "report_to": "none", "use_cpu": True,
-        "per_device_train_batch_size": 16, "disable_tqdm": True, "dataloader_pin_memory": False,
-    }  # fmt: skip
+        "train_language": language,
+        "text_only": True,
+        "contrastive_loss_weight": 0.0,
+        "target_contrastive_loss_weight": 0.0,
+        "distillation_loss_weight": 0.0,
+        "back_translation_loss_weight": 0.0,
+        "feature_distillation_loss_weight": 1.0,
+        "max_steps": steps,
+        "learning_rate": 1e-2,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "use_cpu": True,
+        "per_device_train_batch_size": 16,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
     args = NrccrTrainingArguments(output_dir=str(directory), **(defaults | arguments))
     collator = DataCollatorForCrossLingualRetrieval(processor)
     trainer = NrccrTrainer(model, args, rows or toy_rows(48), data_collator=collator)
@@ -164,8 +176,9 @@ def test_training_from_precomputed_embeddings_alone(tmp_path, word_processor):
         row |= {"teacher_text_embeds": of_text.tolist(), "image_embeds": of_image.tolist()}
     model.add_language("xx")
     start = embeds(model, [row["target_caption"] for row in rows], word_processor, "xx")
-    trainer = trained(model, "xx", tmp_path, word_processor, rows, text_only=False, steps=60,
-                      target_contrastive_loss_weight=0.1)  # fmt: skip
+    trainer = trained(
+        model, "xx", tmp_path, word_processor, rows, text_only=False, steps=60, target_contrastive_loss_weight=0.1
+    )
     targets = embeds(model, [row["target_caption"] for row in rows], word_processor, "xx")
     assert (targets * teacher).sum(1).mean() > (start * teacher).sum(1).mean() + 0.3
     assert trainer.evaluate(rows)["eval_t2v_recall@10"] > 0
@@ -197,7 +210,7 @@ def test_agreement_weights_are_zero_for_the_unrelated():
 
 def test_another_language_inside_the_encoder_touches_neither_cache_nor_teacher(tmp_path, word_processor):
     from modeling_nrccr import FeatureCache
-    from modeling_nrccr.data.load import teach
+    from modeling_nrccr.training.teacher import add_teacher_embeds as teach
 
     model, rows = base(), toy_rows(24)
     expected = teach([dict(row) for row in rows], model, word_processor)

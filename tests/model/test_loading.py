@@ -66,10 +66,15 @@ def precisions(model: torch.nn.Module) -> set[torch.dtype]:
 def test_options_of_loading_load_and_are_never_saved(clip, encoders, tmp_path):
     shutil.copytree(clip, tmp_path / "repo" / "inner")
     options = {
-        "token": "hf_secret", "cache_dir": str(tmp_path / "cache_of_mine"), "trust_remote_code": True,
-        "local_files_only": True, "force_download": False, "revision": "v_1_of_it", "dtype": torch.bfloat16,
+        "token": "hf_secret",
+        "cache_dir": str(tmp_path / "cache_of_mine"),
+        "trust_remote_code": True,
+        "local_files_only": True,
+        "force_download": False,
+        "revision": "v_1_of_it",
+        "dtype": torch.bfloat16,
         "device_map": "cpu",
-    }  # fmt: skip
+    }
     made = {
         "dual": NrccrModel.from_dual_encoder(tmp_path / "repo", subfolder="inner", **options),
         "other text side": NrccrModel.from_dual_encoder(
@@ -85,9 +90,7 @@ def test_options_of_loading_load_and_are_never_saved(clip, encoders, tmp_path):
         for key, value in ({key: options[key] for key in options if key != "dtype"} | {"subfolder": "inner"}).items():
             assert f'"{key}"' not in config and f'"{value}"' not in config, key
     assert made["encoders"].config.projection_dim == 7
-    torch.testing.assert_close(
-        embeds(made["dual"]), embeds(NrccrModel.from_dual_encoder(clip)), atol=0.05, rtol=0
-    )  # fmt: skip
+    torch.testing.assert_close(embeds(made["dual"]), embeds(NrccrModel.from_dual_encoder(clip)), atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +172,11 @@ def test_equal_weights_of_two_files_embed_equally_to_the_bit(clip, encoders, tmp
     for folder in ("base", "other"):
         model = NrccrModel.from_pretrained(tmp_path / folder)
         assert torch.equal(embeds(model)[2:], embeds(base)[2:])
-        assert not [key for key, value in model.visual_tower.named_parameters()
-                    if value.data_ptr() % 64 and "position_embedding" not in key]  # fmt: skip
+        assert not [
+            key
+            for key, value in model.visual_tower.named_parameters()
+            if value.data_ptr() % 64 and "position_embedding" not in key
+        ]
 
 
 # --- folders that cannot be right
@@ -220,18 +226,20 @@ BROKEN = {
     "truncated": (truncated, "is no whole safetensors file"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "is no whole safetensors file"),
     "header": (
-        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"), "no whole safetensors file"
+        lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}"),
+        "no whole safetensors file",
     ),
     "pickled": (pickled, "no model.safetensors.* but pytorch_model.bin, and pickled weights are not read"),
     "shards": (in_shards_of_which_one_is_gone, "lacks model-00001-of-"),
     "layers": (lambda f: change_config(f, "text_config", num_hidden_layers=10**6), "far larger than its weights"),
     "more words than numbers": (
-        lambda f: change_config(f, "text_config", vocab_size=10**18), "config of .* makes no model"
+        lambda f: change_config(f, "text_config", vocab_size=10**18),
+        "config of .* makes no model",
     ),
     "words": (lambda f: change_config(f, "text_config", vocab_size=10**9), "far larger than its weights"),
     "pictures": (lambda f: change_config(f, "vision_config", image_size=10**6), "far larger than its weights"),
     "one layer more": (lambda f: change_config(f, "text_config", num_hidden_layers=3), "lacks .*layers.2"),
-}  # fmt: skip
+}
 
 
 def find(weights: dict[str, torch.Tensor], end: str) -> str:

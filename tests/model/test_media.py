@@ -39,9 +39,15 @@ def chunk(name: bytes, content: bytes, checksum: int | None = None) -> bytes:
 
 @pytest.mark.parametrize(
     "name, size",
-    [("exif_broken.jpg", (320, 200)), ("exif_zeros.jpg", (320, 200)), ("exif_broken.webp", (320, 200)),
-     ("orient6_strtag.jpg", (200, 320)), ("rawprofile_broken.png", (320, 200)), ("textbomb.png", (320, 200))],
-)  # fmt: skip
+    [
+        ("exif_broken.jpg", (320, 200)),
+        ("exif_zeros.jpg", (320, 200)),
+        ("exif_broken.webp", (320, 200)),
+        ("orient6_strtag.jpg", (200, 320)),
+        ("rawprofile_broken.png", (320, 200)),
+        ("textbomb.png", (320, 200)),
+    ],
+)
 def test_damaged_metadata_cost_no_picture(name, size):
     image = load_image(FIXTURES / name)
     assert image.size == size and image.mode == "RGB"
@@ -95,9 +101,14 @@ def test_the_orientation_is_read_from_exif_or_xmp_and_once():
     exif = Image.Exif()
     exif[0x0112] = 6
     for content in (
-        encoded("JPEG", exif=exif), encoded("TIFF", exif=exif), encoded("PNG", exif=exif), encoded("WEBP", exif=exif),
-        encoded("AVIF", exif=exif), encoded("JPEG", xmp=XMP), encoded("WEBP", xmp=XMP),
-    ):  # fmt: skip
+        encoded("JPEG", exif=exif),
+        encoded("TIFF", exif=exif),
+        encoded("PNG", exif=exif),
+        encoded("WEBP", exif=exif),
+        encoded("AVIF", exif=exif),
+        encoded("JPEG", xmp=XMP),
+        encoded("WEBP", xmp=XMP),
+    ):
         turned = load_image(content)
         assert turned.size == (24, 40) and to_rgb(turned).size == (24, 40)
         expected = np.rot90(np.asarray(picture()), -1).astype(int)
@@ -237,8 +248,10 @@ def test_a_walk_says_what_it_leaves_out(tmp_path):
 
     found = walk(gallery)
     assert [path.relative_to(gallery).as_posix() for path in found.files] == [
-        "a/b/1.png", "link/3.JPG", "link/deep/4.jfif",
-    ]  # fmt: skip
+        "a/b/1.png",
+        "link/3.JPG",
+        "link/deep/4.jfif",
+    ]
     assert found.others == {".raw": 2, ".xcf": 1, "without a suffix": 1}
     assert describe_others(found.others).startswith("4 of kinds that are not read (.raw 2, ")
     reasons = dict(found.left_out)

@@ -71,9 +71,7 @@ def test_embeddings_and_similarities_are_those_of_open_clip(model, tmp_path):
         wanted = torch.tensor(expected[key])
         assert wanted[0] @ wanted[1] < 0.999  # else equality would say little
         torch.testing.assert_close(found[key], wanted, atol=1e-5, rtol=0)
-    torch.testing.assert_close(
-        found.logits_per_text, torch.tensor(expected["logits_per_text"]), atol=1e-4, rtol=1e-5
-    )  # fmt: skip
+    torch.testing.assert_close(found.logits_per_text, torch.tensor(expected["logits_per_text"]), atol=1e-4, rtol=1e-5)
     ours.add_language("gl")
     ours.save_language("gl", tmp_path)
     fresh = NrccrModel.from_dual_encoder(ours.made_for()["name"], dtype=torch.bfloat16)

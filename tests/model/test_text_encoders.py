@@ -9,24 +9,40 @@ from tests.support import WordProcessor
 
 
 WORDS = dict(
-    hidden_size=24, num_hidden_layers=4, num_attention_heads=4, intermediate_size=37, vocab_size=41,
-    max_position_embeddings=40, pad_token_id=1, bos_token_id=2, eos_token_id=3,
-)  # fmt: skip
+    hidden_size=24,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=37,
+    vocab_size=41,
+    max_position_embeddings=40,
+    pad_token_id=1,
+    bos_token_id=2,
+    eos_token_id=3,
+)
 SLIDING = dict(num_key_value_heads=2, sliding_window=3)
-ENCODER = dict(d_model=24, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=37,
-               decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=37)  # fmt: skip
+ENCODER = dict(
+    d_model=24,
+    encoder_layers=4,
+    encoder_attention_heads=4,
+    encoder_ffn_dim=37,
+    decoder_layers=2,
+    decoder_attention_heads=4,
+    decoder_ffn_dim=37,
+)
 KINDS = {
     # no inputs_embeds
-    "clip_text_model": {}, "siglip_text_model": {}, "longformer": dict(attention_window=[4] * 4),
+    "clip_text_model": {},
+    "siglip_text_model": {},
+    "longformer": dict(attention_window=[4] * 4),
     # layers that differ by their number
     "gemma2": SLIDING | dict(head_dim=6, query_pre_attn_scalar=6),
     "gemma3_text": SLIDING | dict(head_dim=6, layer_types=["sliding_attention", "full_attention"] * 2),
     "qwen3": SLIDING | dict(head_dim=6, use_sliding_window=True, max_window_layers=2),
     "deberta-v2": dict(conv_kernel_size=3, relative_attention=True, pos_att_type=["c2p", "p2c"], conv_act="gelu"),
-    "embedding_gemma2_text": SLIDING | dict(head_dim=6, global_head_dim=6, hidden_size_per_layer_input=8,
-                                            embedding_dim=17, sliding_window_pattern=2),
+    "embedding_gemma2_text": SLIDING
+    | dict(head_dim=6, global_head_dim=6, hidden_size_per_layer_input=8, embedding_dim=17, sliding_window_pattern=2),
     "bart": ENCODER,
-}  # fmt: skip
+}
 # layers that hand on more than states: cached, they would give something else
 NOT_EXACT = {
     "xlm": dict(emb_dim=24, n_layers=4, n_heads=4),
@@ -97,8 +113,10 @@ def test_padding_on_the_left_is_padding(kind, head, pooling):
     """Decoders' tokenizers pad there: an embedding is still what its text has alone."""
     model = model_of(kind, pooling, text_head=head, key_query_size=16)
     ids, mask = captions()
-    alone = [model.get_text_features(row[None, :n], part[None, :n]).pooler_output[0]
-             for row, part, n in zip(ids, mask, mask.sum(1))]  # fmt: skip
+    alone = [
+        model.get_text_features(row[None, :n], part[None, :n]).pooler_output[0]
+        for row, part, n in zip(ids, mask, mask.sum(1))
+    ]
     for inputs in ((ids, mask), on_the_left(ids, mask)):
         torch.testing.assert_close(
             model.get_text_features(*inputs).pooler_output, torch.stack(alone), atol=1e-5, rtol=0

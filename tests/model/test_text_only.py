@@ -49,9 +49,14 @@ def test_a_model_of_texts_alone_trains_and_finds_translations(tmp_path):
     with pytest.raises(ValueError, match="texts alone"):
         model.get_image_features(visual_feats=torch.ones(1, 1, 4))
     settings = dict(
-        num_train_epochs=6, learning_rate=3e-3, trained_text_layers=-1, keep_best_in_memory=True, save_strategy="no",
-        load_best_model_at_end=False, eval_gallery_column="source_caption",
-    )  # fmt: skip
+        num_train_epochs=6,
+        learning_rate=3e-3,
+        trained_text_layers=-1,
+        keep_best_in_memory=True,
+        save_strategy="no",
+        load_best_model_at_end=False,
+        eval_gallery_column="source_caption",
+    )
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     trainer = NrccrTrainer(model, arguments(tmp_path, **settings, **TEXT_ONLY), rows, held_out, data_collator=collator)
     before = trainer.evaluate()["eval_sum_recall"]
@@ -95,8 +100,9 @@ def test_a_frozen_teacher_is_followed_and_no_picture_moves(tmp_path):
 
 def test_new_heads_share_the_towers():
     model = tiny_model(**HEADS["attention"])
-    other = model.with_new_heads(text_head="linear", teacher_view="source", projection_dim=11,
-                                 visual_feat_dim=model.config.visual_feat_dim)  # fmt: skip
+    other = model.with_new_heads(
+        text_head="linear", teacher_view="source", projection_dim=11, visual_feat_dim=model.config.visual_feat_dim
+    )
     assert other.text_tower is model.text_tower and other.visual_tower is model.visual_tower
     inputs = WordProcessor()(text=["red dog", "blue"], return_tensors="pt")
     before = {name: tensor.clone() for name, tensor in model.text_tower.state_dict().items()}

@@ -30,10 +30,20 @@ TEXT = {
     "bert": (BertConfig(**WORDS), "mean"),
     "xlm-roberta": (XLMRobertaConfig(**WORDS), "first"),
     # one layer in two attends to a window of 2 tokens each side only
-    "modernbert": (ModernBertConfig(**WORDS, global_attn_every_n_layers=2, local_attention=4, cls_token_id=2,
-                                    sep_token_id=3, bos_token_id=2, eos_token_id=3), "mean"),
+    "modernbert": (
+        ModernBertConfig(
+            **WORDS,
+            global_attn_every_n_layers=2,
+            local_attention=4,
+            cls_token_id=2,
+            sep_token_id=3,
+            bos_token_id=2,
+            eos_token_id=3,
+        ),
+        "mean",
+    ),
     "llama": (LlamaConfig(**WORDS, num_key_value_heads=2, bos_token_id=2, eos_token_id=3), "last"),
-}  # fmt: skip
+}
 VISION = {
     "clip": (CLIPVisionConfig(**PIXELS, projection_dim=19), ("pooled", "cls", "mean", "projected")),
     "siglip2": (SiglipVisionConfig(**PIXELS), ("pooled", "mean")),  # the class of its fixed resolutions
@@ -59,7 +69,7 @@ def model_of(text="bert", vision=None, seed=0, **config) -> NrccrModel:
             teacher_view="source",
             text_pooling=pooling,
             **config,
-        )  # fmt: skip
+        )
     ).eval()
 
 
@@ -80,9 +90,16 @@ def trained_one_step(model, rows, directory, **arguments):
     """One step of `NrccrTrainer`; which parameters moved."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     arguments = NrccrTrainingArguments(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, per_device_train_batch_size=6, max_steps=1,
-        eval_strategy="no", save_strategy="no", load_best_model_at_end=False, **arguments,
-    )  # fmt: skip
+        output_dir=str(directory),
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=6,
+        max_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        **arguments,
+    )
 
     def collate(rows):
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
@@ -228,9 +245,14 @@ def test_text_tower(name, head, tmp_path):
     text.save_pretrained(tmp_path / "text")
     pooling = pooling if head == "pooling" else "mean"
     model = NrccrModel.from_encoders(
-        tmp_path / "text", visual_feat_dim=13, projection_dim=11, text_head=head, text_pooling=pooling,
-        teacher_view="cross" if head == "attention" else "source", key_query_size=16,
-    )  # fmt: skip
+        tmp_path / "text",
+        visual_feat_dim=13,
+        projection_dim=11,
+        text_head=head,
+        text_pooling=pooling,
+        teacher_view="cross" if head == "attention" else "source",
+        key_query_size=16,
+    )
     loaded = model.text_tower.encoder.state_dict()
     assert loaded and all(torch.equal(t, text.state_dict()[n]) for n, t in loaded.items())
 
@@ -244,8 +266,12 @@ def test_text_tower(name, head, tmp_path):
         left = model.get_text_features(torch.stack([r for r, _ in rolled]), torch.stack([m for _, m in rolled]))
         torch.testing.assert_close(left.pooler_output, model.get_text_features(ids, mask).pooler_output)
     # an embedding does not depend on its batch mates
-    alone = torch.cat([model.get_text_features(row[None, :n], part[None, :n]).pooler_output
-                       for row, part, n in zip(ids, mask, mask.sum(1))])  # fmt: skip
+    alone = torch.cat(
+        [
+            model.get_text_features(row[None, :n], part[None, :n]).pooler_output
+            for row, part, n in zip(ids, mask, mask.sum(1))
+        ]
+    )
     torch.testing.assert_close(model.get_text_features(ids, mask).pooler_output, alone, atol=1e-5, rtol=0)
 
     visual = {"visual_feats": torch.randn(6, 1, 13)}
@@ -283,16 +309,19 @@ def test_frozen_boundary(name, trained, tmp_path):
     with torch.no_grad():
         for one, other in (
             (model.text_tower(ids, mask), model.text_tower(ids, mask, states)),
-            (model.get_text_features(ids, mask).pooler_output,
-             model.get_text_features(ids, mask, states).pooler_output),
-        ):  # fmt: skip
+            (
+                model.get_text_features(ids, mask).pooler_output,
+                model.get_text_features(ids, mask, states).pooler_output,
+            ),
+        ):
             keep = mask.bool() if one.ndim == 3 else ...
             torch.testing.assert_close(one[keep], other[keep], atol=1e-12, rtol=0)
 
     if trained in (0, 4):
         return
-    moved = trained_one_step(model.float(), rows_of({"visual_feats": torch.randn(6, 1, 13)}), tmp_path,
-                             trained_text_layers=trained)  # fmt: skip
+    moved = trained_one_step(
+        model.float(), rows_of({"visual_feats": torch.randn(6, 1, 13)}), tmp_path, trained_text_layers=trained
+    )
     moved = {n for n in moved if n.startswith("text_tower")}
     parent, attribute = model.text_tower.layer_list()
     trains = {id(p) for layer in getattr(parent, attribute)[-trained:] for p in layer.parameters()}

@@ -76,9 +76,12 @@ def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path
 
     # another recipe, or no study at hand: the row is left out, and the card says so
     for change, config in (
-        ({"seed": 7}, {}), ({"target_language": "eu"}, {}),
-        ({"trained_text_layers": 2}, {}), ({"dataset": "caption_files"}, {}), ({}, {"projection_dim": 512}),
-    ):  # fmt: skip
+        ({"seed": 7}, {}),
+        ({"target_language": "eu"}, {}),
+        ({"trained_text_layers": 2}, {}),
+        ({"dataset": "caption_files"}, {}),
+        ({}, {"projection_dim": 512}),
+    ):
         other = copy.deepcopy(demo)
         other["settings"] |= change
         text = fill(tmp_path / "a", other, **config).text

@@ -61,10 +61,18 @@ def test_a_dry_run_writes_what_loads_and_nothing_pickled(trained, tmp_path, caps
     assert "not uploaded" in capsys.readouterr().out
     names = {path.name for path in upload.rglob("*")}
     assert {
-        "model.safetensors", "config.json", "processor_config.json", "tokenizer.json", "README.md", "metrics.json",
-        "modeling_nrccr.py", "configuration_nrccr.py", "processing_nrccr.py", "modules.json",
+        "model.safetensors",
+        "config.json",
+        "processor_config.json",
+        "tokenizer.json",
+        "README.md",
+        "metrics.json",
+        "modeling_nrccr.py",
+        "configuration_nrccr.py",
+        "processing_nrccr.py",
+        "modules.json",
         "sentence_bert_config.json",
-    } <= names  # fmt: skip
+    } <= names
     assert not [name for name in names if name.endswith(PICKLED)] and "search.html" not in names
     assert not [path for path in upload.rglob("*") if path.is_file() and push_to_hub.is_pickled(path)]
     model, processor = AutoModel.from_pretrained(upload).eval(), AutoProcessor.from_pretrained(upload)

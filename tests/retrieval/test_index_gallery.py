@@ -16,11 +16,11 @@ from PIL import Image
 from datasets_scripts.reading.videos import read_frames
 from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import writing
+from modeling_nrccr.loading.models import load_model
 from modeling_nrccr.media import Found
 from modeling_nrccr.retrieval import indexer as index_gallery
 from modeling_nrccr.retrieval import search
 from modeling_nrccr.retrieval.retriever import Skipped
-from modeling_nrccr.retrieval.search import load_model
 from tests.retrieval.test_search_examples import checkpoint, picture  # noqa: F401
 
 

@@ -285,8 +285,15 @@ def test_evaluation_writes_what_it_prints(checkpoint, splits, tmp_path, capsys):
     assert splits == [("a+b", "ca", 3)]
     report, output = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr().out
     assert set(report) == {
-        "test", "test_emoji", "test_stamps", "chance", "chance_emoji", "chance_stamps", "counts", "settings"
-    }  # fmt: skip
+        "test",
+        "test_emoji",
+        "test_stamps",
+        "chance",
+        "chance_emoji",
+        "chance_stamps",
+        "counts",
+        "settings",
+    }
     assert report["counts"]["all"] == {"captions": 4, "images": 3}
     assert (
         report["settings"] | {"dataset": "a+b", "target": "ca", "split": "test", "split_seed": 3} == report["settings"]

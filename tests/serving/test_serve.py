@@ -91,11 +91,18 @@ def test_embeddings_are_the_models(start, parts):
     images = [Image.new("RGB", (40, 30), color) for color in COLORS.values()]
     torch.testing.assert_close(torch.tensor(answer["image_embeds"]), encode_images(model, images, processor))
     assert health == {
-        "status": "ready", "model": "tiny", "projection_dim": 11, "languages": ["gl"], "language": "base",
-        "index": health["index"] | {"size": 3}, "waiting": 0,
-        "served": {"texts": {"encoded": 6, "batches": 1, "largest_batch": 6},
-                   "images": {"encoded": 3, "batches": 1, "largest_batch": 3}},
-    }  # fmt: skip
+        "status": "ready",
+        "model": "tiny",
+        "projection_dim": 11,
+        "languages": ["gl"],
+        "language": "base",
+        "index": health["index"] | {"size": 3},
+        "waiting": 0,
+        "served": {
+            "texts": {"encoded": 6, "batches": 1, "largest_batch": 6},
+            "images": {"encoded": 3, "batches": 1, "largest_batch": 3},
+        },
+    }
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 32])
@@ -225,8 +232,12 @@ def test_other_sites_pages_cannot_ask_by_a_name_of_theirs(start):
         app = serve.build_app(client.service, serve.LOCAL)
         with TestClient(app) as named:
             for host, status in (
-                ("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:8000", 200), ("evil.example", 400), ("", 400)
-            ):  # fmt: skip
+                ("localhost:8000", 200),
+                ("127.0.0.1", 200),
+                ("[::1]:8000", 200),
+                ("evil.example", 400),
+                ("", 400),
+            ):
                 assert named.get("/health", headers={"Host": host}).status_code == status, host
 
 

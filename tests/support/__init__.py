@@ -13,17 +13,26 @@ torch.set_num_threads(1)  # two spinning threads on a busy 2-core machine are 10
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests/fixtures"
 TINY_TEXT = dict(
-    vocab_size=37, hidden_size=24, num_hidden_layers=3, num_attention_heads=4, intermediate_size=29,
+    vocab_size=37,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=29,
     max_position_embeddings=40,
-)  # fmt: skip
+)
 HEADS = {
     "attention": {},
     "pooling": {"text_head": "pooling", "visual_head": "pooling", "teacher_view": "source"},
     "published": {
-        "pool_padding": True, "projection_norm": "batch_norm", "attention_score_scale": "hidden",
-        "projection_dropout": 0.2, "visual_head": "attention", "visual_hidden_size": 16, "text_hidden_size": 16,
+        "pool_padding": True,
+        "projection_norm": "batch_norm",
+        "attention_score_scale": "hidden",
+        "projection_dropout": 0.2,
+        "visual_head": "attention",
+        "visual_hidden_size": 16,
+        "text_hidden_size": 16,
     },
-}  # fmt: skip
+}
 
 
 def tiny_model(seed: int = 0, **config) -> NrccrModel:
@@ -85,9 +94,12 @@ def toy_rows(count: int, seed: int = 0) -> list[dict]:
         source = " ".join(words[j] for j in chosen)
         rows.append(
             {
-                "image_id": f"toy/{i}", "caption_id": f"toy/{i}#0", "image": feats, "source_caption": source,
+                "image_id": f"toy/{i}",
+                "caption_id": f"toy/{i}#0",
+                "image": feats,
+                "source_caption": source,
                 "target_caption": source.replace("word", "palabra"),
                 "back_translation": source + " again",
             }
-        )  # fmt: skip
+        )
     return rows

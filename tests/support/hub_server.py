@@ -193,12 +193,23 @@ class Handler(BaseHTTPRequestHandler):
         card = ModelCard(files["README.md"].decode()).data.to_dict() if "README.md" in files else {}
         self.answer_json(
             {
-                "_id": commit[:24], "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit,
-                "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "cardData": card,
-                "tags": card.get("tags", []), "pipeline_tag": card.get("pipeline_tag"),
-                "library_name": card.get("library_name"), "siblings": [{"rfilename": path} for path in sorted(files)],
+                "_id": commit[:24],
+                "id": repo_id,
+                "modelId": repo_id,
+                "author": repo_id.split("/")[0],
+                "sha": commit,
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "cardData": card,
+                "tags": card.get("tags", []),
+                "pipeline_tag": card.get("pipeline_tag"),
+                "library_name": card.get("library_name"),
+                "siblings": [{"rfilename": path} for path in sorted(files)],
             }
-        )  # fmt: skip
+        )
 
     def api_tree(self, repo_id: str, rest: str):
         revision, _, folder = rest.partition("/")

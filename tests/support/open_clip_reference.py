@@ -94,9 +94,12 @@ def main(out: Path, folder: Path):
             texts = model.encode_text(tokens, True)
             logits = model.logit_scale.exp() * texts @ images.t()
         found[name] = {
-            "shapes": shapes, "ids": tokens.tolist(), "text_embeds": texts.tolist(), "image_embeds": images.tolist(),
+            "shapes": shapes,
+            "ids": tokens.tolist(),
+            "text_embeds": texts.tolist(),
+            "image_embeds": images.tolist(),
             "logits_per_text": logits.tolist(),
-        }  # fmt: skip
+        }
     lines = [f"{json.dumps(name)}: {json.dumps(part)}" for name, part in found.items()]
     out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

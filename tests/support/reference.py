@@ -51,8 +51,11 @@ def converted(name: str, discriminator: str | None = None, dtype: torch.dtype = 
 def batch(name: str, prefix: str = "inputs", dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
     """What the model takes, of the recorded inputs."""
     inputs = {k.removeprefix(f"{prefix}/"): t for k, t in tensors(name).items() if k.startswith(f"{prefix}/")}
-    views = {f"{ours}{key}": inputs[f"{view}_{old}"] for view, ours in VIEWS.items()
-             for key, old in (("input_ids", "ids"), ("attention_mask", "mask"))}  # fmt: skip
+    views = {
+        f"{ours}{key}": inputs[f"{view}_{old}"]
+        for view, ours in VIEWS.items()
+        for key, old in (("input_ids", "ids"), ("attention_mask", "mask"))
+    }
     if "image_feats" in inputs:
         return views | {"visual_feats": inputs["image_feats"].to(dtype)}
     return views | {"visual_feats": inputs["frames"].to(dtype), "visual_attention_mask": inputs["frame_mask"]}

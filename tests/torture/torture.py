@@ -166,8 +166,11 @@ class Translating(Activity):
     def look(self) -> str:
         state = self.state()
         assert self.old <= state <= self.new and not (len(state) - len(self.old)) % Upper.batch_size, (
-            len(self.old - state), len(state - self.new), len(state), len(self.old)
-        )  # fmt: skip
+            len(self.old - state),
+            len(state - self.new),
+            len(state),
+            len(self.old),
+        )
         return "old" if state == self.old else "new" if state == self.new else "some"
 
 

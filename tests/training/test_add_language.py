@@ -20,8 +20,9 @@ from modeling_nrccr.data.captions import read_captions
 from modeling_nrccr.data.trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split
 from modeling_nrccr.languages import LANGUAGE_FILE
 from modeling_nrccr.publishing import push as push_to_hub
+from modeling_nrccr.publishing.verdicts import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED
 from modeling_nrccr.training import add_language
-from modeling_nrccr.training.examination import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED, merge_reports, verdict
+from modeling_nrccr.training.examination import merge_reports, verdict
 from tests.support import tiny_model
 
 
@@ -57,9 +58,18 @@ def files(tmp_path_factory) -> Path:
 
 
 def run(files: Path, output: Path, **options):
-    settings = {"base": files / "base", "captions": files / "captions.txt", "translator": f"file:{files}/translations",
-                "output_dir": output, "num_train_epochs": 6, "per_device_train_batch_size": 64, "use_cpu": True,
-                "min_steps": 0, "disable_tqdm": True, "logging_strategy": "no"} | options  # fmt: skip
+    settings = {
+        "base": files / "base",
+        "captions": files / "captions.txt",
+        "translator": f"file:{files}/translations",
+        "output_dir": output,
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 64,
+        "use_cpu": True,
+        "min_steps": 0,
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    } | options
     add_language.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
     return json.loads((output / "report.json").read_text())
 
@@ -176,9 +186,14 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
     lines = (files / "translations/forth.tsv").read_text().splitlines()[1:]
     (tmp_path / "pairs.tsv").write_text("\n".join(lines))
     report = run(
-        files, tmp_path / "gl", captions=tmp_path / "pairs.tsv", eval=tmp_path / "human.csv", translator="nobody",
-        num_train_epochs=1, lexicon="wordnet:10",
-    )  # fmt: skip
+        files,
+        tmp_path / "gl",
+        captions=tmp_path / "pairs.tsv",
+        eval=tmp_path / "human.csv",
+        translator="nobody",
+        num_train_epochs=1,
+        lexicon="wordnet:10",
+    )
     assert report["translator"] == "parallel sentences" and report["captions"] == 300 and report["data"] == "pairs"
     assert (report["queries"], report["pictures"]) == (24, 23) and "0.png" in report["left_out"][0]
     assert "translated query" not in report["found"] and "this language" in report["found"]
@@ -232,9 +247,11 @@ def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
     wide = "".join(f"{source}\tun gos\t{target}\n" for source, target in pairs)
     columns = "".join(f"{source},{target}\n" for source, target in pairs)
     for name, text in {
-        "a.tsv": body, "b.tsv": "source\ttarget\n" + body, "c.tsv": "en\tca\tgl\n" + wide,
+        "a.tsv": body,
+        "b.tsv": "source\ttarget\n" + body,
+        "c.tsv": "en\tca\tgl\n" + wide,
         "d.csv": "source,target\n" + columns,
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).write_text(text)
         read = read_captions(tmp_path / name, "gl")
         assert list(zip(read.texts, read.translations)) == pairs
@@ -303,8 +320,12 @@ def draws(mean: float, noise: float = 0.0, seed: int = 0) -> np.ndarray:
 )
 def test_the_verdict_follows_from_intervals(ours, fused, translated, expected):
     wide = 15 if expected == TOO_FEW else 0 if ours == 21 else 1
-    sums = {"base": draws(21), "translated query": draws(translated, wide, 1), "ours": draws(ours, wide, 2),
-            "ours, half its translation": draws(fused, wide, 3)}  # fmt: skip
+    sums = {
+        "base": draws(21),
+        "translated query": draws(translated, wide, 1),
+        "ours": draws(ours, wide, 2),
+        "ours, half its translation": draws(fused, wide, 3),
+    }
     word, reasons = verdict(sums, "ours", 100)
     assert word == expected and f"base {21:.1f}" in reasons[0]
     assert ("more (" in reasons[0]) == (expected != DO_NOT or ours == 21)

@@ -29,10 +29,19 @@ def published_rates(scores: list[float], epochs: int) -> list[float]:
 def train(directory, scores, monkeypatch, epochs=30, resume=None, **changes) -> list[float]:
     """The logged rate of each epoch of a run whose evaluations give `scores`."""
     settings = dict(
-        output_dir=str(directory), per_device_train_batch_size=4, num_train_epochs=epochs, learning_rate=1e-3,
-        lr_scheduler_type="constant", logging_strategy="epoch", use_cpu=True, disable_tqdm=True, save_total_limit=None,
-        metric_for_best_model="t2v_sum_recall", load_best_model_at_end=False, data_seed=0,
-    )  # fmt: skip
+        output_dir=str(directory),
+        per_device_train_batch_size=4,
+        num_train_epochs=epochs,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        logging_strategy="epoch",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_total_limit=None,
+        metric_for_best_model="t2v_sum_recall",
+        load_best_model_at_end=False,
+        data_seed=0,
+    )
     args = NrccrTrainingArguments(**(settings | PUBLISHED | changes))
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     trainer = NrccrTrainer(tiny_model(), args, toy_rows(8), toy_rows(4), data_collator=collator)
@@ -70,10 +79,25 @@ def test_a_resumed_run_keeps_to_the_schedule(tmp_path, monkeypatch):
 
 
 def test_it_multiplies_what_the_scheduler_gives(tmp_path, monkeypatch):
-    plain = train(tmp_path / "a", [1] * 4, monkeypatch, 4, lr_scheduler_type="linear", save_strategy="no",
-                  lr_decay_per_epoch=1.0, plateau_factor=1.0)  # fmt: skip
-    decayed = train(tmp_path / "b", [1, 2, 3, 4], monkeypatch, 4, lr_scheduler_type="linear", save_strategy="no",
-                    lr_decay_per_epoch=0.9)  # fmt: skip
+    plain = train(
+        tmp_path / "a",
+        [1] * 4,
+        monkeypatch,
+        4,
+        lr_scheduler_type="linear",
+        save_strategy="no",
+        lr_decay_per_epoch=1.0,
+        plateau_factor=1.0,
+    )
+    decayed = train(
+        tmp_path / "b",
+        [1, 2, 3, 4],
+        monkeypatch,
+        4,
+        lr_scheduler_type="linear",
+        save_strategy="no",
+        lr_decay_per_epoch=0.9,
+    )
     assert decayed == pytest.approx([rate * 0.9**epoch for epoch, rate in enumerate(plain)])
 
 

@@ -62,12 +62,24 @@ def random_checkpoint(seed: int = 0, prefix: str = "", kind: str | None = None, 
     """State dicts with the released names, their options and the text encoder's config."""
     torch.manual_seed(seed)
     options = reference.options("forward_video") | dict(
-        visual_feat_dim=13, visual_mapping_layers=[18, DIM], text_mapping_layers=[20, DIM], video_hidden_size=18,
-        text_hidden_size=20, video_num_attention=3, text_num_attention=5, key_query_size=30,
-    )  # fmt: skip
+        visual_feat_dim=13,
+        visual_mapping_layers=[18, DIM],
+        text_mapping_layers=[20, DIM],
+        video_hidden_size=18,
+        text_hidden_size=20,
+        video_num_attention=3,
+        text_num_attention=5,
+        key_query_size=30,
+    )
     options |= changes
-    bert = BertConfig(vocab_size=31, hidden_size=24, num_hidden_layers=3, num_attention_heads=3, intermediate_size=17,
-                      max_position_embeddings=23)  # fmt: skip
+    bert = BertConfig(
+        vocab_size=31,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=17,
+        max_position_embeddings=23,
+    )
     text = head(24, options["text_hidden_size"], options["key_query_size"], 19)
     text["text_bert"] = {"text_bert": BertModel(bert).state_dict()}
     if options["model_type"] == "video":
@@ -204,9 +216,18 @@ def test_options_of_no_use_are_refused(changes, told):
 
 def test_options_become_the_loss_and_the_trained_layers():
     settings = dict(
-        tri_alpha=0.7, dtl_beta=0.2, l1_gama=0.3, back_w=0.9, scale=0.05, margin=0.4, max_violation=False,
-        cost_style="mean", direction="t2v", measure="order", layer_list=["layer.2", "layer.1.", "bert.pooler"],
-    )  # fmt: skip
+        tri_alpha=0.7,
+        dtl_beta=0.2,
+        l1_gama=0.3,
+        back_w=0.9,
+        scale=0.05,
+        margin=0.4,
+        max_violation=False,
+        cost_style="mean",
+        direction="t2v",
+        measure="order",
+        layer_list=["layer.2", "layer.1.", "bert.pooler"],
+    )
     state_dicts, options, text_config = random_checkpoint(**settings)
     model, _, loss = convert_original_checkpoint(state_dicts, options, text_config)
     s = loss.settings
@@ -258,17 +279,21 @@ def released_file(path, **changes):
     parts[:2] = [{f"module.{name}": t for name, t in part.items()} for part in parts[:2]]
     parts[1]["module.text_bert.text_bert.embeddings.position_ids"] = torch.arange(40)[None]  # of old transformers
     checkpoint = {
-        "epoch": 7, "model": parts, "opt": argparse.Namespace(**reference.options("forward_img"), rootpath="/home/x"),
-        "best_rsum": np.float64(271.5), "Eiters": 1234,
-    }  # fmt: skip
+        "epoch": 7,
+        "model": parts,
+        "opt": argparse.Namespace(**reference.options("forward_img"), rootpath="/home/x"),
+        "best_rsum": np.float64(271.5),
+        "Eiters": 1234,
+    }
     torch.save(checkpoint | changes, path)
     return path
 
 
 def test_a_released_file_becomes_a_folder_that_auto_classes_load(tmp_path, bert_folder, capsys):
     file = released_file(tmp_path / "model_best.pth.tar")
-    convert_original.main([str(file), str(tmp_path / "out"), "--text_config", str(bert_folder),
-                           "--tokenizer", str(bert_folder)])  # fmt: skip
+    convert_original.main(
+        [str(file), str(tmp_path / "out"), "--text_config", str(bert_folder), "--tokenizer", str(bert_folder)]
+    )
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     batch = reference.batch("forward_img", dtype=torch.float32)
     with torch.no_grad():
@@ -290,8 +315,15 @@ def test_a_released_file_becomes_a_folder_that_auto_classes_load(tmp_path, bert_
 
 
 def test_the_sizes_of_a_bert_are_read_from_its_tensors():
-    config = dict(vocab_size=31, hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=17,
-                  max_position_embeddings=23, type_vocab_size=2)  # fmt: skip
+    config = dict(
+        vocab_size=31,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=17,
+        max_position_embeddings=23,
+        type_vocab_size=2,
+    )
     tensors = flat({"module": {"text_bert": {"text_bert": BertModel(BertConfig(**config)).state_dict()}}})
     assert convert_original.bert_config_of(tensors) == config
 

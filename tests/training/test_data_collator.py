@@ -9,10 +9,15 @@ def test_each_view_has_its_own_keys_and_length():
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     batch = collator(toy_rows(4))
     assert {key: tuple(value.shape) for key, value in batch.items()} == {
-        "input_ids": (4, 3), "attention_mask": (4, 3), "target_input_ids": (4, 3), "target_attention_mask": (4, 3),
-        "back_translation_input_ids": (4, 4), "back_translation_attention_mask": (4, 4),
-        "visual_feats": (4, 1, 13), "image_ids": (4,),
-    }  # fmt: skip
+        "input_ids": (4, 3),
+        "attention_mask": (4, 3),
+        "target_input_ids": (4, 3),
+        "target_attention_mask": (4, 3),
+        "back_translation_input_ids": (4, 4),
+        "back_translation_attention_mask": (4, 4),
+        "visual_feats": (4, 1, 13),
+        "image_ids": (4,),
+    }
     collator.views = ("source",)
     assert set(collator(toy_rows(4))) == {"input_ids", "attention_mask", "visual_feats", "image_ids"}
 

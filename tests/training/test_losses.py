@@ -91,8 +91,13 @@ def test_the_repaired_feature_view_has_a_scale_that_the_published_one_lacks():
 
 def test_mean_terms_do_not_grow_with_the_batch():
     # every term of the default is a mean: a doubled batch (new ids) moves hinges and feature view by nothing
-    settings = dict(triplet_loss_weight=1.0, contrastive_loss_weight=0.0, target_contrastive_loss_weight=0.0,
-                    distillation_loss_weight=0.0, back_translation_loss_weight=0.0)  # fmt: skip
+    settings = dict(
+        triplet_loss_weight=1.0,
+        contrastive_loss_weight=0.0,
+        target_contrastive_loss_weight=0.0,
+        distillation_loss_weight=0.0,
+        back_translation_loss_weight=0.0,
+    )
     small, large = outputs_of(), outputs_of()
     large = NrccrOutput(**{k: torch.cat([v, v]) if v.ndim else v for k, v in large.items()})
     ids = torch.tensor([0, 1, 2, 3])
@@ -160,9 +165,11 @@ def test_transport_trusts_the_pairs_that_stay_in_their_place():
 def test_a_teacher_of_both_languages_hands_on_its_similarities_of_texts():
     embeds = {name: F.normalize(torch.randn(5, 8), dim=-1) for name in ("source", "target", "student", "picture")}
     outputs = NrccrOutput(
-        teacher_text_embeds=embeds["source"], teacher_target_text_embeds=embeds["target"],
-        target_text_embeds=embeds["student"], image_embeds=embeds["picture"],
-    )  # fmt: skip
+        teacher_text_embeds=embeds["source"],
+        teacher_target_text_embeds=embeds["target"],
+        target_text_embeds=embeds["student"],
+        image_embeds=embeds["picture"],
+    )
     only = dict.fromkeys(("contrastive_loss_weight", "target_contrastive_loss_weight"), 0.0)
     only |= {"feature_distillation_loss_weight": 0.0, "back_translation_loss_weight": 0.0}
     loss = NrccrLoss(distillation_relation="source", distillation_loss_weight=1.0, **only)

@@ -91,8 +91,15 @@ def intermediates(model, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tens
             ("video_attn", ("self",)): recorded(model.visual_head.attention.layer_norm, "output"),
         }
     outputs = model(**batch)
-    by_view = zip(pooled, (outputs.text_embeds, outputs.target_text_embeds, outputs.teacher_text_embeds,
-                           outputs.back_translation_text_embeds))  # fmt: skip
+    by_view = zip(
+        pooled,
+        (
+            outputs.text_embeds,
+            outputs.target_text_embeds,
+            outputs.teacher_text_embeds,
+            outputs.back_translation_text_embeds,
+        ),
+    )
     named = {f"output.{view}": embeds for view, embeds in by_view} | {"output.visual": outputs.image_embeds}
     lengths = [batch[f"{prefix}input_ids"].shape[1] for prefix in reference.VIEWS.values()]
     for (name, parts), calls in seen.items():
@@ -133,13 +140,26 @@ def trainer_of(directory, model, loss, discriminator, options, rows=None, **chan
         return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
     arguments = NrccrTrainingArguments(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, per_device_train_batch_size=6,
-        train_sampling_strategy="sequential", optim="adamw_torch", weight_decay=0.0, lr_scheduler_type="constant",
-        learning_rate=options["learning_rate"], max_grad_norm=options["grad_clip"],
-        discriminator_learning_rate=options["glr"], trained_text_layers=len(options["layer_list"]),
-        frozen_dropout=True, logging_steps=1, eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-        **asdict(loss.settings), **changes,
-    )  # fmt: skip
+        output_dir=str(directory),
+        use_cpu=True,
+        disable_tqdm=True,
+        per_device_train_batch_size=6,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        weight_decay=0.0,
+        lr_scheduler_type="constant",
+        learning_rate=options["learning_rate"],
+        max_grad_norm=options["grad_clip"],
+        discriminator_learning_rate=options["glr"],
+        trained_text_layers=len(options["layer_list"]),
+        frozen_dropout=True,
+        logging_steps=1,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        **asdict(loss.settings),
+        **changes,
+    )
     return NrccrTrainer(model, arguments, rows, data_collator=collate, discriminator=discriminator)
 
 
@@ -298,12 +318,18 @@ def test_every_variant_of_the_hinge(file):
     assert len({tuple(variant.values()) for variant in variants}) == 84
     for variant in variants:
         loss = NrccrLoss(
-            triplet_loss_weight=1, contrastive_loss_weight=0, target_contrastive_loss_weight=0,
-            distillation_loss_weight=0, feature_distillation_loss_weight=0, back_translation_loss_weight=0,
-            margin=variant["margin"], hardest_negatives=variant["max_violation"],
-            triplet_reduction=variant["cost_style"], triplet_direction=variant["direction"],
+            triplet_loss_weight=1,
+            contrastive_loss_weight=0,
+            target_contrastive_loss_weight=0,
+            distillation_loss_weight=0,
+            feature_distillation_loss_weight=0,
+            back_translation_loss_weight=0,
+            margin=variant["margin"],
+            hardest_negatives=variant["max_violation"],
+            triplet_reduction=variant["cost_style"],
+            triplet_direction=variant["direction"],
             triplet_measure=variant["measure"],
-        )  # fmt: skip
+        )
         assert loss(outputs)["triplet_loss"].item() == pytest.approx(variant["value"], **EXACT), variant
 
 

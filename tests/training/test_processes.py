@@ -26,8 +26,10 @@ from tests.support import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 BATCH, STEPS = 12, 3  # rows a step, whatever the number of processes
-NO_DROPOUT = {"text_config": TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-              "head_dropout": 0.0}  # fmt: skip
+NO_DROPOUT = {
+    "text_config": TINY_TEXT | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "head_dropout": 0.0,
+}
 PUBLISHED = (
     HEADS["published"] | NO_DROPOUT | {"projection_dropout": 0.0},
     NrccrLossArguments.PUBLISHED
@@ -45,11 +47,17 @@ CASES = {  # name: (model, arguments)
     # neither the pictures' side nor the logit scale is read: DDP must not wait for their gradients
     "text_alone": (
         HEADS["attention"] | NO_DROPOUT,
-        dict(contrastive_loss_weight=0.0, target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0,
-             back_translation_objective="triplet", trained_text_layers=1, activation_checkpointing=True),
+        dict(
+            contrastive_loss_weight=0.0,
+            target_contrastive_loss_weight=0.0,
+            distillation_loss_weight=0.0,
+            back_translation_objective="triplet",
+            trained_text_layers=1,
+            activation_checkpointing=True,
+        ),
     ),
     "streamed": REPAIRED,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------- in each process
@@ -81,9 +89,10 @@ def rows_of(count: int, seed: int) -> list[dict]:
         views = dict(zip(("source_caption", "target_caption", "back_translation"), lengths))
         frames = 1 + i % 4
         rows.append(
-            row | {view: " ".join(words[:length]) for view, length in views.items()}
+            row
+            | {view: " ".join(words[:length]) for view, length in views.items()}
             | {"image_id": f"toy/{i // 2}", "visual_feats": torch.randn(frames, 13, generator=generator).tolist()}
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -107,11 +116,18 @@ class Recorder(TrainerCallback):
 
 def arguments(directory: Path, **changes) -> NrccrTrainingArguments:
     settings = dict(
-        output_dir=str(directory), disable_tqdm=True, seed=3, learning_rate=2e-3, max_grad_norm=1.0, logging_steps=1,
+        output_dir=str(directory),
+        disable_tqdm=True,
+        seed=3,
+        learning_rate=2e-3,
+        max_grad_norm=1.0,
+        logging_steps=1,
         use_cpu="WORLD_SIZE" not in os.environ,  # who starts several without a GPU need not say so
         per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", 1)),
-        eval_strategy="no", save_strategy="no", load_best_model_at_end=False,
-    )  # fmt: skip
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+    )
     return NrccrTrainingArguments(**(settings | changes))
 
 
@@ -199,8 +215,10 @@ def launch(directory: Path, processes: int) -> tuple[list[dict[str, torch.Tensor
     run = subprocess.run(
         [sys.executable, "-m", *launcher, __file__, str(directory)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
     assert run.returncode == 0, run.stderr[-5000:]
     tensors = [load_file(directory / f"{rank}.safetensors") for rank in range(processes)]
     return tensors, [json.loads((directory / f"{rank}.json").read_text()) for rank in range(processes)]

@@ -1,4 +1,4 @@
-"""`examples/configs/paper`: each recipe builds model, loss and trainer, and trains; tiny encoders stand in."""
+"""`modeling_nrccr/recipes/paper`: each recipe builds model, loss and trainer, and trains; tiny encoders stand in."""
 
 import re
 import shlex
@@ -26,10 +26,11 @@ from transformers import (
 from modeling_nrccr import NrccrLossArguments, NrccrTrainer, compute_retrieval_metrics
 from modeling_nrccr.training.callbacks import EpochDecayCallback
 from modeling_nrccr.training.experiment import parse_arguments
+from tests.support import ROOT
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = {path.stem: path for path in sorted((EXAMPLES / "configs/paper").glob("*.yaml"))}
+RECIPES = {path.stem: path for path in sorted((ROOT / "modeling_nrccr/recipes/paper").glob("*.yaml"))}
 PICTURES, VIDEOS = {"multi30k_task1", "multi30k_task2", "mscoco"}, {"msrvtt_cn", "vatex"}
 WORDS = ["hund", "katze", "dog", "cat", "red", "blue", "grun", "grün", "Grün"]
 
@@ -53,10 +54,11 @@ def rows(count: int, feat_dim: int | None) -> list[dict]:
     generator = np.random.default_rng(0)
     captions = [" ".join(generator.choice(WORDS, 3)) for _ in range(3 * count)]
     media = [
-        {"visual_feats": generator.normal(size=(2 + i % 3, feat_dim)).astype("float32")} if feat_dim
+        {"visual_feats": generator.normal(size=(2 + i % 3, feat_dim)).astype("float32")}
+        if feat_dim
         else {"image": Image.fromarray(generator.integers(0, 255, (40, 50, 3), dtype="uint8"))}
         for i in range(count)
-    ]  # fmt: skip
+    ]
     names = ("source_caption", "target_caption", "back_translation")
     return [media[i] | {"image_id": f"{i}"} | dict(zip(names, captions[3 * i :])) for i in range(count)]
 
@@ -65,11 +67,14 @@ def test_there_is_one_for_each_published_setting():
     assert set(RECIPES) == PICTURES | VIDEOS
 
 
-@pytest.mark.parametrize("path", sorted((EXAMPLES / "configs/neighbours").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "modeling_nrccr/recipes/neighbours").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_neighbours_say_what_is_theirs_and_are_read(path):
     script, model, args = parse_arguments(["--config", str(path)])
     assert (
-        args.output_dir != "outputs/demo" and f"--config examples/configs/neighbours/{path.name}" in path.read_text()
+        args.output_dir != "outputs/demo"
+        and f"--config modeling_nrccr/recipes/neighbours/{path.name}" in path.read_text()
     )
     if path.stem != "cl2cm_teacher":  # it is told of in cl2cm.yaml
         assert all(word in path.read_text() for word in ("arXiv", "Theirs:", "Ours:", "Left out:"))
@@ -103,10 +108,17 @@ def test_values_are_the_published_ones_each_with_its_source(name):
 def test_it_builds_and_trains(name, encoders, tmp_path):
     feat_dim = {"msrvtt_cn": 4096, "vatex": 1024}.get(name)
     flags = {
-        "config": RECIPES[name], "text_encoder": encoders / "text", "output_dir": tmp_path, "save_strategy": "no",
-        "load_best_model_at_end": False, "per_device_train_batch_size": 4, "num_train_epochs": 1, "use_cpu": True,
-        "disable_tqdm": True, "vision_encoder": "none" if feat_dim else encoders / "vision",
-    }  # fmt: skip
+        "config": RECIPES[name],
+        "text_encoder": encoders / "text",
+        "output_dir": tmp_path,
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "vision_encoder": "none" if feat_dim else encoders / "vision",
+    }
     _, model_arguments, args = parse_arguments([part for k, v in flags.items() for part in (f"--{k}", str(v))])
     model, processor = model_arguments.build()
     assert processor.tokenizer.tokenize("Grün") == ["grun"]
@@ -128,8 +140,15 @@ def test_it_builds_and_trains(name, encoders, tmp_path):
     assert trainer.state.global_step == 2
     assert all(not torch.equal(old, new) for old, new in zip(before, trained))
     logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
-    terms = {"triplet_loss", "target_triplet_loss", "distillation_loss", "feature_distillation_loss",
-             "back_translation_loss", "adversarial_loss", "discriminator_loss"}  # fmt: skip
+    terms = {
+        "triplet_loss",
+        "target_triplet_loss",
+        "distillation_loss",
+        "feature_distillation_loss",
+        "back_translation_loss",
+        "adversarial_loss",
+        "discriminator_loss",
+    }
     assert terms == {key for key in logged if key.endswith("_loss") and key != "train_loss"}
     assert np.isfinite(logged["loss"])
     # the model is chosen by text-to-visual recalls of queries fused with their translation
@@ -148,8 +167,13 @@ def test_each_command_of_the_readme_names_a_recipe_and_fits_the_parser():
         parse_arguments(command[command.index("examples/train.py") + 1 :])
     named = {Path(part).stem for command in commands for part in command if part.endswith(".yaml")}
     assert named == set(RECIPES)
-    for name, figure in (("vatex", "366.5"), ("msrvtt_cn", "308"), ("mscoco", "512.4"), ("multi30k_task1", "450.7"),
-                         ("multi30k_task2", "480.9")):  # fmt: skip
+    for name, figure in (
+        ("vatex", "366.5"),
+        ("msrvtt_cn", "308"),
+        ("mscoco", "512.4"),
+        ("multi30k_task1", "450.7"),
+        ("multi30k_task2", "480.9"),
+    ):
         assert figure in text and figure in RECIPES[name].read_text()
 
 

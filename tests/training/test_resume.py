@@ -31,19 +31,31 @@ SCHEDULES = {
     "epochs": dict(num_train_epochs=20, early_stopping_patience=4),
     # saves in the middle of an epoch (5 batches, 3 steps), ends there too
     "steps": dict(
-        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=28,
-        gradient_accumulation_steps=2, save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=28,
+        gradient_accumulation_steps=2,
+        save_total_limit=2,
     ),
-}  # fmt: skip
+}
 RANDOM_MOMENTS = [(list(SCHEDULES)[i % 2], random.Random(i).random()) for i in range(9)]
 WORST_MOMENTS = ["optimizer.pt", "discriminator.safetensors", MARKER, "rmtree"]
 
 
 def trainer_of(directory: Path, schedule: str) -> NrccrTrainer:
     settings = dict(
-        output_dir=str(directory), use_cpu=True, disable_tqdm=True, seed=3, learning_rate=3e-3, logging_steps=1,
-        per_device_train_batch_size=8, trained_text_layers=1, adversarial_loss_weight=0.1,
-    )  # fmt: skip
+        output_dir=str(directory),
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+        learning_rate=3e-3,
+        logging_steps=1,
+        per_device_train_batch_size=8,
+        trained_text_layers=1,
+        adversarial_loss_weight=0.1,
+    )
     args = NrccrTrainingArguments(**(settings | SCHEDULES[schedule]))
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     model = tiny_model(**HEADS["attention"])  # dropout is on
@@ -117,9 +129,15 @@ def run(directory: Path, schedule: str, moment: str | None = None, step: int = 0
     save_file(trainer.model.state_dict(), directory / "final.safetensors")
     state = trainer.state
     report = {
-        "metrics": metrics, "log": state.log_history, "epoch": state.epoch, "best": state.best_global_step,
-        "best_path": state.best_model_checkpoint, "from": started.step, "loads": loads, "warnings": warnings,
-    }  # fmt: skip
+        "metrics": metrics,
+        "log": state.log_history,
+        "epoch": state.epoch,
+        "best": state.best_global_step,
+        "best_path": state.best_model_checkpoint,
+        "from": started.step,
+        "loads": loads,
+        "warnings": warnings,
+    }
     (directory / "final.json").write_text(json.dumps(report))
 
 

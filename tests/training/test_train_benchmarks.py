@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_nrccr.data import extract_features
 from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
 from modeling_nrccr.training import experiment as train
+from modeling_nrccr.training import extract_features
 from tests.support.upstream_formats import write_binary_features, write_lines, write_webp
 from tests.training.test_recipes import RECIPES, WORDS, encoders  # noqa: F401
 
@@ -40,12 +40,20 @@ def own_cache(tmp_path, monkeypatch):
 
 def run(recipe: str, folder, encoders, **flags) -> dict:  # noqa: F811
     flags = {
-        "config": RECIPES[recipe], "data_dir": folder, "text_encoder": encoders / "text", "num_train_epochs": 1,
-        "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "text_hidden_size": 24,
+        "config": RECIPES[recipe],
+        "data_dir": folder,
+        "text_encoder": encoders / "text",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "text_hidden_size": 24,
         "key_query_size": 16,
-        "text_num_attention_heads": 4, "visual_num_attention_heads": 4, "projection_dim": 8,
-        "output_dir": folder / "out", "disable_tqdm": True,
-    } | flags  # fmt: skip
+        "text_num_attention_heads": 4,
+        "visual_num_attention_heads": 4,
+        "projection_dim": 8,
+        "output_dir": folder / "out",
+        "disable_tqdm": True,
+    } | flags
     train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
     return json.loads((folder / "out/metrics.json").read_text())
 
@@ -73,9 +81,14 @@ def test_pictures_with_the_papers_recipe(tmp_path, encoders):  # noqa: F811
 def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     for i, item in enumerate(write_captions(tmp_path, "vatex", "zh")):
         write_webp(tmp_path / f"videos/{item}.webp", 1 + i % 5)
-    flags = {"vision_encoder": encoders / "vision", "visual_encoder_output": "projected", "visual_feat_dim": 512,
-             "num_frames": 3,
-             "visual_hidden_size": 16, "search_page": "all"}  # fmt: skip
+    flags = {
+        "vision_encoder": encoders / "vision",
+        "visual_encoder_output": "projected",
+        "visual_feat_dim": 512,
+        "num_frames": 3,
+        "visual_hidden_size": 16,
+        "search_page": "all",
+    }
     if cached:  # both encoders frozen, their outputs computed once; the recipe trains layers and pools padding
         flags |= {"trained_text_layers": 0, "frozen_dropout": False, "adversarial_loss_weight": 0}
         flags |= {"pool_padding": False}

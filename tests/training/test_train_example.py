@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
 from modeling_nrccr.files import LOCK_FILE
 from modeling_nrccr.training import experiment as train
 from modeling_nrccr.training import losses
+from tests.support import ROOT
 
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (10, 10, 10)}
@@ -83,9 +83,15 @@ def published(encoders, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
         patch.setattr(train, "find_font", lambda data_dir: None)
-        flags = {"text_encoder": encoders / "t", "vision_encoder": encoders / "v", "output_dir": output,
-                 "num_train_epochs": 2, "per_device_train_batch_size": 10, "projection_dim": 8,
-                 "disable_tqdm": True}  # fmt: skip
+        flags = {
+            "text_encoder": encoders / "t",
+            "vision_encoder": encoders / "v",
+            "output_dir": output,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 10,
+            "projection_dim": 8,
+            "disable_tqdm": True,
+        }
         train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
     return output
 
@@ -95,8 +101,11 @@ def test_a_run_writes_model_metrics_card_and_page(published):
     parts = {"validation", "test", "test_emoji", "test_stamps", "test_fused", "chance", "baselines", "settings"}
     assert set(report) == parts
     assert set(report["baselines"]) == {"english_only", "translated_query", "english_query"}
-    names = {f"{way}_{metric}" for way in ("t2v", "v2t")
-             for metric in ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank", "map")}  # fmt: skip
+    names = {
+        f"{way}_{metric}"
+        for way in ("t2v", "v2t")
+        for metric in ("recall@1", "recall@5", "recall@10", "median_rank", "mean_rank", "map")
+    }
     assert set(report["test"]) == names | {"sum_recall", "mean_recall"}
     assert report["settings"]["translator"] == "toy engine" and report["settings"]["pictures"]["test"] == 14
     card = (published / "README.md").read_text()
@@ -129,14 +138,27 @@ def test_the_cards_snippet_runs(published, tmp_path):
 
 def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
     flags = {
-        "base": published, "text_encoder": encoders / "t", "vision_encoder": encoders / "v", "train_language": "gl",
-        "adapter_kind": "lora", "adapter_layers": 2, "adapter_rank": 2, "text_only": True,
+        "base": published,
+        "text_encoder": encoders / "t",
+        "vision_encoder": encoders / "v",
+        "train_language": "gl",
+        "adapter_kind": "lora",
+        "adapter_layers": 2,
+        "adapter_rank": 2,
+        "text_only": True,
         "output_dir": tmp_path / "gl",
-        "contrastive_loss_weight": 0, "target_contrastive_loss_weight": 0, "distillation_loss_weight": 0,
-        "feature_distillation_loss_weight": 1, "num_train_epochs": 2, "per_device_train_batch_size": 10,
-        "eval_strategy": "epoch", "save_strategy": "epoch", "search_page": "none", "disable_tqdm": True,
+        "contrastive_loss_weight": 0,
+        "target_contrastive_loss_weight": 0,
+        "distillation_loss_weight": 0,
+        "feature_distillation_loss_weight": 1,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 10,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "search_page": "none",
+        "disable_tqdm": True,
         "feature_cache_dir": tmp_path / "features",
-    }  # fmt: skip
+    }
     arguments = [part for key, value in flags.items() for part in (f"--{key}", str(value))]
     calibrate, shifts = train.NrccrTrainer.calibrate_language, []
 
@@ -174,7 +196,7 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
 
 
 def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
-    config = Path(train.__file__).parent / "configs/demo.yaml"
+    config = ROOT / "modeling_nrccr/recipes/demo.yaml"
     flags = "--split_seed 3 --text_head linear --bf16_if_fast no --output_dir".split() + [str(tmp_path / "gl")]
     script, model, args = train.parse_arguments(["--config", str(config), *flags])
     calls = []

@@ -16,15 +16,33 @@ from modeling_nrccr.translation.seq2seq import Seq2SeqTranslator
 
 
 WORDS = {
-    "dog": "pes", "man": "muž", "boy": "chlapec", "runs": "běží", "sits": "sedí", "sleeps": "spí", "here": "tady",
-    "outside": "venku", "alone": "sám", "today": "dnes",
-}  # fmt: skip
+    "dog": "pes",
+    "man": "muž",
+    "boy": "chlapec",
+    "runs": "běží",
+    "sits": "sedí",
+    "sleeps": "spí",
+    "here": "tady",
+    "outside": "venku",
+    "alone": "sám",
+    "today": "dnes",
+}
 SUBJECTS, VERBS, PLACES = ("dog", "man", "boy"), ("runs", "sits", "sleeps"), ("here", "outside", "alone", "today")
 TINY = {
-    "vocab_size": 38, "d_model": 32, "layers": 1, "ffn_dim": 48, "attention_heads": 2, "dropout": 0,
-    "num_train_epochs": 2, "per_device_train_batch_size": 12, "warmup_steps": 3, "bf16": "false",
-    "label_smoothing_factor": 0.1, "also_test_on": "", "disable_tqdm": "true",
-}  # fmt: skip
+    "vocab_size": 38,
+    "d_model": 32,
+    "layers": 1,
+    "ffn_dim": 48,
+    "attention_heads": 2,
+    "dropout": 0,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 12,
+    "warmup_steps": 3,
+    "bf16": "false",
+    "label_smoothing_factor": 0.1,
+    "also_test_on": "",
+    "disable_tqdm": "true",
+}
 
 
 def toy_pairs(count: int) -> list[tuple[str, str]]:
@@ -140,8 +158,9 @@ def test_an_engine_of_one_direction_has_no_tags(folder, tmp_path):
 def test_the_source_begins_with_the_target_language():
     script, _ = train_translator.parse_arguments(["--output_dir", "out"])
     assert train_translator.directed([("A dog.", "Pes.")], script) == [
-        (">>cs<< A dog.", "Pes."), (">>en<< Pes.", "A dog.")
-    ]  # fmt: skip
+        (">>cs<< A dog.", "Pes."),
+        (">>en<< Pes.", "A dog."),
+    ]
 
 
 def test_plain_forms_are_plain_on_both_sides():

@@ -16,9 +16,15 @@ from tests.support import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 
 def arguments(directory, **changes) -> NrccrTrainingArguments:
     settings = dict(
-        output_dir=str(directory), per_device_train_batch_size=8, num_train_epochs=2, learning_rate=3e-3,
-        logging_strategy="epoch", use_cpu=True, disable_tqdm=True, seed=3,
-    )  # fmt: skip
+        output_dir=str(directory),
+        per_device_train_batch_size=8,
+        num_train_epochs=2,
+        learning_rate=3e-3,
+        logging_strategy="epoch",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
     return NrccrTrainingArguments(**(settings | changes))
 
 
@@ -93,8 +99,12 @@ class ImagesAreFeatures:
 
 
 def test_unneeded_views_are_not_collated(tmp_path):
-    off = dict(target_contrastive_loss_weight=0.0, distillation_loss_weight=0.0, feature_distillation_loss_weight=0.0,
-               back_translation_loss_weight=0.0)  # fmt: skip
+    off = dict(
+        target_contrastive_loss_weight=0.0,
+        distillation_loss_weight=0.0,
+        feature_distillation_loss_weight=0.0,
+        back_translation_loss_weight=0.0,
+    )
     rows = [row | {"target_caption": None, "back_translation": None} for row in toy_rows(16)]
     trainer = trainer_of(tmp_path, rows=rows, eval_query_column="source_caption", **off)
     trainer.train()

@@ -17,9 +17,15 @@ from tests.support import HEADS, WordProcessor, tiny_batch, tiny_model, toy_rows
 
 def trainer_of(directory, rows, model=None, kind=NrccrTrainer, validation=None, **changes) -> NrccrTrainer:
     settings = dict(
-        output_dir=str(directory), per_device_train_batch_size=8, num_train_epochs=2, learning_rate=3e-3,
-        logging_strategy="epoch", use_cpu=True, disable_tqdm=True, seed=3,
-    )  # fmt: skip
+        output_dir=str(directory),
+        per_device_train_batch_size=8,
+        num_train_epochs=2,
+        learning_rate=3e-3,
+        logging_strategy="epoch",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     args, model = NrccrTrainingArguments(**(settings | changes)), model or tiny_model(**HEADS["pooling"])
     return kind(model, args, rows, validation or toy_rows(6, seed=9), data_collator=collator)
@@ -34,9 +40,12 @@ QUIET = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end":
 
 @pytest.mark.parametrize(
     "kind, changes",
-    [(list, {}), (list, {"max_steps": 3, "gradient_accumulation_steps": 4}),
-     (stream_of, {"max_steps": 2, "gradient_accumulation_steps": 4})],
-)  # fmt: skip
+    [
+        (list, {}),
+        (list, {"max_steps": 3, "gradient_accumulation_steps": 4}),
+        (stream_of, {"max_steps": 2, "gradient_accumulation_steps": 4}),
+    ],
+)
 def test_fewer_rows_than_a_batch_are_trained_in_what_there_is(kind, changes, tmp_path):
     trainer = trainer_of(tmp_path, kind(toy_rows(5)), **QUIET | changes)
     trainer.train()
@@ -128,9 +137,14 @@ def test_ties_are_decided_by_the_loss(tmp_path):
     """Of five rows every recall is 100 from the first evaluation on, which is not of the first step: a warm-up begins
     at rate 0."""
     trainer = trainer_of(
-        tmp_path, toy_rows(8), validation=toy_rows(8)[:5], num_train_epochs=5, early_stopping_patience=1,
-        metric_for_best_model="t2v_recall@5", warmup_steps=2,
-    )  # fmt: skip
+        tmp_path,
+        toy_rows(8),
+        validation=toy_rows(8)[:5],
+        num_train_epochs=5,
+        early_stopping_patience=1,
+        metric_for_best_model="t2v_recall@5",
+        warmup_steps=2,
+    )
     trainer.train()
     evaluated = [entry for entry in trainer.state.log_history if "eval_cross_entropy" in entry]
     assert {entry["eval_t2v_recall@5"] for entry in evaluated} == {100.0}
@@ -155,8 +169,14 @@ def test_a_warm_up_that_would_never_end_is_cut(tmp_path):
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
-    whole = trainer_of(tmp_path, toy_rows(8), num_train_epochs=4, save_total_limit=None, eval_strategy="no",
-                       load_best_model_at_end=False)  # fmt: skip
+    whole = trainer_of(
+        tmp_path,
+        toy_rows(8),
+        num_train_epochs=4,
+        save_total_limit=None,
+        eval_strategy="no",
+        load_best_model_at_end=False,
+    )
     whole.train()
     for step, name in ((4, "trainer_state.json"), (3, "optimizer.pt"), (2, "model.safetensors")):
         path = tmp_path / f"checkpoint-{step}" / name
@@ -174,9 +194,17 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("per_device_train_batch_size", 0), ("gradient_accumulation_steps", 0), ("num_train_epochs", 0), ("max_steps", 0),
-     ("learning_rate", -1.0), ("temperature", 0.0), ("trained_text_layers", -2), ("num_train_epochs", float("nan"))],
-)  # fmt: skip
+    [
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("num_train_epochs", 0),
+        ("max_steps", 0),
+        ("learning_rate", -1.0),
+        ("temperature", 0.0),
+        ("trained_text_layers", -2),
+        ("num_train_epochs", float("nan")),
+    ],
+)
 def test_numbers_that_would_train_nothing_are_refused(name, value, tmp_path):
     with pytest.raises(ValueError, match=f"{name}="):
         NrccrTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: value})
@@ -252,8 +280,18 @@ def test_the_recipes_learn_from_few_captions_and_from_many(recipe, count, tmp_pa
     from modeling_nrccr.recipes.settings import parse_fields
     from modeling_nrccr.training import add_language
 
-    flags = ["--config", add_language.CONFIG.with_stem(recipe), "--output_dir", tmp_path, "--use_cpu", "true",
-             "--bf16_if_fast", "false", "--disable_tqdm", "true"]  # fmt: skip
+    flags = [
+        "--config",
+        add_language.CONFIG.with_stem(recipe),
+        "--output_dir",
+        tmp_path,
+        "--use_cpu",
+        "true",
+        "--bf16_if_fast",
+        "false",
+        "--disable_tqdm",
+        "true",
+    ]
     classes = (add_language.LanguageArguments, NrccrTrainingArguments)
     script, args = parse_fields(classes, list(map(str, flags)), None)
     model, rows = tiny_model(**HEADS["pooling"]), toy_rows(count)

@@ -336,20 +336,42 @@ def test_unknown_specs_list_the_known():
 
 def test_language_codes():
     for code, standard in {
-        "glg": "gl", "glg_Latn": "gl", "gl_ES": "gl", "zho_Hans": "zh", "zho_Hant": "zh-Hant", "en_XX": "en",
-        "iw": "he", "ns": "nso", "zlm": "ms", "no words": "no words",
-    }.items():  # fmt: skip
+        "glg": "gl",
+        "glg_Latn": "gl",
+        "gl_ES": "gl",
+        "zho_Hans": "zh",
+        "zho_Hant": "zh-Hant",
+        "en_XX": "en",
+        "iw": "he",
+        "ns": "nso",
+        "zlm": "ms",
+        "no words": "no words",
+    }.items():
         assert standard_code(code) == standard
     codes = standard_codes(["zho_Hant", "zho_Hans", "glg_Latn", "ace_Arab", "ace_Latn", "aka_Latn", "twi_Latn"])
     assert codes == {
-        "zh": "zho_Hans", "zh-Hant": "zho_Hant", "gl": "glg_Latn", "ace": "ace_Latn", "ace-Arab": "ace_Arab",
-        "ak": "aka_Latn", "tw": "twi_Latn",
-    }  # fmt: skip
+        "zh": "zho_Hans",
+        "zh-Hant": "zho_Hant",
+        "gl": "glg_Latn",
+        "ace": "ace_Latn",
+        "ace-Arab": "ace_Arab",
+        "ak": "aka_Latn",
+        "tw": "twi_Latn",
+    }
     known = ["ca", "cs", "es", "gl", "nb", "pt", "sr", "zh", "zh-Hant"]
     for code, same in {
-        "pt-BR": "pt", "glg": "gl", "zh-TW": "zh-Hant", "zh-CN": "zh", "no": "nb", "es-MX": "es", "cz": None,
-        "sr-Latn": None, "da": None, "??": None, "Spanish": None,
-    }.items():  # fmt: skip
+        "pt-BR": "pt",
+        "glg": "gl",
+        "zh-TW": "zh-Hant",
+        "zh-CN": "zh",
+        "no": "nb",
+        "es-MX": "es",
+        "cz": None,
+        "sr-Latn": None,
+        "da": None,
+        "??": None,
+        "Spanish": None,
+    }.items():
         assert closest_code(code, known) == same
     assert nearest_codes("cz", known).startswith("cs, ") and nearest_codes("Spanish", known).startswith("sr")
     assert closest_code("zh-Hant", ["zh"]) is None  # another script is no detail

@@ -49,18 +49,31 @@ GENERATOR = random.Random(0)
 TEXTS = [" ".join(GENERATOR.choices(WORDS, k=GENERATOR.randint(1, 9))) for _ in range(40)]
 POSITIONS = 64
 LAYERS = dict(
-    d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
-    encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=POSITIONS, init_std=0.5, scale_embedding=True,
-)  # fmt: skip
+    d_model=16,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=2,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=24,
+    decoder_ffn_dim=24,
+    max_position_embeddings=POSITIONS,
+    init_std=0.5,
+    scale_embedding=True,
+)
 
 
 def pieces(**options):
     """A sentencepiece model of `WORDS`."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=32, hard_vocab_limit=False, minloglevel=2,
-        num_threads=1, **options,
-    )  # fmt: skip
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        vocab_size=32,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
+        **options,
+    )
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()), model.getvalue()
 
 
@@ -117,9 +130,16 @@ def build_madlad(folder):
     vocabulary = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(len(processor))]
     tokenizer = T5Tokenizer(vocab=vocabulary, extra_ids=0)
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
     save(folder, tokenizer, T5ForConditionalGeneration(config))
 
 
@@ -341,8 +361,10 @@ def converted(folders, tmp_path_factory):
 
 @pytest.mark.parametrize("family, source, target", list(EXPECTED)[1::2])
 def test_ctranslate2_gives_the_same_answers(folders, converted, family, source, target):
-    ours, theirs = (load_translator(f"{kind}:{models[family]}", max_new_tokens=12)
-                    for kind, models in (("seq2seq", folders), ("ctranslate2", converted)))  # fmt: skip
+    ours, theirs = (
+        load_translator(f"{kind}:{models[family]}", max_new_tokens=12)
+        for kind, models in (("seq2seq", folders), ("ctranslate2", converted))
+    )
     assert ours.supported_pairs() == theirs.supported_pairs() and ours.version != theirs.version
 
     texts = sorted(set(TEXTS))
@@ -508,8 +530,15 @@ class ChatHandler(BaseHTTPRequestHandler):
             choice["finish_reason"] = "length"
         elif text == "quoted":
             choice["message"]["content"] = '<think>\nlet me see\n</think>\n"QUOTED"\n'
-        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": choices, "usage": {
-            "prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}, "system_fingerprint": ""}  # fmt: skip
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "m",
+            "choices": choices,
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+            "system_fingerprint": "",
+        }
         content = json.dumps(answer, ensure_ascii=False).encode()
         if text == "latin-1":
             content = content.replace(b"LATIN", b"\xe9")
@@ -617,9 +646,11 @@ def test_what_a_caption_has_itself_is_kept_and_what_is_none_is_named():
     assert read_answer("Caption: o can", "Caption: a dog", "Galician")[0] == "Caption: o can"
     assert read_answer('"Ola"', '"Hello"', "Galician") == ('"Ola"', "")
     for answer, problem in {
-        "<think>and so on": "empty", "As an AI language model, I don't translate that": "a refusal",
-        "un can\nun cadelo": "2 lines", "un can " * 30: "209 signs for 5",
-    }.items():  # fmt: skip
+        "<think>and so on": "empty",
+        "As an AI language model, I don't translate that": "a refusal",
+        "un can\nun cadelo": "2 lines",
+        "un can " * 30: "209 signs for 5",
+    }.items():
         assert problem in read_answer(answer, "a dog", "Galician")[1]
 
 

@@ -252,10 +252,13 @@ def test_an_encoder_has_its_say():
         encoder_agreement(["a", "b"], ["c", "d"], lambda texts: np.ones((2, 3)))
 
 
-@pytest.mark.parametrize("package, call", [
-    ("sacrebleu.metrics", lambda: translation_confidence(*GOOD)),
-    ("py3langid.langid", lambda: wrong_language("a", "gl", "en")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "package, call",
+    [
+        ("sacrebleu.metrics", lambda: translation_confidence(*GOOD)),
+        ("py3langid.langid", lambda: wrong_language("a", "gl", "en")),
+    ],
+)
 def test_without_the_extra(package, call, monkeypatch):
     caches = (translation_noise._chrf, translation_noise._identifier, translation_noise._languages)
     for function in caches:

@@ -35,7 +35,7 @@ from ..media import IMAGE_SUFFIXES, describe_others, is_clip, load_image, to_rgb
 from ..processing_nrccr import to_square
 from ..recipes.limits import number
 from ..towers import NrccrVisualTower, load_encoder
-from ..training.feature_cache import fingerprint, load_media
+from .feature_cache import fingerprint, load_media
 
 
 ROWS_A_GROUP = 16  # of Parquet: what reading one item reads
