@@ -1,6 +1,6 @@
 """Runs the speed benchmarks again and fails where a ratio is 20 % worse than the committed one: by hand, or nightly.
 
-    python benchmarks/check.py --captions ../shared/data/multi30k
+    python -m benchmarks.check --captions ../shared/data/multi30k
 
 Ratios of two sides measured in turns, so that the machine's own speed cancels; on another kind of machine they differ
 all the same, and are to be measured and committed there first.
@@ -52,7 +52,7 @@ def main():
             continue
         with tempfile.TemporaryDirectory() as scratch:
             output = Path(scratch, "report.json")
-            command = [sys.executable, str(HERE / f"{name}_speed.py"), "--output", str(output)]
+            command = [sys.executable, "-m", f"benchmarks.speed.{name}", "--output", str(output)]
             if name == "encode" and args.captions:
                 command += ["--captions", args.captions]
             subprocess.run(command, check=True)

@@ -1,7 +1,7 @@
 """Measures what each repair of the released behaviour changes, and writes it into docs/differences.md:
 
-    python benchmarks/differences.py            # prints the cheap effects, seconds
-    python benchmarks/differences.py --all --write   # trains and times too, a minute; rewrites the table's last column
+    python -m benchmarks.differences            # prints the cheap effects, seconds
+    python -m benchmarks.differences --all --write   # trains and times too, a minute; rewrites the table's last column
 
 Seeded, on random weights; "published -> here" in each line. Models are small: the effects show that a difference is
 there, not how large it is in a trained model.
@@ -27,6 +27,7 @@ import torch
 from torch.nn import functional as F
 from transformers import BatchFeature, PrinterCallback
 
+from benchmarks import ROOT
 from modeling_nrccr import (
     DataCollatorForCrossLingualRetrieval,
     EfficientNetLiteConfig,
@@ -44,7 +45,6 @@ from modeling_nrccr.training.conversion import check_options
 from modeling_nrccr.training.losses import same_item, triplet_loss
 
 
-ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/differences.md"
 CAPTIONS = ROOT.parent / "shared/data/multi30k/task1/raw"
 PUBLISHED = dict(

@@ -1,7 +1,7 @@
 """What shorter and coarser embeddings cost: SumR of a trained model at each `truncate_dim` and precision of
 sentence-transformers.
 
-    python benchmarks/embedding_quantisation.py --model outputs/demo
+    python -m benchmarks.embedding_quantisation --model outputs/demo
 
 Writes docs/embedding_quantisation.json and the table of docs/sentence_transformers.md. Human queries of the test
 split, over all pictures; ranges of int8 come from the validation split.
@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import truncate_embeddings
 from sentence_transformers.util.quantization import quantize_embeddings
 
+from benchmarks import ROOT
 from benchmarks.pages import block, fill
 from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.files import write_file
@@ -26,9 +27,6 @@ from modeling_nrccr.loading.encoders import encoder_label
 from modeling_nrccr.retrieval.encoding import picture_rows
 from modeling_nrccr.retrieval.evaluation import split_seed
 from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
-
-
-ROOT = Path(__file__).parent.parent
 
 
 RESULTS, PAGE = ROOT / "docs/embedding_quantisation.json", ROOT / "docs/sentence_transformers.md"
@@ -101,7 +99,7 @@ def table(report: dict) -> str:
 
 def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="outputs/demo", help="folder that examples/train.py wrote")
+    parser.add_argument("--model", default="outputs/demo", help="folder that `nrccr train` wrote")
     args = parser.parse_args(argv)
     settings = json.loads(Path(args.model, "metrics.json").read_text(encoding="utf-8"))["settings"]
     torch.set_num_threads(1)  # sums in one order

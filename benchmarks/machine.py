@@ -99,13 +99,14 @@ def peak_gigabytes() -> float:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
-def in_turns(script: str, sides: list[str], rounds: int = 2, arguments: tuple[str, ...] = ()) -> dict[str, dict]:
-    """Runs `script --side SIDE` for each side, round after round, so that what slows the machine slows all; each
-    prints JSON with `seconds` as its last line. Of each side its fastest run, with the largest `peak_gb`."""
+def in_turns(module: str, sides: list[str], rounds: int = 2, arguments: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Run `python -m MODULE --side SIDE` for each side, round after round, so that what slows the machine slows all;
+    each prints JSON with `seconds` as its last line. Return of each side its fastest run, with the largest
+    `peak_gb`."""
     results = {}
     for _ in range(rounds):
         for side in sides:
-            command = [sys.executable, script, "--side", side, *arguments]
+            command = [sys.executable, "-m", module, "--side", side, *arguments]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")

@@ -1,15 +1,12 @@
 """Writes the results of `docs/demo.json` (a run's metrics.json) into modeling_nrccr/recipes/README.md:
 
-cp outputs/demo/metrics.json docs/demo.json && python benchmarks/readme_table.py
+cp outputs/demo/metrics.json docs/demo.json && python -m benchmarks.readme_table
 """
 
 import json
-from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.pages import block, fill
-
-
-ROOT = Path(__file__).parent.parent
 
 
 BLOCK = block("results")

@@ -1,7 +1,7 @@
 """What padding does to a text encoder that pools the last position: a tiny random SigLIP, opened by
 sentence-transformers as it is, and as a model of this package.
 
-    python benchmarks/siglip_padding.py
+    python -m benchmarks.siglip_padding
 """
 
 import tempfile

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from benchmarks import bases
+from benchmarks.bases import build as bases
 from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.dual_encoders import FAMILIES
 
@@ -70,7 +70,7 @@ def test_an_embedding_depends_on_nothing_but_its_text(folder):
 
 @pytest.mark.slow
 def test_a_base_was_really_trained():
-    """Its English finds far more than chance among pictures that were held out; `benchmarks/bases_table.py` asks all,
+    """Its English finds far more than chance among pictures that were held out; `benchmarks/bases/table.py` asks all,
     which takes ten minutes."""
     record = bases.read_record(bases.base_folder("clip"))
     assert record["sum_recall"] > bases.FAR * record["chance"]

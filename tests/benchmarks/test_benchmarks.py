@@ -22,16 +22,16 @@ def test_operations_of_an_encoder_are_those_of_its_matrices():
     assert machine.encoder_operations(torch.tensor([length]), width, layers) == expected
 
 
-def test_sides_run_in_turns_and_a_failure_is_told(tmp_path):
-    script = tmp_path / "side.py"
-    script.write_text(
+def test_sides_run_in_turns_and_a_failure_is_told(tmp_path, monkeypatch):
+    (tmp_path / "side.py").write_text(
         "import json, sys\n"
         "assert sys.argv[2] != 'broken', 'it is broken'\n"
         "print('noise')\n"
         "print(json.dumps({'seconds': 2.0, 'peak_gb': 1.0}))\n"
     )
-    assert machine.in_turns(str(script), ["ours", "peer"]) == dict.fromkeys(
+    monkeypatch.chdir(tmp_path)
+    assert machine.in_turns("side", ["ours", "peer"]) == dict.fromkeys(
         ("ours", "peer"), {"seconds": 2.0, "peak_gb": 1.0}
     )
     with pytest.raises(RuntimeError, match="it is broken"):
-        machine.in_turns(str(script), ["broken"])
+        machine.in_turns("side", ["broken"])

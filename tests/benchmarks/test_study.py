@@ -14,14 +14,12 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import study as bench
-from benchmarks.study_statistics import group_hits, summary
+from benchmarks.study import runner, spec
+from benchmarks.study.statistics import group_hits, summary
 from modeling_nrccr.retrieval.bootstrap import sum_recall
 from modeling_nrccr.retrieval.metrics import RECALL_AT, compute_retrieval_metrics, retrieval_ranks
+from tests.support import ROOT
 from tests.training.test_train_example import encoders as encoders
-
-
-ROOT = Path(__file__).parents[2]
 
 
 def write_study(folder: Path, towers: Path) -> Path:
@@ -81,19 +79,20 @@ def write_study(folder: Path, towers: Path) -> Path:
 
 
 DRIVER = """
-import sys
 from pathlib import Path
-import study, train
-from test_train_example import Engine, toy_dataset
+from benchmarks.study import runner, spec
+from modeling_nrccr.training import experiment
+from tests.support import ROOT
+from tests.training.test_train_example import Engine, toy_dataset
 def toy(*args, **kwargs):
     dataset = toy_dataset()
     for split in ("validation", "test"):
         rows = dataset[split].remove_columns("source_caption")
         dataset[split] = rows.add_column("source_caption", dataset[split]["reference_source_caption"])
     return dataset, Engine()
-train.load_translated_dataset = toy
-study.RESULTS, study.WORK = Path({folder!r}) / "results", Path({folder!r}) / "work"
-study.work(study.Study(Path({path!r})))
+experiment.load_translated_dataset = toy
+spec.RESULTS, spec.WORK = Path({folder!r}) / "results", Path({folder!r}) / "work"
+runner.work(spec.Study(Path({path!r})))
 """
 
 
@@ -103,9 +102,9 @@ def finished(encoders, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("study")
     path = write_study(folder, encoders)
     driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), folder=str(folder), path=str(path)))
+    driver.write_text(DRIVER.format(folder=str(folder), path=str(path)))
     results = folder / "results/tiny"
-    command, environ = [sys.executable, str(driver)], os.environ | {"OMP_NUM_THREADS": "1"}
+    command, environ = [sys.executable, str(driver)], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(list(results.glob("*.json"))) < 2:
         assert process.poll() is None, "the study ended early"
@@ -120,9 +119,9 @@ def finished(encoders, tmp_path_factory):  # noqa: F811
 @pytest.mark.slow
 def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     folder, path, before = finished
-    monkeypatch.setattr(bench, "RESULTS", folder / "results")
-    monkeypatch.setattr(bench, "WORK", folder / "work")
-    study = bench.Study(path)
+    monkeypatch.setattr(spec, "RESULTS", folder / "results")
+    monkeypatch.setattr(spec, "WORK", folder / "work")
+    study = spec.Study(path)
     assert 2 <= len(before) < 20 and all(file.read_bytes() == content for file, content in before.items())
     runs = [*study.grid_runs(), *study.runs()]
     assert sorted(file.stem for file in study.results.glob("*.json")) == sorted(run.name for run in runs)
@@ -140,7 +139,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     assert first["test"]["english"] == teacher["english"] and first["test"]["target"] != teacher["target"]
     assert set(first["fusion"]) == {f"{share / 10:g}" for share in range(11)}
     # statistics come from the ranks that the metrics come from
-    from benchmarks.study_statistics import compare
+    from benchmarks.study.statistics import compare
 
     compare(study)
     report = json.loads((study.results / "summary.json").read_text())
@@ -156,7 +155,7 @@ def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     stored["settings"]["learning_rate"] = 5.0
     study.path(first).write_text(json.dumps(stored))
     with pytest.raises(ValueError, match="other settings.*delete it"):
-        bench.Runner(study).ensure(first)
+        runner.Runner(study).ensure(first)
 
 
 def frame(text: torch.Tensor, images: torch.Tensor, owner: torch.Tensor, groups: list[str]) -> pd.DataFrame:
@@ -200,14 +199,14 @@ def test_a_wrong_study_is_an_error_that_names_it(tmp_path, change, message):
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(loaded))
     with pytest.raises(ValueError, match=message):
-        bench.Study(path)
+        spec.Study(path)
 
 
 def test_pages_agree_with_the_committed_runs():
     from benchmarks.pages import block
-    from benchmarks.study_report import blocks
+    from benchmarks.study.report import blocks
 
     for path, content in blocks().items():
         text = path.read_text(encoding="utf-8")
         for name, generated in content.items():
-            assert generated in block(name).search(text)[0], f"{path.name}: run benchmarks/study_report.py"
+            assert generated in block(name).search(text)[0], f"{path.name}: run benchmarks/study/report.py"

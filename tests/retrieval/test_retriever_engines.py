@@ -245,7 +245,7 @@ def test_a_server_that_dies_during_an_insert_loses_nothing(server, monkeypatch):
 
 def test_the_documented_speed_is_the_measured_one():
     root = Path(__file__).parents[2]
-    from benchmarks.search_speed import table
+    from benchmarks.speed.search import table
 
     report = json.loads((root / "benchmarks/results/search.json").read_text())
     assert table(report) in (root / "docs/retriever.md").read_text()

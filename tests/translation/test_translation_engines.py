@@ -733,7 +733,7 @@ def test_bad_files_are_named(tmp_path, name, content, problem):
 
 
 def test_the_measured_speed_is_what_was_promised():
-    """Of the committed run; `benchmarks/translation_speed.py` writes it anew."""
+    """Of the committed run; `benchmarks/translation/speed.py` writes it anew."""
     path = Path(__file__).parents[2] / "docs/translation_speed.json"
     engines = json.loads(path.read_text(encoding="utf-8"))["engines"]
     assert engines["apertium"]["ratio"] >= 20 and engines["apertium"]["captions"] >= 200

@@ -380,7 +380,7 @@ def test_confidence_tells_good_from_bad_translations_of_a_real_engine(tmp_path):
 
 
 def test_the_page_agrees_with_its_json():
-    from benchmarks import translation_noise as benchmark
+    from benchmarks.translation import noise as benchmark
 
     report = json.loads((ROOT / "docs/translation.json").read_text(encoding="utf-8"))
     block = benchmark.BLOCK.search((ROOT / "docs/translation.md").read_text(encoding="utf-8"))

@@ -1,17 +1,14 @@
 """Writes the table of benchmarks/README.md from the JSON that the speed benchmarks wrote.
 
-python benchmarks/speed_report.py
+python -m benchmarks.speed.report
 """
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.pages import fill
 from modeling_nrccr.publishing.tables import markdown_table
-
-
-ROOT = Path(__file__).parent.parent
 
 
 RESULTS, PAGE = ROOT / "benchmarks/results/speed", ROOT / "benchmarks/README.md"

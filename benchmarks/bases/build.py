@@ -1,7 +1,7 @@
 """Trains the bench of bases: a small dual encoder of each family that languages are added to.
 
-    python benchmarks/bases.py            # all, about a minute each; they stay in the cache of the examples
-    python benchmarks/bases.py clip siglip
+    python -m benchmarks.bases.build            # all, about a minute each; they stay in the cache of the examples
+    python -m benchmarks.bases.build clip siglip
 
 An instrument for the plumbing, and no more: it shows that a family's own code, tokenizer and image processor go the
 whole way from captions to an answered query, and says nothing of how good real weights are. Each base is of its
@@ -43,7 +43,8 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks import bases_tokenizers as kinds
+from benchmarks import ROOT
+from benchmarks.bases import tokenizers as kinds
 from modeling_nrccr import NrccrModel, NrccrProcessor
 from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.heads import clip_loss
@@ -51,9 +52,6 @@ from modeling_nrccr.loading.wheels import cache_folder, new_folder
 from modeling_nrccr.processing_nrccr import to_rgb
 from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
 from modeling_nrccr.retrieval.metrics import chance_metrics, compute_retrieval_metrics
-
-
-ROOT = Path(__file__).parent.parent
 
 
 DATASET = "tuxpaint+cldr_emoji"

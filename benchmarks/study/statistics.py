@@ -58,7 +58,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 def compare(study):
     """Writes the study's `summary.json`: SumR by row, query, gallery, condition and language, and comparisons."""
-    from benchmarks.study import QUERIES
+    from benchmarks.study.spec import QUERIES
 
     bootstrap, runs = Bootstrap(study), defaultdict(list)
     for run in study.runs():

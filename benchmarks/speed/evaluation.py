@@ -1,7 +1,7 @@
 """Our metrics beside the bare similarity product, and beside `torchmetrics` and `ranx` where these can be run:
 
     pip install -c constraints.txt -e ".[benchmarks]"
-    python benchmarks/evaluation_speed.py --output benchmarks/results/speed/evaluation.json
+    python -m benchmarks.speed.evaluation --output benchmarks/results/speed/evaluation.json
 
 5,000 pictures x 25,000 captions (COCO's test), both directions, all metrics, fused queries too; CPU time, and memory
 above what the embeddings take. torchmetrics gets 1,000 captions of them, ranx 100: they take minutes and gigabytes for
@@ -20,9 +20,6 @@ import torch.nn.functional as F
 
 from benchmarks.machine import clock, device, in_turns, machine, peak_gigabytes
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 DIM = 512
@@ -122,7 +119,7 @@ def main():
     report = machine()
     report["versions"] |= {name: version(name) for name in FEW}
     sides = ["product", "metrics", "fused", *(f"{peer} metrics" for peer in FEW), *FEW]
-    found = in_turns(__file__, sides, args.rounds)
+    found = in_turns(__spec__.name, sides, args.rounds)
     report["evaluation"] = {
         "over_product": round(found["metrics"]["seconds"] / found["product"]["seconds"], 2),
         "fused_over_product": round(found["fused"]["seconds"] / found["product"]["seconds"], 2),
@@ -138,7 +135,7 @@ def main():
             "largest_difference": max(differences),
         }
     if args.large:
-        large = in_turns(__file__, ["large product", "large metrics"], 1)
+        large = in_turns(__spec__.name, ["large product", "large metrics"], 1)
         report["evaluation"]["large"] = {
             "over_product": round(large["large metrics"]["seconds"] / large["large product"]["seconds"], 2),
             "more_gb": round(large["large metrics"]["more_gb"], 2),

@@ -1,9 +1,9 @@
 """Checks the languages that were added to a base of the bench, in a process of its own, and prints JSON.
 
-    python benchmarks/bases_checks.py clip outputs/bases/clip
+    python -m benchmarks.bases.checks clip outputs/bases/clip
 
-The folder holds what `bases_table.py` made: `index` (of the held-out pictures, by the base alone), and a folder of
-add_language.py for each step. A check gives a number, or the first line of its error.
+The folder holds what `benchmarks/bases/table.py` made: `index` (of the held-out pictures, by the base alone), and a
+folder of `nrccr add-language` for each step. A check gives a number, or the first line of its error.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from sentence_transformers import SentenceTransformer
 from starlette.testclient import TestClient
 from transformers import AutoModel, AutoProcessor
 
-from benchmarks.bases import DATASET, base_folder, captioned, pictures_of_nrccr
+from benchmarks.bases.build import DATASET, base_folder, captioned, pictures_of_nrccr
 from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.export import onnx as export_onnx
@@ -30,9 +30,6 @@ from modeling_nrccr.retrieval import search
 from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
 from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
 from modeling_nrccr.serving import service as serve
-
-
-ROOT = Path(__file__).parent.parent
 
 
 SAMPLE = 48  # captions and pictures that are compared

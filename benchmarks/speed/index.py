@@ -1,6 +1,6 @@
-"""Indexing 5,000 small pictures by `index_gallery.py`, beside an older revision of this repository, in turns:
+"""Indexing 5,000 small pictures by `nrccr index`, beside an older revision of this repository, in turns:
 
-    python benchmarks/index_speed.py --before 16d10b6
+    python -m benchmarks.speed.index --before 16d10b6
 
 Prints the ratio of the best times: of a first run, and of a second one, which finds nothing new. The model is tiny and
 of random weights, so that the time is that of reading, hashing, decoding, writing and saving.
@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks import ROOT
 
-ROOT = Path(__file__).parent.parent
+
 MODEL = """
 import sys
 import torch
@@ -67,6 +68,13 @@ def run(tree: Path, arguments: list[str], cache: Path) -> np.ndarray:
     return np.array([time.perf_counter() - started, spent])
 
 
+def index_command(tree: Path, model: str, gallery: str, index: str) -> list[str]:
+    """Return the command that indexes a folder, as the revision in `tree` has it."""
+    if (script := tree / "examples/index_gallery.py").exists():
+        return [str(script), "--model", model, "--gallery", gallery, "--index", index]
+    return ["-m", "modeling_nrccr", "index", model, gallery, index]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("--before", required=True, help="the older revision, as git knows it")
@@ -82,9 +90,8 @@ def main():
         for number in range(args.rounds):
             for name, tree in (("before", work / "before"), ("now", ROOT)):
                 index = work / f"index {name} {number}"
-                script = [str(tree / "examples/index_gallery.py"), "--model", str(work / "model")]
+                command = index_command(tree, *map(str, (work / "model", work / "gallery", index)))
                 for kind in ("first", "second"):
-                    command = [*script, "--gallery", str(work / "gallery"), "--index", str(index)]
                     seconds.setdefault((kind, name), []).append(run(tree, command, work / "cache"))
     for kind in ("first", "second"):
         best = {name: np.min(seconds[kind, name], axis=0) for name in ("now", "before")}

@@ -1,7 +1,7 @@
 """How tokenizers read the languages of tuxpaint+cldr_emoji: the table of docs/languages.md, where the limits of
 `modeling_nrccr/tokenizer_coverage.py` come from. No picture is drawn.
 
-    python benchmarks/tokenizer_coverage.py --tokenizer all-MiniLM-L6-v2 --tokenizer multilingual-e5-small
+    python -m benchmarks.translation.tokenizer_coverage --tokenizer all-MiniLM-L6-v2 --tokenizer multilingual-e5-small
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The real Multi30K captions, all the way but the pictures: build, translate by Apertium, retrieve, train on text
-alone (English and its Galician translation), retrieve again. The translation's noise: translation_noise.py.
+alone (English and its Galician translation), retrieve again. The translation's noise: benchmarks/translation/noise.py.
 
-    python benchmarks/multi30k_text.py --data_dir ../shared/data/multi30k
+    python -m benchmarks.translation.multi30k_text --data_dir ../shared/data/multi30k
 
 Writes docs/multi30k_text.json and its tables into docs/datasets.md. Seeded.
 """
@@ -13,16 +13,13 @@ import platform
 import tempfile
 import time
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, set_seed
 
+from benchmarks import ROOT
 from benchmarks.pages import block, fill
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 BLOCK = block("multi30k_text")

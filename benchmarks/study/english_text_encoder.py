@@ -1,13 +1,13 @@
 """Adds four languages to a base that reads English alone, in each way that there is, and says what human queries find.
 
-    python benchmarks/english_text_encoder.py            # trains and tests; goes on where it was stopped
-    python benchmarks/english_text_encoder.py --page     # writes docs/english_text_encoders.md from what was run here
+    python -m benchmarks.study.english_text_encoder           # trains and tests; goes on where it was stopped
+    python -m benchmarks.study.english_text_encoder --page    # docs/english_text_encoders.md, from what was run here
 
 What was run is a line of benchmarks/results/english_text_encoder.jsonl; the draws that intervals over splits are made
 of lie beside the models, in outputs/english_text_encoder. A run that lacks them is run again.
 
 The base is real: all-MiniLM-L6-v2 and the demo's picture tower, trained by the recipe `english` on the
-English captions of real pictures. Each row is a run of `examples/add_language.py`, all four languages in one adapter.
+English captions of real pictures. Each row is a run of `nrccr add-language`, all four languages in one adapter.
 """
 
 import argparse
@@ -17,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import ROOT
 from benchmarks.machine import machine
 from benchmarks.pages import fill
 from modeling_nrccr.files import write_file
 from modeling_nrccr.retrieval.bootstrap import interval
-
-
-ROOT = Path(__file__).parent.parent
 
 
 DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (100, 101, 102)

@@ -1,6 +1,6 @@
 """Translations per second against a plain loop over the same engine, one caption a call, in one run:
 
-    python benchmarks/translation_speed.py --model FOLDER_OF_A_SEQ2SEQ_MODEL
+    python -m benchmarks.translation.speed --model FOLDER_OF_A_SEQ2SEQ_MODEL
 
 Captions are the English ones of Tux Paint's stamps, all distinct; Debian packages are fetched. Without `--model`, the
 engines are Apertium and the dictionary. Loop and batches take turns; the best round of each counts, since a busy
@@ -18,10 +18,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 RESULT = ROOT / "docs/translation_speed.json"

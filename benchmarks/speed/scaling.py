@@ -1,7 +1,7 @@
 """How cost grows: seconds of encoding by captions, pictures, tokens of a caption and processes, with the slope of each
 on logarithmic axes (1: linear), and what they say of 10 million pictures and 100 million captions:
 
-    python benchmarks/scaling.py --output benchmarks/results/speed/scaling.json
+    python -m benchmarks.speed.scaling --output benchmarks/results/speed/scaling.json
 """
 
 import argparse
@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.machine import machine, peak_gigabytes
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 CAPTIONS, PICTURES, TOKENS, PROCESSES = (
@@ -55,7 +53,7 @@ def slope(points: dict[int, float]) -> float:
 
 
 def measure(folder: Path) -> dict[str, dict[int, float]]:
-    from benchmarks.multi30k_text import text_model
+    from benchmarks.translation.multi30k_text import text_model
     from modeling_nrccr import encode_images, encode_texts
     from modeling_nrccr.data.load import load_caption_dataset
     from modeling_nrccr.loading.encoders import find_encoder
@@ -81,24 +79,10 @@ def measure(folder: Path) -> dict[str, dict[int, float]]:
         found["pictures"][count] = seconds(lambda count=count: encode_images(model, files[:count], processor))
     for processes in PROCESSES:
         index = folder.parent / f"index{processes}"
-        command = [
-            "torchrun",
-            "--nproc_per_node",
-            str(processes),
-            str(ROOT / "examples/index_gallery.py"),
-            "--model",
-            str(ROOT / "outputs/demo"),
-            "--gallery",
-            str(folder),
-            "--index",
-            str(index),
-        ]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        command = [*launcher, "-m", "modeling_nrccr", "index", str(ROOT / "outputs/demo"), str(folder), str(index)]
         start = time.perf_counter()
-        program, *rest = command
-        environ = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [str(Path(sys.executable).parent / program), *rest], env=environ, check=True, capture_output=True
-        )
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True)
         found["processes"][processes] = time.perf_counter() - start
     return found
 

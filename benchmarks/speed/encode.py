@@ -1,7 +1,7 @@
 """Embeddings of 2,000 captions beside sentence-transformers' `encode`, and of 2,000 pictures beside a DataLoader over
 `AutoModel`, same weights, same results:
 
-    python benchmarks/encode_speed.py --captions ../shared/data/multi30k --output benchmarks/results/speed/encode.json
+    python -m benchmarks.speed.encode --captions ../shared/data/multi30k --output benchmarks/results/speed/encode.json
 
 Captions: the first training captions of Multi30K in four languages. Pictures: stamps and emoji as PNG files. On an
 accelerator: `--bf16`, of both sides, and `--count 8000`; `--folder` keeps what was prepared for a machine without
@@ -29,9 +29,6 @@ from benchmarks.machine import (
     rates,
 )
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 LANGUAGES = ("en", "de", "fr", "cs")
@@ -80,7 +77,7 @@ def prepare_pictures(count: int, folder: Path):
 
 
 def prepare_models(folder: Path):
-    from benchmarks.multi30k_text import text_model
+    from benchmarks.translation.multi30k_text import text_model
     from modeling_nrccr.loading.encoders import find_encoder
 
     for name, (model, processor) in (
@@ -222,7 +219,7 @@ def run_side(side: str, folder: Path, dtype: torch.dtype):
 
 def compare(sides: list[str], folder: Path, rounds: int, bf16: bool) -> dict:
     ours, *peers = sides
-    found = in_turns(__file__, sides, rounds, ("--folder", str(folder), *(["--bf16"] if bf16 else [])))
+    found = in_turns(__spec__.name, sides, rounds, ("--folder", str(folder), *(["--bf16"] if bf16 else [])))
     peer = min(peers, key=lambda side: found[side]["seconds"])
     embeds = [torch.load(folder / f"{side}.pt", weights_only=True) for side in (ours, peer)]
     return {

@@ -1,6 +1,6 @@
 """Search in faiss galleries of up to a million embeddings: recall, time, memory, and what our search adds to faiss's:
 
-    python benchmarks/search_speed.py --output benchmarks/results/search.json
+    python -m benchmarks.speed.search --output benchmarks/results/search.json
 
 The embeddings are drawn, not encoded: 512 numbers, a cluster for every 100 rows, each row a cluster's centre plus
 noise that is `--noise` times as long (1: a cosine of 0.5 within a cluster; 2: 0.2, hardly above the best of others);
@@ -26,9 +26,6 @@ import torch
 
 from modeling_nrccr import NrccrRetriever
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 DIM, ROWS_A_CLUSTER, K = 512, 100, 10
@@ -150,7 +147,7 @@ def main(argv: list[str] | None = None):
     for rows, noise in itertools.product(args.rows, args.noise):
         settings = {name: getattr(args, name) for name in ("queries", "nprobe", "threads")}
         settings |= {"rows": rows, "noise": noise, "output": "-"}
-        command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in settings.items())]
+        command = [sys.executable, "-m", __spec__.name, *(f"--{name}={value}" for name, value in settings.items())]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(json.dumps(results[-1]), flush=True)

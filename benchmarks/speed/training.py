@@ -1,6 +1,6 @@
 """A training step beside the stock Trainer, and a large contrastive batch beside sentence-transformers:
 
-    python benchmarks/training_speed.py --output benchmarks/results/speed/training.json
+    python -m benchmarks.speed.training --output benchmarks/results/speed/training.json
 
 `step`: a BERT of mBERT's size (12 layers, vocabulary 119,547, random weights), top 9 layers trained, 128 captions in
 three views of 10 to 22 tokens, 2048-d features, dropout 0. Stock: `AutoModel` under `Trainer`, dynamic padding, a pass
@@ -28,9 +28,6 @@ from benchmarks.machine import (
     rates,
 )
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 VIEWS = ("", "target_", "back_translation_")
@@ -207,7 +204,7 @@ def contrast_side(kind: str, texts: Path) -> dict:
 
     encoder, (sources, targets) = find_encoder("multilingual-e5-small"), json.loads(texts.read_text())
     if kind == "cached":
-        from benchmarks.multi30k_text import text_model
+        from benchmarks.translation.multi30k_text import text_model
         from modeling_nrccr import NrccrLoss
 
         model, processor = text_model(encoder)
@@ -288,7 +285,9 @@ def main():
         return print(json.dumps(contrast_side(args.side, args.texts)))
     report = machine() | {"batch": args.batch, "matmul_gflop_s": round(matmul_rate(WIDTH) / 1e9, 1)}
     if args.only in (None, "step"):
-        found = in_turns(__file__, STEP_SIDES, args.rounds, ("--steps", str(args.steps), "--batch", str(args.batch)))
+        found = in_turns(
+            __spec__.name, STEP_SIDES, args.rounds, ("--steps", str(args.steps), "--batch", str(args.batch))
+        )
         report["step"] = {side: ratios(found, side, "stock") for side in STEP_SIDES if side != "stock"} | {
             "sides": found
         }
@@ -299,7 +298,7 @@ def main():
             texts = args.texts or Path(scratch, "pairs.json")
             if not texts.exists():
                 texts.write_text(json.dumps(pairs()))
-            found = in_turns(__file__, CONTRAST_SIDES, args.rounds, ("--texts", str(texts)))
+            found = in_turns(__spec__.name, CONTRAST_SIDES, args.rounds, ("--texts", str(texts)))
         peer = min(CONTRAST_SIDES[1:], key=lambda side: found[side]["seconds"])
         report["contrast"] = ratios(found, "cached", peer) | {"sides": found}
     print(json.dumps(report, indent=1))

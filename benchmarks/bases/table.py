@@ -1,10 +1,10 @@
 """Walks the whole path on each base of the bench, from captions to an answered query, and writes docs/bases.md.
 
-    python benchmarks/bases_table.py                       # all of it; goes on where it was stopped
-    python benchmarks/bases_table.py clip siglip --steps linear lora --report bases.json
+    python -m benchmarks.bases.table                       # all of it; goes on where it was stopped
+    python -m benchmarks.bases.table clip siglip --steps linear lora --report bases.json
 
-Each step is a run of `examples/add_language.py`; before the first one the base indexes the held-out pictures by
-`examples/index_gallery.py`. Then a process of its own (`bases_checks.py`) opens what was written and checks it.
+Each step is a run of `nrccr add-language`; before the first one the base indexes the held-out pictures by `nrccr
+index`. Then a process of its own (`benchmarks/bases/checks.py`) opens what was written and checks it.
 """
 
 import argparse
@@ -19,14 +19,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bases import DATASET, NAMES, base_folder, captioned, pictures_of_nrccr, read_record
+from benchmarks import ROOT
+from benchmarks.bases.build import DATASET, NAMES, base_folder, captioned, pictures_of_nrccr, read_record
 from benchmarks.machine import machine
 from benchmarks.pages import fill
 from modeling_nrccr.files import write_file
 from modeling_nrccr.publishing.tables import markdown_table
-
-
-ROOT = Path(__file__).parent.parent
 
 
 WORK, PAGE, REPORT = ROOT / "outputs/bases", ROOT / "docs/bases.md", ROOT / "docs/bases.json"
@@ -138,7 +136,7 @@ def walk(name: str, steps: Sequence[str]) -> dict:
             seconds[step] = {"seconds": round(time.perf_counter() - start)}
         print(f"{name}, {step}: {errors.get(step) or 'trained'}", flush=True)
     if whole := [step for step in steps if not errors.get(step)]:
-        command = [sys.executable, str(ROOT / "benchmarks/bases_checks.py"), name, str(work), *whole]
+        command = [sys.executable, "-m", "benchmarks.bases.checks", name, str(work), *whole]
         with (work / "checks.log").open("w", encoding="utf-8") as log:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True)
         if done.returncode:

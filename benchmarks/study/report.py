@@ -1,6 +1,6 @@
 """Writes docs/study.md (its generated blocks), its figures, and README's results, from the JSON of the studies alone.
 
-    python benchmarks/study_report.py
+    python -m benchmarks.study.report
 
 Text outside the blocks is written by hand and stays.
 """
@@ -9,12 +9,10 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks import ROOT
 from benchmarks.pages import fill
-from benchmarks.study import QUERIES, Study
+from benchmarks.study.spec import QUERIES, Study
 from modeling_nrccr.publishing.tables import markdown_table
-
-
-ROOT = Path(__file__).parent.parent
 
 
 STUDIES = ROOT / "benchmarks/studies"
@@ -241,8 +239,8 @@ def quality_table(recommended: Study, czech: Study) -> str:
 
 
 def text_table() -> str:
-    """Text-to-text retrieval of Multi30K's human captions (`multi30k_text.py`), before and after training on English
-    and Galician machine translation."""
+    """Return text-to-text retrieval of Multi30K's human captions (`benchmarks/translation/multi30k_text.py`), before
+    and after training on English and Galician machine translation."""
     report = json.loads((ROOT / "docs/multi30k_text.json").read_text(encoding="utf-8"))
     lines = []
     for pair, before in report["retrieval"].items():

@@ -1,6 +1,6 @@
 """Measures the noise of the engines known here, and how far `translation_confidence` tells it:
 
-    python benchmarks/translation_noise.py --multi30k ../shared/data/multi30k
+    python -m benchmarks.translation.noise --multi30k ../shared/data/multi30k
 
 Writes docs/translation.json and its tables into docs/translation.md. `--rows` measures some rows again and keeps the
 others; `--tables` writes the tables alone. What is not to be had here (an engine, Multi30K) is left out, and said so.
@@ -14,15 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks import ROOT
 from benchmarks.pages import block, fill
 from modeling_nrccr.files import write_file
-
-
-ROOT = Path(__file__).parent.parent
 
 
 PAGE, REPORT = ROOT / "docs/translation.md", ROOT / "docs/translation.json"
@@ -168,7 +165,7 @@ def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_e
 
 def embed(texts: list[str]):
     """By a frozen encoder, of shape `(len(texts), hidden_size)`, L2-normalised."""
-    from benchmarks.multi30k_text import text_model
+    from benchmarks.translation.multi30k_text import text_model
     from modeling_nrccr.loading.encoders import find_encoder
     from modeling_nrccr.retrieval.encoding import encode_texts
 

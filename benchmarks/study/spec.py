@@ -1,0 +1,156 @@
+"""What a study runs: its YAML file, rows, and runs."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from benchmarks import ROOT
+
+
+RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
+
+
+FOLDERS = {"extends", "base", "teacher", "output_dir", "train_language", "baselines", "search_page"}
+
+
+QUERIES = ("target", "translated", "fused", "english")
+
+
+@dataclass
+class Row:
+    """A line of the table: what is trained, over the study's settings.
+
+    Args:
+        label: Its name in tables.
+        recipe: A file of modeling_nrccr/recipes: its own settings come before the row's; the folders of models
+            that it names are left to `start_from` and `teacher`.
+        teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
+        new_text_side: From `start_from` the visual side alone is taken.
+        adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
+        rival: Trained in its place: a function of examples/rivals.py.
+        english_text_only: English captions stand where the target captions would, in training.
+        learns_from: Languages, each with its translators, whose training captions stand where the target language's
+            would, as many of each: transfer, or where the target language is one of them, several at once.
+        one_to_k: All the captions of a picture come in one batch (CCRK), which then has so many pictures.
+        trained_in: The only language that is trained in: in others the model of that run is asked.
+        tuned_as: The row whose point of the grid is taken; the row's own settings win over it.
+        conditions, seeds, languages: Its own, where they are fewer than the study's.
+        listed: False keeps it out of tables: it serves other rows.
+    """
+
+    label: str
+    settings: dict = field(default_factory=dict)
+    recipe: str | None = None
+    teacher: str | None = None
+    start_from: str | None = None
+    new_text_side: bool = False
+    adapter: bool = False
+    rival: str | None = None
+    english_text_only: bool = False
+    learns_from: dict[str, str] | None = None
+    one_to_k: bool = False
+    trained_in: str | None = None
+    tuned_as: str | None = None
+    conditions: list[str] | None = None
+    seeds: list[int] | None = None
+    languages: list[str] | None = None
+    listed: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    condition: str
+    language: str
+    split_seed: int
+    seed: int
+    row: str
+    point: int | None = None  # of the grid; None: the chosen one
+
+    @property
+    def name(self) -> str:
+        parts = [self.condition, self.language, f"split{self.split_seed}", f"seed{self.seed}", self.row]
+        return "-".join(part for part in parts if part) + ("" if self.point is None else f"-grid{self.point}")
+
+
+class Study:
+    """A YAML file of `benchmarks/studies/`. Raises ValueError for a key or a row that nobody knows. `consistency`:
+    languages whose ranks of the same pictures are compared (`mean_rank_variance`)."""
+
+    KEYS = {"config", "conditions", "languages", "split_seeds", "seeds", "settings", "grid", "rows", "comparisons"}
+    OPTIONAL = {"consistency"}
+
+    def __init__(self, path: Path):
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if wrong := (set(loaded) - self.OPTIONAL) ^ self.KEYS:
+            raise ValueError(f"{path}: keys missing or unknown: {', '.join(sorted(wrong))}")
+        self.name = path.stem
+        self.config, self.conditions, self.settings = loaded["config"], loaded["conditions"], loaded["settings"]
+        self.languages, self.split_seeds, self.seeds = loaded["languages"], loaded["split_seeds"], loaded["seeds"]
+        self.grid, self.comparisons = loaded["grid"], [tuple(pair) for pair in loaded["comparisons"]]
+        self.consistency = loaded.get("consistency", [])
+        known = {f.name for f in fields(Row)}
+        for name, row in loaded["rows"].items():
+            if unknown := set(row) - known:
+                raise ValueError(f"{path}, row {name}: unknown keys {', '.join(sorted(unknown))}")
+        self.rows = {name: Row(**row) for name, row in loaded["rows"].items()}
+        for row in self.rows.values():
+            if row.recipe:
+                own = yaml.safe_load((ROOT / "modeling_nrccr/recipes" / row.recipe).read_text(encoding="utf-8"))
+                row.settings = {key: value for key, value in own.items() if key not in FOLDERS} | row.settings
+        named = {name for row in self.rows.values() for name in (row.teacher, row.start_from, row.tuned_as)} - {None}
+        named |= {side.split(":")[0] for pair in self.comparisons for side in pair}
+        if unknown := named - self.rows.keys():
+            raise ValueError(f"{path}: rows that there are not: {', '.join(sorted(unknown))}")
+
+    @property
+    def results(self) -> Path:
+        return RESULTS / self.name
+
+    @property
+    def work(self) -> Path:
+        return WORK / self.name
+
+    def grid_runs(self) -> Iterator[Run]:
+        """Hyper-parameters are chosen once, for each row, at the first condition, language, split seed and seed."""
+        for name, row in self.rows.items():
+            if row.tuned_as is None:
+                yield from self.grid_runs_of(name)
+
+    def grid_runs_of(self, row: str) -> list[Run]:
+        if len(self.grid) == 1:
+            return []
+        language = self.rows[row].trained_in or self.languages[0]
+        first = (next(iter(self.conditions)), language, self.split_seeds[0], self.seeds[0])
+        return [Run(*first, self.rows[row].tuned_as or row, point) for point in range(len(self.grid))]
+
+    def runs(self) -> Iterator[Run]:
+        for name, row in self.rows.items():
+            seeds = self.seeds if row.seeds is None else row.seeds
+            languages = self.languages if row.languages is None else row.languages
+            conditions = self.conditions if row.conditions is None else row.conditions
+            for place in itertools.product(conditions, languages, self.split_seeds, seeds):
+                yield Run(*place, name)
+
+    def path(self, run: Run) -> Path:
+        return self.results / f"{run.name}.json"
+
+    def load(self, run: Run) -> dict:
+        return json.loads(self.path(run).read_text(encoding="utf-8"))
+
+    def chosen(self, row: str) -> int:
+        """The point of the grid with the best SumR on validation; its grid runs must be there."""
+        runs = self.grid_runs_of(row)
+        return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"], default=0)
+
+    def run_settings(self, run: Run) -> dict:
+        """What the run changes in the study's `config`; a value may be a mapping, by language."""
+        row = self.rows[run.row]
+        point = self.grid[self.chosen(run.row) if run.point is None else run.point]
+        adapter = {"train_language": row.trained_in or run.language} if row.adapter else {}
+        own = adapter | {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
+        settings = self.settings | point | row.settings | self.conditions[run.condition] | own
+        return {key: value[run.language] if isinstance(value, dict) else value for key, value in settings.items()}
