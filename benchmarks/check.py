@@ -7,16 +7,15 @@ all the same, and are to be measured and committed there first.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.machine import SPEED, load_report, on_device
 
-HERE = Path(__file__).parent
-COMMITTED = HERE / "results/speed"
+
 RATIOS = ("ratio", "memory_ratio", "over_product", "over_floor")  # of each, less is better
 TOLERANCE = 1.2
 
@@ -51,14 +50,14 @@ def main():
         if args.only not in (None, name):
             continue
         with tempfile.TemporaryDirectory() as scratch:
-            output = Path(scratch, "report.json")
+            output = Path(scratch, "report.jsonl")
             command = [sys.executable, "-m", f"benchmarks.speed.{name}", "--output", str(output)]
             if name == "encode" and args.captions:
                 command += ["--captions", args.captions]
             subprocess.run(command, check=True)
-            committed = json.loads((COMMITTED / f"{name}.json").read_text(encoding="utf-8"))
+            committed, measured = (load_report(path, on_device(name)) for path in (SPEED, output))
             committed.get("evaluation", {}).pop("large", None)  # takes too long for a check
-            complaints += [f"{name}: {line}" for line in worse(committed, json.loads(output.read_text()))]
+            complaints += [f"{name}: {line}" for line in worse(committed, measured)]
     if complaints:
         sys.exit("slower than committed:\n" + "\n".join(complaints))
     print("no ratio is more than 20 % worse than the committed one")

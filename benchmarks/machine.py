@@ -13,6 +13,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import records
+
+
+SPEED = records.RESULTS / "speed.jsonl"
+
 
 def device() -> torch.device:
     """The accelerator, where there is one; else the CPU."""
@@ -88,6 +93,23 @@ def machine() -> dict:
         "versions": {name: version(name) for name in ("torch", "transformers", "sentence-transformers")},
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def save_report(path: str | Path, name: str, report: dict):
+    """Write a report as a line of a file; what an accelerator gave stays apart from what a CPU did."""
+    records.put(Path(path), {"report": on_device(name)} | report, ("report",))
+
+
+def load_report(path: Path, name: str) -> dict:
+    """Return the report of that name. Raises LookupError where there is none."""
+    for record in records.read(path):
+        if record["report"] == name:
+            return {key: value for key, value in record.items() if key != "report"}
+    raise LookupError(f"{path} has no report {name!r}")
+
+
+def on_device(name: str) -> str:
+    return name if device().type == "cpu" else f"gpu {name}"
 
 
 def peak_gigabytes() -> float:

@@ -1,7 +1,7 @@
 """Embeddings of 2,000 captions beside sentence-transformers' `encode`, and of 2,000 pictures beside a DataLoader over
 `AutoModel`, same weights, same results:
 
-    python -m benchmarks.speed.encode --captions ../shared/data/multi30k --output benchmarks/results/speed/encode.json
+    python -m benchmarks.speed.encode --captions ../shared/data/multi30k --output benchmarks/results/speed.jsonl
 
 Captions: the first training captions of Multi30K in four languages. Pictures: stamps and emoji as PNG files. On an
 accelerator: `--bf16`, of both sides, and `--count 8000`; `--folder` keeps what was prepared for a machine without
@@ -27,8 +27,8 @@ from benchmarks.machine import (
     matmul_rate,
     peak_gigabytes,
     rates,
+    save_report,
 )
-from modeling_nrccr.files import write_file
 
 
 LANGUAGES = ("en", "de", "fr", "cs")
@@ -240,7 +240,7 @@ def main():
     parser.add_argument("--only", choices=("captions", "pictures"))
     parser.add_argument("--bf16", action="store_true", help="of both sides")
     parser.add_argument("--folder", type=Path, help="of what is encoded; prepared where it is not there, and kept")
-    parser.add_argument("--output", help="JSON")
+    parser.add_argument("--output", help="file of JSON lines that gets the report")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     dtype = torch.bfloat16 if args.bf16 else torch.float32
@@ -259,8 +259,7 @@ def main():
                 report[name] = compare(sides, folder, args.rounds, args.bf16)
     print(json.dumps(report, indent=1))
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.output, json.dumps(report, indent=1) + "\n")
+        save_report(args.output, "encode", report)
 
 
 if __name__ == "__main__":

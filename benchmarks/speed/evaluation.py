@@ -1,7 +1,7 @@
 """Our metrics beside the bare similarity product, and beside `torchmetrics` and `ranx` where these can be run:
 
     pip install -c constraints.txt -e ".[benchmarks]"
-    python -m benchmarks.speed.evaluation --output benchmarks/results/speed/evaluation.json
+    python -m benchmarks.speed.evaluation --output benchmarks/results/speed.jsonl
 
 5,000 pictures x 25,000 captions (COCO's test), both directions, all metrics, fused queries too; CPU time, and memory
 above what the embeddings take. torchmetrics gets 1,000 captions of them, ranx 100: they take minutes and gigabytes for
@@ -13,13 +13,11 @@ import json
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.machine import clock, device, in_turns, machine, peak_gigabytes
-from modeling_nrccr.files import write_file
+from benchmarks.machine import clock, device, in_turns, machine, peak_gigabytes, save_report
 
 
 DIM = 512
@@ -110,7 +108,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true")
-    parser.add_argument("--output", help="JSON")
+    parser.add_argument("--output", help="file of JSON lines that gets the report")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -144,8 +142,7 @@ def main():
     report["evaluation"]["sides"] = found
     print(json.dumps(report["evaluation"], indent=1))
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.output, json.dumps(report, indent=1) + "\n")
+        save_report(args.output, "evaluation", report)
 
 
 if __name__ == "__main__":

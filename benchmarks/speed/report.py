@@ -1,22 +1,22 @@
-"""Writes the table of benchmarks/README.md from the JSON that the speed benchmarks wrote.
+"""Writes the table of benchmarks/README.md from the lines that the speed benchmarks wrote.
 
 python -m benchmarks.speed.report
 """
 
-import json
 from collections.abc import Iterator
 
 from benchmarks import ROOT
+from benchmarks.machine import SPEED, load_report
 from benchmarks.pages import fill
 from modeling_nrccr.publishing.tables import markdown_table
 
 
-RESULTS, PAGE = ROOT / "benchmarks/results/speed", ROOT / "benchmarks/README.md"
+PAGE = ROOT / "benchmarks/README.md"
 
 
 def gpu_table() -> str:
     """What a lent GPU gave; its scripts are those of the CPU."""
-    encode, training = load("gpu/encode"), load("gpu/training")
+    encode, training = load("gpu encode"), load("gpu training")
     captions, pictures, step = encode["captions"], encode["pictures"], training["step"]
     sides = step["sides"]
     ours = captions["sides"]["captions"], pictures["sides"]["pictures"]
@@ -60,7 +60,7 @@ def gpu_table() -> str:
 
 
 def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return load_report(SPEED, name)
 
 
 def seconds(report: dict, ours: str, peer: str) -> str:

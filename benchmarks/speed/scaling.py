@@ -1,7 +1,7 @@
 """How cost grows: seconds of encoding by captions, pictures, tokens of a caption and processes, with the slope of each
 on logarithmic axes (1: linear), and what they say of 10 million pictures and 100 million captions:
 
-    python -m benchmarks.speed.scaling --output benchmarks/results/speed/scaling.json
+    python -m benchmarks.speed.scaling
 """
 
 import argparse
@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import ROOT
-from benchmarks.machine import machine, peak_gigabytes
-from modeling_nrccr.files import write_file
+from benchmarks.machine import SPEED, machine, peak_gigabytes, save_report
 
 
 CAPTIONS, PICTURES, TOKENS, PROCESSES = (
@@ -119,9 +118,7 @@ def figure(found: dict[str, dict[int, float]], path: Path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
-    parser.add_argument(
-        "--output", default=str(ROOT / "benchmarks/results/speed/scaling.json"), help="JSON; beside it a PNG"
-    )
+    parser.add_argument("--output", type=Path, default=SPEED, help="file of JSON lines; beside it scaling.png")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "pictures")
@@ -135,8 +132,8 @@ def main():
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(report, indent=1))
-    write_file(args.output, json.dumps(report, indent=1) + "\n")
-    figure(found, Path(args.output).with_suffix(".png"))
+    save_report(args.output, "scaling", report)
+    figure(found, args.output.with_name("scaling.png"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Search in faiss galleries of up to a million embeddings: recall, time, memory, and what our search adds to faiss's:
 
-    python -m benchmarks.speed.search --output benchmarks/results/search.json
+    python -m benchmarks.speed.search
 
 The embeddings are drawn, not encoded: 512 numbers, a cluster for every 100 rows, each row a cluster's centre plus
 noise that is `--noise` times as long (1: a cosine of 0.5 within a cluster; 2: 0.2, hardly above the best of others);
@@ -24,8 +24,8 @@ import numpy as np
 import psutil
 import torch
 
+from benchmarks.machine import SPEED, save_report
 from modeling_nrccr import NrccrRetriever
-from modeling_nrccr.files import write_file
 
 
 DIM, ROWS_A_CLUSTER, K = 512, 100, 10
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--nprobe", type=int, default=64, help="lists looked through, above 100,000 rows")
     parser.add_argument("--noise", type=float, nargs="+", default=[1.0, 2.0], help="of a centre's length")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", default="benchmarks/results/search.json", help='"-" prints one size')
+    parser.add_argument("--output", default=str(SPEED), help='"-" prints one size')
     args = parser.parse_args(argv)
     if args.output == "-":
         print(json.dumps(measure(args.rows[0], args.queries, args.nprobe, args.noise[0], args.threads)))
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None):
         },
         "results": results,
     }
-    write_file(args.output, json.dumps(report, indent=1) + "\n")
+    save_report(args.output, "search", report)
     print(table(report))
 
 

@@ -1,6 +1,6 @@
 """A training step beside the stock Trainer, and a large contrastive batch beside sentence-transformers:
 
-    python -m benchmarks.speed.training --output benchmarks/results/speed/training.json
+    python -m benchmarks.speed.training --output benchmarks/results/speed.jsonl
 
 `step`: a BERT of mBERT's size (12 layers, vocabulary 119,547, random weights), top 9 layers trained, 128 captions in
 three views of 10 to 22 tokens, 2048-d features, dropout 0. Stock: `AutoModel` under `Trainer`, dynamic padding, a pass
@@ -26,8 +26,8 @@ from benchmarks.machine import (
     matmul_rate,
     peak_gigabytes,
     rates,
+    save_report,
 )
-from modeling_nrccr.files import write_file
 
 
 VIEWS = ("", "target_", "back_translation_")
@@ -271,7 +271,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":\n")[0])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", choices=("step", "contrast"))
-    parser.add_argument("--output", help="JSON")
+    parser.add_argument("--output", help="file of JSON lines that gets the report")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=128, help="captions of a step, in three views each")
     parser.add_argument(
@@ -303,8 +303,7 @@ def main():
         report["contrast"] = ratios(found, "cached", peer) | {"sides": found}
     print(json.dumps(report, indent=1))
     if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.output, json.dumps(report, indent=1) + "\n")
+        save_report(args.output, "training", report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
 from benchmarks.machine import machine
 from benchmarks.pages import fill
 from modeling_nrccr.files import write_file
@@ -27,7 +27,7 @@ from modeling_nrccr.retrieval.bootstrap import interval
 DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (100, 101, 102)
 NAMES = {"gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech"}
 WORK = ROOT / "outputs/english_text_encoder"
-RESULTS, PAGE = ROOT / "benchmarks/results/english_text_encoder.jsonl", ROOT / "docs/english_text_encoders.md"
+RESULTS, PAGE = records.RESULTS / "english_text_encoder.jsonl", ROOT / "docs/english_text_encoders.md"
 CONFIGS = ROOT / "modeling_nrccr/recipes"
 ENGINES = (
     "gl=apertium,apertium+es+apertium;ca=apertium,apertium+es+apertium;es=apertium,apertium+ca+apertium;cs=dictionary"
@@ -215,13 +215,14 @@ def main():
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
     args = parser.parse_args()
-    results = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    results = [result for result in results if (WORK / f"{result['row']}-{result['split_seed']}.npz").exists()]
+    results = [
+        result for result in records.read(RESULTS) if (WORK / f"{result['row']}-{result['split_seed']}.npz").exists()
+    ]
     for row in () if args.page else args.rows:
         for split in args.splits:
             if not any((result["row"], result["split_seed"]) == (row, split) for result in results):
                 results.append(run(row, split))
-                write_file(RESULTS, "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results))
+                records.put(RESULTS, results[-1], ("row", "split_seed"))
     write_page(results)
 
 

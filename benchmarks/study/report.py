@@ -37,10 +37,6 @@ LANGUAGES = {
 }
 
 
-def summary(study: Study) -> dict:
-    return json.loads((study.results / "summary.json").read_text(encoding="utf-8"))
-
-
 def interval(value: dict) -> str:
     return f"{value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}]"
 
@@ -146,7 +142,7 @@ def settings_table(study: Study) -> str:
 
 
 def tables(study: Study) -> str:
-    report, parts = summary(study), []
+    report, parts = study.summary(), []
     galleries = list(dict.fromkeys(row["gallery"] for row in report["rows"]))
     for condition in study.conditions:
         for language in study.languages:
@@ -160,7 +156,7 @@ def tables(study: Study) -> str:
 
 def compact_tables(study: Study) -> str:
     """Of a study with many rows: all pictures alone."""
-    report, condition, language = summary(study), next(iter(study.conditions)), study.languages[0]
+    report, condition, language = study.summary(), next(iter(study.conditions)), study.languages[0]
     return "\n".join(
         [
             rows_table(study, report, "all", condition, language),
@@ -178,7 +174,7 @@ def cell(report: dict, **place) -> str:
 def together_tables(study: Study) -> str:
     """Several languages at once: those that are learned, with their mean, the worst and the variance of ranks; those
     that are not; and differences of each."""
-    report, learned, parts = summary(study), study.consistency, []
+    report, learned, parts = study.summary(), study.consistency, []
     others = [language for language in study.languages if language not in learned]
 
     def means(row: str, languages: list[str]) -> list[float]:
@@ -225,7 +221,7 @@ def quality_table(recommended: Study, czech: Study) -> str:
     ]
     lines = []
     for language, engine, study, row in engines:
-        rows = summary(study)["rows"]
+        rows = study.summary()["rows"]
         low, reached, high = (
             find(rows, language=language, gallery="all", query="target", row=name)[0]["mean"]
             for name in ("english_only", row, "human")
@@ -255,7 +251,7 @@ def text_table() -> str:
 
 def curves_table(study: Study) -> str:
     """SumR of human target queries by condition, for a study whose conditions are rates of noise."""
-    report, (language,) = summary(study), study.languages
+    report, (language,) = study.summary(), study.languages
     lines = []
     for row, spec in study.rows.items():
         place = {"language": language, "row": row, "gallery": "all", "query": "target"}
@@ -267,7 +263,7 @@ def curves_table(study: Study) -> str:
 def asked_lines(study: Study, asked: tuple[tuple[str, str, str], ...], columns: list[dict]) -> list[list[str]]:
     """README's lines, each a label, a row and a query, with an interval for each of `columns`: its language and
     gallery."""
-    report, condition = summary(study), next(iter(study.conditions))
+    report, condition = study.summary(), next(iter(study.conditions))
     lines = []
     for label, row, query in asked:
         place = {"condition": condition, "row": row, "query": query}
@@ -339,7 +335,7 @@ def figures():
         plt.close(figure)
 
     study = Study(STUDIES / "real.yaml")
-    report, language = summary(study), study.languages[0]
+    report, language = study.summary(), study.languages[0]
     name, place = LANGUAGES[language], {"condition": next(iter(study.conditions)), "language": language}
     figure, axes = plt.subplots(figsize=(8, 0.55 * len(study.rows) + 1.2))
     styles = {"target": ("o", "#0b6e99"), "fused": ("D", "#b3541e"), "translated": ("s", "#8a8a8a")}
@@ -359,7 +355,7 @@ def figures():
     save(figure, "study_rows")
 
     study = Study(STUDIES / "scenes.yaml")
-    report, (language,) = summary(study), study.languages
+    report, (language,) = study.summary(), study.languages
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for (row, spec), marker in zip(study.rows.items(), "osD^v"):
         values = find(report["rows"], language=language, row=row, gallery="all", query="target")
@@ -380,7 +376,7 @@ def figures():
 def few_figure(plt, save):
     """docs/study_few: SumR against the number of human captions, beside machine translation and alone."""
     study = Study(STUDIES / "few.yaml")
-    report, counts = summary(study), [25, 100, 400, 1350]
+    report, counts = study.summary(), [25, 100, 400, 1350]
     figure, axes = plt.subplots(figsize=(7, 4.2))
     place = {"language": study.languages[0], "gallery": "all", "query": "target"}
     for kind, label, marker in (
@@ -410,7 +406,7 @@ def few_figure(plt, save):
 def ablation_figure(plt, save):
     """docs/study_ablation: SumR against the share of the translated query, and against the number of captions."""
     study = Study(STUDIES / "ablation.yaml")
-    report, runs = summary(study), [study.load(run) for run in study.runs()]
+    report, runs = study.summary(), [study.load(run) for run in study.runs()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for row, marker in (("cosine", "o"), ("all_three", "s"), ("english_only", "^")):
         curves = [run["fusion"] for run in runs if run["row"] == row]

@@ -8,9 +8,11 @@ from collections import defaultdict
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks import ROOT
-from benchmarks.study.spec import WORK, Row, Run, Study
-from modeling_nrccr.files import write_file
+from benchmarks import ROOT, records
+from benchmarks.study.spec import KEY, WORK, Row, Run, Study
+
+
+FEATURES = WORK / "features"  # what frozen encoders give, whoever asks
 
 
 class Runner:
@@ -21,24 +23,22 @@ class Runner:
         self.experiments, self.encoders = {}, None
 
     def ensure(self, run: Run, blocking: bool = True) -> bool:
-        """The run's JSON is there afterwards; False where another process is at it and `blocking` is False."""
+        """The run's line is there afterwards; False where another process is at it and `blocking` is False."""
         from filelock import FileLock, Timeout
 
-        path = self.study.path(run)
         lock = self.study.work / "locks" / f"{run.name}.lock"
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(lock, timeout=-1 if blocking else 0):
                 settings = self.study.run_settings(run)
-                if path.exists():
-                    stored = self.study.load(run)
+                if stored := self.study.find(run):
                     if stored["settings"] != json.loads(json.dumps(settings)):
-                        raise ValueError(f"{path} has other settings than the study: delete it to run it again")
+                        where = f"{self.study.file}, {run.name}"
+                        raise ValueError(f"{where}: other settings than the study's; delete the line to run it again")
                     if not self.is_teacher(run) or self.heads(run).exists():
                         return True
                 report = self.run(run, settings)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_file(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+                records.put(self.study.file, report, KEY)
                 print(f"{run.name}: SumR {report['test']['target']['all']['sum_recall']:.1f}, {report['seconds']} s")
         except Timeout:
             return False
@@ -73,7 +73,7 @@ class Runner:
 
         start, row = time.perf_counter(), self.study.rows[run.row]
         fixed = {
-            "feature_cache_dir": str(WORK / "features"),
+            "feature_cache_dir": str(FEATURES),
             "output_dir": str(self.study.work / "trainer"),
             "search_page": "none",
             "save_strategy": "no",

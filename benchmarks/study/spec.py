@@ -1,22 +1,19 @@
 """What a study runs: its YAML file, rows, and runs."""
 
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
 
-from benchmarks import ROOT
+from benchmarks import ROOT, records
+from benchmarks.records import RESULTS
 
 
-RESULTS, WORK = ROOT / "benchmarks/results/study", ROOT / "outputs/study"
-
-
+WORK = ROOT / "outputs/study"
 FOLDERS = {"extends", "base", "teacher", "output_dir", "train_language", "baselines", "search_page"}
-
-
 QUERIES = ("target", "translated", "fused", "english")
 
 
@@ -63,6 +60,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Run:
+    """What a line of the results is named by."""
+
     condition: str
     language: str
     split_seed: int
@@ -76,14 +75,47 @@ class Run:
         return "-".join(part for part in parts if part) + ("" if self.point is None else f"-grid{self.point}")
 
 
+KEY = tuple(f.name for f in fields(Run))
+
+
+def runs_of(file: Path) -> dict[Run, dict]:
+    """Return what is found in a file of results, by its runs; read once for as long as it stays what it is."""
+    if not file.exists():
+        return {}
+    state = file.stat()
+    return _runs_of(file, state.st_ino, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=32)
+def _runs_of(file: Path, *state: int) -> dict[Run, dict]:
+    found = (record for record in records.read(file) if "summary" not in record)
+    return {Run(*(record[name] for name in KEY)): record for record in found}
+
+
 class Study:
-    """A YAML file of `benchmarks/studies/`. Raises ValueError for a key or a row that nobody knows. `consistency`:
-    languages whose ranks of the same pictures are compared (`mean_rank_variance`)."""
+    """A YAML file of `benchmarks/studies/`. `consistency`: languages whose ranks of the same pictures are compared
+    (`mean_rank_variance`).
+
+    Args:
+        path: The YAML file.
+        results: A folder for what is found and for all else that is written; default: what is committed, and
+            outputs/study.
+        rows, split_seeds: Only these, and what they need.
+
+    Raises:
+        ValueError: A key, a row or a split seed that there is not.
+    """
 
     KEYS = {"config", "conditions", "languages", "split_seeds", "seeds", "settings", "grid", "rows", "comparisons"}
     OPTIONAL = {"consistency"}
 
-    def __init__(self, path: Path):
+    def __init__(
+        self,
+        path: Path,
+        results: Path | None = None,
+        rows: Sequence[str] | None = None,
+        split_seeds: Sequence[int] | None = None,
+    ):
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         if wrong := (set(loaded) - self.OPTIONAL) ^ self.KEYS:
             raise ValueError(f"{path}: keys missing or unknown: {', '.join(sorted(wrong))}")
@@ -103,21 +135,19 @@ class Study:
                 row.settings = {key: value for key, value in own.items() if key not in FOLDERS} | row.settings
         named = {name for row in self.rows.values() for name in (row.teacher, row.start_from, row.tuned_as)} - {None}
         named |= {side.split(":")[0] for pair in self.comparisons for side in pair}
-        if unknown := named - self.rows.keys():
+        self.asked_rows, self.asked_split_seeds = rows or list(self.rows), split_seeds or self.split_seeds
+        if unknown := (named | set(self.asked_rows)) - self.rows.keys():
             raise ValueError(f"{path}: rows that there are not: {', '.join(sorted(unknown))}")
-
-    @property
-    def results(self) -> Path:
-        return RESULTS / self.name
-
-    @property
-    def work(self) -> Path:
-        return WORK / self.name
+        if unknown := set(self.asked_split_seeds) - set(self.split_seeds):
+            raise ValueError(f"{path}: split seeds that there are not: {', '.join(map(str, sorted(unknown)))}")
+        self.committed = RESULTS / f"{self.name}.jsonl"
+        self.file = results / f"{self.name}.jsonl" if results else self.committed
+        self.work = results / self.name if results else WORK / self.name
 
     def grid_runs(self) -> Iterator[Run]:
         """Hyper-parameters are chosen once, for each row, at the first condition, language, split seed and seed."""
-        for name, row in self.rows.items():
-            if row.tuned_as is None:
+        for name in self.asked_rows:
+            if self.rows[name].tuned_as is None or self.rows[name].tuned_as not in self.asked_rows:
                 yield from self.grid_runs_of(name)
 
     def grid_runs_of(self, row: str) -> list[Run]:
@@ -128,18 +158,29 @@ class Study:
         return [Run(*first, self.rows[row].tuned_as or row, point) for point in range(len(self.grid))]
 
     def runs(self) -> Iterator[Run]:
-        for name, row in self.rows.items():
+        for name in self.asked_rows:
+            row = self.rows[name]
             seeds = self.seeds if row.seeds is None else row.seeds
             languages = self.languages if row.languages is None else row.languages
             conditions = self.conditions if row.conditions is None else row.conditions
-            for place in itertools.product(conditions, languages, self.split_seeds, seeds):
+            for place in itertools.product(conditions, languages, self.asked_split_seeds, seeds):
                 yield Run(*place, name)
 
-    def path(self, run: Run) -> Path:
-        return self.results / f"{run.name}.json"
+    def find(self, run: Run) -> dict | None:
+        """Return what a run found; of a point of the grid what is committed, where it was not run here. None: it was
+        not run."""
+        found = runs_of(self.file).get(run)
+        return runs_of(self.committed).get(run) if found is None and run.point is not None else found
 
     def load(self, run: Run) -> dict:
-        return json.loads(self.path(run).read_text(encoding="utf-8"))
+        """Return what a run found. Raises LookupError where it was not run."""
+        if (found := self.find(run)) is None:
+            raise LookupError(f"{self.file} has no {run.name}: run the study first")
+        return found
+
+    def summary(self) -> dict:
+        """Return the means, intervals and comparisons of all runs."""
+        return next(record["summary"] for record in records.read(self.file) if "summary" in record)
 
     def chosen(self, row: str) -> int:
         """The point of the grid with the best SumR on validation; its grid runs must be there."""

@@ -4,13 +4,13 @@ An interval is the middle 95 % of 1,000 draws of the test groups (with replaceme
 all runs. Two rows are compared on the same draws, so what makes a test set hard for both cancels.
 """
 
-import json
 from collections import defaultdict
 
 import numpy as np
 import pandas as pd
 
-from modeling_nrccr.files import write_file
+from benchmarks import records
+from benchmarks.study.spec import KEY, QUERIES
 from modeling_nrccr.retrieval.bootstrap import DRAWS, WAYS, draw_groups, hits, interval, sum_recall
 
 
@@ -57,9 +57,7 @@ def summary(values: np.ndarray) -> dict[str, float]:
 
 
 def compare(study):
-    """Writes the study's `summary.json`: SumR by row, query, gallery, condition and language, and comparisons."""
-    from benchmarks.study.spec import QUERIES
-
+    """Write the study's summary: SumR by row, query, gallery, condition and language, and comparisons."""
     bootstrap, runs = Bootstrap(study), defaultdict(list)
     for run in study.runs():
         runs[run.condition, run.language, run.row].append(run)
@@ -103,7 +101,7 @@ def compare(study):
     report = {"draws": DRAWS, "rows": rows, "comparisons": pairs}
     if study.consistency:
         report["consistency"] = consistency(study, runs)
-    write_file(study.results / "summary.json", json.dumps(report, indent=1) + "\n")
+    records.put(study.file, {"summary": report}, KEY)
 
 
 def consistency(study, runs: dict) -> list[dict]:

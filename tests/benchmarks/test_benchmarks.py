@@ -1,9 +1,13 @@
 """The benchmarks' own arithmetic; what they measure is measured by hand."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
-from benchmarks import check, machine
+from benchmarks import check, machine, records
+from tests.support import ROOT
 
 
 def test_check_finds_what_is_a_fifth_worse():
@@ -35,3 +39,31 @@ def test_sides_run_in_turns_and_a_failure_is_told(tmp_path, monkeypatch):
     )
     with pytest.raises(RuntimeError, match="it is broken"):
         machine.in_turns("side", ["broken"])
+
+
+def test_two_processes_lose_no_line(tmp_path):
+    file = tmp_path / "results/study.jsonl"
+    program = (
+        "import sys; from pathlib import Path; from benchmarks import records\n"
+        "for n in range(20): records.put(Path(sys.argv[1]), {'who': sys.argv[2], 'n': n, 'é': 0.1}, ('who', 'n'))"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program, str(file), who], cwd=ROOT) for who in "ab"]
+    assert [process.wait() for process in started] == [0, 0]
+    found = records.read(file)
+    assert sorted((record["who"], record["n"]) for record in found) == [(who, n) for who in "ab" for n in range(20)]
+    # another result of the same run stands in its place, and the other lines stay to the byte
+    before = file.read_text().splitlines()
+    records.put(file, found[7] | {"é": 0.2}, ("who", "n"))
+    after = file.read_text().splitlines()
+    assert records.read(file)[7]["é"] == 0.2 and [*after[:7], *after[8:]] == [*before[:7], *before[8:]]
+    assert records.read(tmp_path / "none.jsonl") == []
+
+
+def test_reports_of_speed_stand_side_by_side(tmp_path):
+    file = tmp_path / "speed.jsonl"
+    for name, ratio in (("encode", 0.5), ("training", 0.7), ("encode", 0.6)):
+        machine.save_report(file, name, {"ratio": ratio})
+    assert len(records.read(file)) == 2
+    assert machine.load_report(file, machine.on_device("encode")) == {"ratio": 0.6}
+    with pytest.raises(LookupError, match="no report 'search'"):
+        machine.load_report(file, "search")

@@ -1,6 +1,5 @@
 """The experiment bench: what it computes, that it goes on where it stopped, and that its pages say what it found."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,11 +13,15 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import records
+from benchmarks.study import __main__ as command
 from benchmarks.study import runner, spec
 from benchmarks.study.statistics import group_hits, summary
 from modeling_nrccr.retrieval.bootstrap import sum_recall
 from modeling_nrccr.retrieval.metrics import RECALL_AT, compute_retrieval_metrics, retrieval_ranks
+from modeling_nrccr.training import experiment
 from tests.support import ROOT
+from tests.training.test_train_example import Engine, toy_dataset
 from tests.training.test_train_example import encoders as encoders
 
 
@@ -78,21 +81,26 @@ def write_study(folder: Path, towers: Path) -> Path:
     return path
 
 
-DRIVER = """
-from pathlib import Path
-from benchmarks.study import runner, spec
-from modeling_nrccr.training import experiment
-from tests.support import ROOT
-from tests.training.test_train_example import Engine, toy_dataset
 def toy(*args, **kwargs):
+    """Stand in for `load_translated_dataset`."""
     dataset = toy_dataset()
     for split in ("validation", "test"):
         rows = dataset[split].remove_columns("source_caption")
         dataset[split] = rows.add_column("source_caption", dataset[split]["reference_source_caption"])
     return dataset, Engine()
+
+
+DRIVER = """
+from pathlib import Path
+from benchmarks import records
+from benchmarks.study import __main__ as command
+from benchmarks.study import runner, spec
+from modeling_nrccr.training import experiment
+from tests.benchmarks.test_study import toy
 experiment.load_translated_dataset = toy
-spec.RESULTS, spec.WORK = Path({folder!r}) / "results", Path({folder!r}) / "work"
-runner.work(spec.Study(Path({path!r})))
+folder = Path({folder!r})
+runner.FEATURES = folder / "features"
+runner.work(spec.Study(Path({path!r}), folder / "results"))
 """
 
 
@@ -103,28 +111,26 @@ def finished(encoders, tmp_path_factory):  # noqa: F811
     path = write_study(folder, encoders)
     driver = folder / "driver.py"
     driver.write_text(DRIVER.format(folder=str(folder), path=str(path)))
-    results = folder / "results/tiny"
+    study = spec.Study(path, folder / "results")
     command, environ = [sys.executable, str(driver)], os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(list(results.glob("*.json"))) < 2:
+    while len(records.read(study.file)) < 2:
         assert process.poll() is None, "the study ended early"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    before = {file: file.read_bytes() for file in results.glob("*.json")}
+    before = study.file.read_text().splitlines()
     subprocess.run(command, env=environ, check=True, capture_output=True)
-    return folder, path, before
+    return folder, study, before
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
-    folder, path, before = finished
-    monkeypatch.setattr(spec, "RESULTS", folder / "results")
-    monkeypatch.setattr(spec, "WORK", folder / "work")
-    study = spec.Study(path)
-    assert 2 <= len(before) < 20 and all(file.read_bytes() == content for file, content in before.items())
+def test_a_killed_study_goes_on_and_repeats_nothing(finished):
+    folder, study, before = finished
+    lines = study.file.read_text().splitlines()
+    assert 2 <= len(before) < 20 and lines[: len(before)] == before
     runs = [*study.grid_runs(), *study.runs()]
-    assert sorted(file.stem for file in study.results.glob("*.json")) == sorted(run.name for run in runs)
+    assert len(lines) == len(runs) and spec.runs_of(study.file).keys() == set(runs)
     assert not list(folder.rglob("*.tmp"))
     # the rate that trains was chosen, and the runs have it
     assert {study.chosen(row) for row in ("english_only", "mt")} == {0}
@@ -142,20 +148,57 @@ def test_a_killed_study_goes_on_and_repeats_nothing(finished, monkeypatch):
     from benchmarks.study.statistics import compare
 
     compare(study)
-    report = json.loads((study.results / "summary.json").read_text())
+    report = study.summary()
     for row in report["rows"]:
         of_row = [r for r in reports.values() if r["row"] == row["row"]]
         mean = np.mean([r["test"][row["query"]][row["gallery"]]["sum_recall"] for r in of_row])
         assert row["mean"] == pytest.approx(mean, abs=0.01) and row["low"] <= row["high"] and row["runs"] == 2
     same = [pair for pair in report["comparisons"] if pair["first"] == "student:english"]
     assert same and all(pair["mean"] == pair["low"] == pair["high"] == 0 for pair in same)
+
+
+@pytest.mark.slow
+def test_committed_rows_are_run_again_beside_them(finished, monkeypatch, capsys):
+    folder, study, _ = finished
+    monkeypatch.setattr(spec, "RESULTS", folder / "results")
+    monkeypatch.setattr(runner, "FEATURES", folder / "features")
+    monkeypatch.setattr(experiment, "load_translated_dataset", toy)
+    committed = study.file.read_bytes()
+    arguments = [str(folder / "tiny.yaml"), "--rows=student", "--split_seeds=0", f"--results={folder / 'again'}"]
+    command.main(arguments)
+    again = spec.Study(folder / "tiny.yaml", folder / "again", ["student"], [0])
+    found, before = spec.runs_of(again.file), spec.runs_of(study.file)
+    # the teacher's too, whose weights are needed; no point of the grid
+    assert {(run.row, run.seed, run.point) for run in found} == {
+        (row, seed, None) for row in ("english_only", "student") for seed in (0, 1)
+    }
+    for run, record in found.items():
+        assert record["test"] == before[run]["test"] and record["settings"] == before[run]["settings"]
+    assert {row["row"] for row in again.summary()["rows"]} == {"student"}
+    shown = f"{before[next(again.runs())]['test']['target']['all']['sum_recall']:.1f}"
+    assert f"gl-split0-seed0-student: SumR {shown}, committed {shown}" in capsys.readouterr().out
+    assert study.file.read_bytes() == committed
     # a result of other settings is not taken for this study's
-    first = next(study.runs())
-    stored = study.load(first)
-    stored["settings"]["learning_rate"] = 5.0
-    study.path(first).write_text(json.dumps(stored))
-    with pytest.raises(ValueError, match="other settings.*delete it"):
-        runner.Runner(study).ensure(first)
+    record = found[next(again.runs())]
+    other = record | {"settings": record["settings"] | {"learning_rate": 5.0}}
+    records.put(again.file, other, spec.KEY)
+    assert len(spec.runs_of(again.file)) == len(found)
+    with pytest.raises(ValueError, match="other settings.*delete the line"):
+        runner.Runner(again).ensure(next(again.runs()))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rows=mt"], "name another folder by --results"),
+        (["--rows=nt", "--results=again"], "rows that there are not: nt"),
+        (["--split_seeds=7", "--results=again"], "split seeds that there are not: 7"),
+    ],
+)
+def test_rows_that_cannot_be_run_again_are_named(tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        command.main([str(write_study(tmp_path, tmp_path)), *flags])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def frame(text: torch.Tensor, images: torch.Tensor, owner: torch.Tensor, groups: list[str]) -> pd.DataFrame:
@@ -209,4 +252,12 @@ def test_pages_agree_with_the_committed_runs():
     for path, content in blocks().items():
         text = path.read_text(encoding="utf-8")
         for name, generated in content.items():
-            assert generated in block(name).search(text)[0], f"{path.name}: run benchmarks/study/report.py"
+            assert generated in block(name).search(text)[0], f"{path.name}: run python -m benchmarks.study.report"
+
+
+def test_every_committed_line_is_a_run_of_its_study_or_its_summary():
+    for path in sorted((ROOT / "benchmarks/studies").glob("*.yaml")):
+        study = spec.Study(path)
+        found = records.read(study.file)
+        assert len(found) == len(spec.runs_of(study.file)) + 1 and study.summary()["rows"]  # no run twice
+        assert set(study.grid_runs()) | set(study.runs()) <= spec.runs_of(study.file).keys()

@@ -60,9 +60,8 @@ def test_the_first_line_names_the_translator(demo, tmp_path):
 
 
 def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path, monkeypatch):
-    study = json.loads((card.STUDIES[0] / "gl-split0-seed0-human.json").read_text())["test"]["target"]["all"][
-        "sum_recall"
-    ]
+    run = card.study_run(row="human", language="gl", split_seed=0, seed=0, condition="", point=None)
+    study = run["test"]["target"]["all"]["sum_recall"]
     text = fill(tmp_path / "a", demo).text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     for row, metrics in {
@@ -87,7 +86,7 @@ def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path
         text = fill(tmp_path / "a", other, **config).text
         assert "trained on human" not in text
         assert "Not measured beside this model: " in text and "captions that people wrote, in training." in text
-    monkeypatch.setattr(card, "STUDIES", [tmp_path])
+    monkeypatch.setattr(card, "STUDIES", [tmp_path / "none.jsonl"])
     other = demo | {"baselines": {}}
     text = fill(tmp_path / "a", other).text
     assert "Not measured beside this model: a model of English captions alone, asked in Galician; the same" in text

@@ -1,6 +1,5 @@
 """The same gallery in faiss, in Milvus Lite and on a real Milvus server."""
 
-import json
 import types
 from pathlib import Path
 
@@ -245,8 +244,9 @@ def test_a_server_that_dies_during_an_insert_loses_nothing(server, monkeypatch):
 
 def test_the_documented_speed_is_the_measured_one():
     root = Path(__file__).parents[2]
+    from benchmarks.machine import SPEED, load_report
     from benchmarks.speed.search import table
 
-    report = json.loads((root / "benchmarks/results/search.json").read_text())
+    report = load_report(SPEED, "search")
     assert table(report) in (root / "docs/retriever.md").read_text()
     assert all(row["ratio_p50"] <= 1.2 for row in report["results"])
