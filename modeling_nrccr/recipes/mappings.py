@@ -1,13 +1,8 @@
 """Settings that are a mapping: `losses` and `adapter`, in YAML, in Python and on the command line."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
-
-
-# fields that became entries of a mapping
-OLD = {r"(\w+)_loss_weight": "losses"}
 
 
 def read_mapping(value: Mapping[str, Any] | str | None, name: str) -> dict[str, Any]:
@@ -38,14 +33,3 @@ def read_value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
-
-
-def new_name(old: str) -> str | None:
-    """Return how a field, or a flag, that became an entry of a mapping is written now; None for any other."""
-    name = old.removeprefix("--")
-    if name == "discriminator_loss_weight":
-        return old.replace("loss_", "")
-    for pattern, mapping in OLD.items():
-        if match := re.fullmatch(pattern, name):
-            return f"{mapping}: {{{match[1]}: ...}}" if name == old else f"--{mapping} {match[1]}=..."
-    return None

@@ -11,7 +11,6 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .limits import check_numbers
-from .mappings import new_name
 
 
 RECIPES = Path(__file__).parent
@@ -50,11 +49,10 @@ def parse_fields(classes: Sequence[type], arguments: list[str], default_config: 
     path = named.parse_known_args(arguments)[0].config
     settings = read_settings(path) | settings
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    renamed = {old: new for part in classes for old, new in getattr(part, "RENAMED", {}).items()}
     for old in (*settings, *flags):
-        if new := new_name(old):
-            raise ValueError(
-                f"{old} is now {new}" if old in settings else f"{old} is now --{new.replace(': {', ' {')}"
-            )
+        if new := renamed.get(old.removeprefix("--")):
+            raise ValueError(f"{old} is now {new}")
     known = {action.dest for action in parser._actions}
     if unknown := settings.keys() - known:
         raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")

@@ -271,6 +271,10 @@ class NrccrLossArguments:
         mask_same_image=False,
     )
 
+    RENAMED = {f"{name}_loss_weight": f"losses: {{{name}: ...}}" for name in LOSSES} | {
+        "discriminator_loss_weight": "discriminator_weight"
+    }
+
     def __post_init__(self):
         self.losses = read_losses(self.losses)
 
