@@ -224,7 +224,7 @@ def losses() -> tuple[NrccrLoss, NrccrLoss]:
 def gradients(loss: NrccrLoss, term: str, names: list[str], batch=None) -> list[torch.Tensor]:
     """Of one weighted term, with respect to the embeddings of these names."""
     batch = batch or outputs()
-    value = loss.weight(term) * loss(batch)[term]
+    value = loss.weights[term] * loss(batch)[term]
     inputs = [getattr(batch, name) for name in names]
     return [
         torch.zeros_like(x) if g is None else g

@@ -17,6 +17,7 @@ _PUBLIC = {
     "Hit": "retrieval.retriever",
     "LanguageDiscriminator": "training.adversary",
     "NrccrConfig": "configuration_nrccr",
+    "LossTerm": "training.losses",
     "NrccrLoss": "training.losses",
     "NrccrLossArguments": "training.losses",
     "NrccrModel": "modeling_nrccr",
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from .training.adversary import LanguageDiscriminator
     from .training.arguments import NrccrTrainingArguments
     from .training.feature_cache import FeatureCache
-    from .training.losses import NrccrLoss, NrccrLossArguments
+    from .training.losses import LossTerm, NrccrLoss, NrccrLossArguments
     from .training.trainer import NrccrTrainer
     from .translation.base import Translator
     from .translation.columns import add_translations

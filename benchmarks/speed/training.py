@@ -210,13 +210,7 @@ def contrast_side(kind: str, texts: Path) -> dict:
         model, processor = text_model(encoder)
         model.to(device()).set_trained_layers(None).train()
         model.recompute_passes = True
-        loss_of = NrccrLoss(
-            contrastive_loss_weight=0.0,
-            target_contrastive_loss_weight=1.0,
-            distillation_loss_weight=0.0,
-            feature_distillation_loss_weight=0.0,
-            back_translation_loss_weight=0.0,
-        )
+        loss_of = NrccrLoss(losses={"target_contrastive": 1.0})
 
         def step(sources, targets):
             batch = dict(processor(text=sources, return_tensors="pt"))

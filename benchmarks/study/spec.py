@@ -14,6 +14,7 @@ from benchmarks.records import RESULTS
 
 WORK = ROOT / "outputs/study"
 FOLDERS = {"extends", "base", "teacher", "output_dir", "train_language", "baselines", "search_page"}
+MAPPINGS = ("losses", "adapter")  # all other mappings are by language
 QUERIES = ("target", "translated", "fused", "english")
 
 
@@ -194,4 +195,7 @@ class Study:
         adapter = {"train_language": row.trained_in or run.language} if row.adapter else {}
         own = adapter | {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
         settings = self.settings | point | row.settings | self.conditions[run.condition] | own
-        return {key: value[run.language] if isinstance(value, dict) else value for key, value in settings.items()}
+        return {
+            key: value[run.language] if isinstance(value, dict) and key not in MAPPINGS else value
+            for key, value in settings.items()
+        }

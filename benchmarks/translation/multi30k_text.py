@@ -56,8 +56,7 @@ def train_on_text(model, processor, rows: dict[str, list[dict]], output_dir: str
     args = NrccrTrainingArguments(
         output_dir=output_dir,
         text_only=True,
-        contrastive_loss_weight=0.0,
-        target_contrastive_loss_weight=1.0,
+        losses={"target_contrastive": 1.0, "distillation": 0.4, "feature_distillation": 0.1, "back_translation": 0.5},
         eval_gallery_column="reference_source_caption",
         keep_best_in_memory=True,
         save_strategy="no",

@@ -251,12 +251,9 @@ def noise_of(settings: dict) -> str:
 
 def training_settings(args: TrainingArguments) -> dict:
     """What a card says of [`NrccrTrainingArguments`]: the weights of the losses that were on, epochs, batch, rate."""
-    weights = {
-        name.removesuffix("_loss_weight"): value for name, value in vars(args).items() if "_loss_weight" in name
-    }
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return {
-        "losses": {name: weight for name, weight in weights.items() if weight and name != "discriminator"},
+        "losses": args.losses,
         "duration": steps,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,

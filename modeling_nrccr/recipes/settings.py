@@ -1,5 +1,6 @@
 """Fields of a YAML file that are flags too."""
 
+import json
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import field, fields
@@ -47,6 +48,11 @@ def parse_fields(classes: Sequence[type], arguments: list[str], default_config: 
     named.add_argument("--config", type=Path, default=default_config)
     path = named.parse_known_args(arguments)[0].config
     settings = read_settings(path) | settings
+    flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    renamed = {old: new for part in classes for old, new in getattr(part, "RENAMED", {}).items()}
+    for old in (*settings, *flags):
+        if new := renamed.get(old.removeprefix("--")):
+            raise ValueError(f"{old} is now {new}")
     known = {action.dest for action in parser._actions}
     if unknown := settings.keys() - known:
         raise ValueError(f"{path}: unknown fields {', '.join(sorted(unknown))}; `--help` lists those that there are")
@@ -72,6 +78,7 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     """The other way round."""
     flags = []
     for name, value in settings.items():
+        value = json.dumps(value) if isinstance(value, dict) else value
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name}", *(str(getattr(part, "value", part)) for part in values)] if value is not None else []
     return flags

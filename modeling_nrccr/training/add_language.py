@@ -132,7 +132,7 @@ def training_rows(
             add(number, source, target, None, True)
         if back_wanted:
             raise ValueError(
-                "parallel sentences have no translation back, which --back_translation_loss_weight or "
+                "parallel sentences have no translation back, which the loss back_translation or "
                 "--pair_weighting agreement reads: leave these out, or give captions and an engine"
             )
         if script.lexicon != "none":
@@ -452,7 +452,7 @@ def new_text_side(script, base, base_processor, rows, args, work: Path, output: 
         english[split] = list(unique.values())
     model.set_trained_layers(0, False, visual_head=False)
     cache = frozen_cache(model, processor, english["train"] + english["validation"], work)
-    own = distillation_arguments(args, feature_distillation_loss_weight=1.0, train_visual_head=False)
+    own = distillation_arguments(args, {"feature_distillation": 1.0}, train_visual_head=False)
     own.output_dir = str(work / "text_side")
     own.num_train_epochs = max(own.num_train_epochs, TEXT_SIDE_EPOCHS)  # on cached states; a recipe for LoRA has few
     train(model, cache, english, own)

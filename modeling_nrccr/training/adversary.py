@@ -4,9 +4,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .losses import LossTerm
+
 
 KINDS = ("weak", "not-so-weak", "strong")
 SOURCE, TARGET = 1, 0  # "real" is the source language
+
+
+class Adversarial(LossTerm):
+    """How far target captions' hidden states are from passing for source ones, to a discriminator that learns too."""
+
+    reads = ("source", "target")
+    by_trainer = True
 
 
 class ResidualConvolution(nn.Module):

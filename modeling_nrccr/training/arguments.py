@@ -49,9 +49,9 @@ ABOVE = {
 @dataclass
 class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     r"""
-    Arguments of [`NrccrTrainer`]. The loss's own (weights, margins, ...) are those of [`NrccrLossArguments`].
+    Arguments of [`NrccrTrainer`]. The loss's own (`losses`, margins, ...) are those of [`NrccrLossArguments`].
 
-    Raises ValueError where `adversarial_loss_weight > 0` meets a text encoder that is wholly frozen: its gradient
+    Raises ValueError where the loss `adversarial` meets a text encoder that is wholly frozen: its gradient
     would be zero.
     """
 
@@ -153,17 +153,18 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
         check_numbers(self, LEAST, ABOVE)
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: give a number of steps, or -1 for num_train_epochs")
-        super().__post_init__()
+        NrccrLossArguments.__post_init__(self)
+        TrainingArguments.__post_init__(self)
         if self.bf16 and self.device.type == "cpu" and cpu_has_bf16() is False:
             logger.warning(
                 "bf16=True, but this CPU has no instructions for it: expect eight times the time of float32"
             )
         if self.discriminator_kind not in KINDS:
             raise ValueError(f"discriminator_kind={self.discriminator_kind!r}: one of {', '.join(KINDS)}")
-        if self.adversarial_loss_weight > 0 and self.trained_text_layers == 0 and self.train_language is None:
+        if "adversarial" in self.losses and self.trained_text_layers == 0 and self.train_language is None:
             raise ValueError(
-                f"adversarial_loss_weight={self.adversarial_loss_weight} trains nothing, because the text encoder is "
-                "wholly frozen: set trained_text_layers, or the weight to 0"
+                "the loss adversarial trains nothing, because the text encoder is wholly frozen: set "
+                "trained_text_layers, or leave the loss out"
             )
 
     def check_processes(self, model: nn.Module | None = None):

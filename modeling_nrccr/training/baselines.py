@@ -11,6 +11,7 @@ from ..data.collator import DataCollatorForCrossLingualRetrieval
 from ..modeling_nrccr import NrccrModel
 from .arguments import NrccrTrainingArguments
 from .feature_cache import FeatureCache
+from .losses import read_losses
 from .trainer import NrccrTrainer
 
 
@@ -107,7 +108,7 @@ def m2m(model: NrccrModel, cache: FeatureCache, rows: list[dict], args: NrccrTra
     student = model.with_new_heads(text_head="linear", teacher_view="source", **settings)
     student.visual_head, student.visual_projection = model.visual_head, model.visual_projection
     english = [row | {"target_caption": row["source_caption"]} for row in rows]
-    args = distillation_arguments(args, feature_distillation_loss_weight=1.0, train_visual_head=False)
+    args = distillation_arguments(args, {"feature_distillation": 1.0}, train_visual_head=False)
     collator = DataCollatorForCrossLingualRetrieval(cache)
     NrccrTrainer(student, args, english, data_collator=collator, teacher=model).train()
     return student.eval()
@@ -122,8 +123,7 @@ def trunk_calibration(
     student = deepcopy(model)
     args = distillation_arguments(
         args,
-        feature_distillation_loss_weight=1.0,
-        target_contrastive_loss_weight=1.0,
+        {"feature_distillation": 1.0, "target_contrastive": 1.0},
         trained_text_layers=-1,
         train_visual_head=False,
         learning_rate=2e-4,
@@ -138,9 +138,12 @@ def trunk_calibration(
     return student.eval()
 
 
-def distillation_arguments(args: NrccrTrainingArguments, **changes) -> NrccrTrainingArguments:
-    """Text alone, no term but those that `changes` gives a weight, no checkpoints."""
+def distillation_arguments(
+    args: NrccrTrainingArguments, losses: dict[str, float], **changes
+) -> NrccrTrainingArguments:
+    """Return arguments for text alone, with these losses, without checkpoints."""
     fixed = {
+        "losses": read_losses(losses),
         "text_only": True,
         "train_language": None,
         "save_strategy": "no",
@@ -150,6 +153,6 @@ def distillation_arguments(args: NrccrTrainingArguments, **changes) -> NrccrTrai
         "keep_best_in_memory": False,
     }
     args = copy(args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
-    for key, value in (args.without_terms() | fixed | changes).items():
+    for key, value in (fixed | changes).items():
         setattr(args, key, value)
     return args

@@ -158,11 +158,14 @@ def convert_options(options: Mapping, text_config: Mapping, parts: Mapping[str, 
 def convert_loss(options: Mapping) -> NrccrLoss:
     """The published loss with the weights, the margin and the kind of hinge that the options give."""
     return NrccrLoss.published(
-        target_triplet_loss_weight=options["tri_alpha"],
-        distillation_loss_weight=options["dtl_beta"],
-        feature_distillation_loss_weight=options["l1_gama"],
-        back_translation_loss_weight=options["back_w"],
-        adversarial_loss_weight=options["scale"],
+        losses={
+            "triplet": 1.0,
+            "target_triplet": options["tri_alpha"],
+            "distillation": options["dtl_beta"],
+            "feature_distillation": options["l1_gama"],
+            "back_translation": options["back_w"],
+            "adversarial": options["scale"],
+        },
         margin=options["margin"],
         hardest_negatives=options["max_violation"],
         triplet_reduction=options["cost_style"],

@@ -83,7 +83,7 @@ SHARED = (
     "bf16",
     "disable_tqdm",
 )
-ENGLISH_TERMS = ("triplet_loss_weight", "contrastive_loss_weight")  # all that the English-only model learns from
+ENGLISH_TERMS = ("triplet", "contrastive")  # all that the English-only model learns from
 
 
 @dataclass
@@ -533,7 +533,7 @@ def run(script: ScriptArguments, model_arguments: ModelArguments, args: NrccrTra
             if script.base
             else experiment.train(
                 "english_only",
-                **args.without_terms() | {name: getattr(args, name) for name in ENGLISH_TERMS},
+                losses={name: weight for name, weight in args.losses.items() if name in ENGLISH_TERMS},
                 pair_weighting="none",
                 eval_query_column="reference_source_caption",
             )

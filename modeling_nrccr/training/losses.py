@@ -1,19 +1,51 @@
-"""The terms of the method as pure functions, and `NrccrLoss`, which names and weighs them over a model's output.
+"""The terms of the method: as pure functions, as classes with a name (`LOSSES`), and weighed by `NrccrLoss`.
 
 The defaults repair the released behaviour; `NrccrLoss.published()` has the settings of the paper (arXiv 2208.12526).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional as F
 
 from ..heads import clip_loss
 from ..modeling_nrccr import NrccrOutput
+from ..recipes.mappings import read_mapping
+from ..registry import Registry
 
 
+LOSSES = Registry(
+    "loss",
+    {
+        "triplet": ".losses:Triplet",
+        "contrastive": ".losses:Contrastive",
+        "target_triplet": ".losses:TargetTriplet",
+        "target_contrastive": ".losses:TargetContrastive",
+        "distillation": ".losses:Distillation",
+        "feature_distillation": ".losses:FeatureDistillation",
+        "back_translation": ".losses:BackTranslation",
+        "adversarial": ".adversary:Adversarial",
+    },
+    __package__,
+)
+REPAIRED_LOSSES = {
+    "contrastive": 1.0,
+    "target_contrastive": 0.6,
+    "distillation": 0.4,
+    "feature_distillation": 0.1,
+    "back_translation": 0.5,
+}
+PUBLISHED_LOSSES = {  # paper, section 4.1; triplet and adversarial: released code
+    "triplet": 1.0,
+    "target_triplet": 0.6,
+    "distillation": 0.4,
+    "feature_distillation": 0.1,
+    "back_translation": 0.5,
+    "adversarial": 0.001,
+}
 MEASURES = ("cosine", "order", "euclidean", "l1", "l2", "l1_norm", "l2_norm")
 SINKHORN_STEPS = 20
 
@@ -179,19 +211,37 @@ def setting(default, help: str):
     return field(default=default, metadata={"help": help})
 
 
+def read_losses(losses: Mapping[str, float] | str | None) -> dict[str, float]:
+    """
+    Return the weight of each loss that is on, in the order in which they are added up: that of `LOSSES`, then those of
+    others as they were named. A weight of 0 is off.
+
+    Raises:
+        ValueError: a loss that there is not, a class that is none, a weight that is no positive number.
+    """
+    losses = read_mapping(losses, "losses")
+    for name, weight in losses.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"losses: {name}={weight!r}, but a weight is a number, 0 or more")
+        if not (isinstance(LOSSES[name], type) and issubclass(LOSSES[name], LossTerm)):
+            raise ValueError(f"losses: {name} is no subclass of modeling_nrccr.LossTerm")
+    order = [name for name in LOSSES if name in losses] + [name for name in losses if name not in LOSSES.entries]
+    return {name: losses[name] for name in order if losses[name]}
+
+
 @dataclass
 class NrccrLossArguments:
-    """Weights, margins, temperatures and switches of the loss. A weight of 0 switches a term off."""
+    """Weights, margins, temperatures and switches of the loss."""
 
-    triplet_loss_weight: float = setting(0.0, "Hinge, source caption and picture. Paper: 1.")
-    contrastive_loss_weight: float = setting(1.0, "Softmax contrast, source caption and picture (CLIP). Paper: 0.")
-    target_triplet_loss_weight: float = setting(0.0, "Hinge, target caption and picture. Paper, section 4.1: 0.6.")
-    target_contrastive_loss_weight: float = setting(0.6, "Softmax contrast, target caption and picture. Paper: 0.")
-    distillation_loss_weight: float = setting(0.4, "Similarity view of the teacher. Paper, section 4.1: 0.4.")
-    feature_distillation_loss_weight: float = setting(0.1, "Feature view of the teacher. Paper, section 4.1: 0.1.")
-    back_translation_loss_weight: float = setting(0.5, "Cycle: source and back-translation. Paper, section 4.1: 0.5.")
-    adversarial_loss_weight: float = setting(0.0, "Fooling the discriminator. Released code: 0.001.")
-    discriminator_loss_weight: float = setting(1.0, "The discriminator's own step. Released code: 1.")
+    losses: dict | str | None = field(
+        default_factory=lambda: dict(REPAIRED_LOSSES),
+        metadata={
+            "help": "Losses and their weights, of those that `nrccr list losses` lists, or your own as module:Class; "
+            "what is not named is off. Published: triplet=1,target_triplet=0.6,distillation=0.4,"
+            "feature_distillation=0.1,back_translation=0.5,adversarial=0.001."
+        },
+    )
+    discriminator_weight: float = setting(1.0, "Of the discriminator's own step. Released code: 1.")
     margin: float = setting(0.2, "Margin of every hinge. Paper, section 4.1: 0.2.")
     temperature: float = setting(0.07, "Of the similarity view. Paper, section 4.1: 0.07.")
     hardest_negatives: bool = setting(True, "Hinge on the hardest negative only (VSE++). Released code: true.")
@@ -213,14 +263,7 @@ class NrccrLossArguments:
     mask_same_image: bool = setting(True, "Captions of one picture are never negatives. Released code: false.")
 
     PUBLISHED = dict(
-        triplet_loss_weight=1.0,
-        contrastive_loss_weight=0.0,
-        target_triplet_loss_weight=0.6,
-        target_contrastive_loss_weight=0.0,
-        distillation_loss_weight=0.4,
-        feature_distillation_loss_weight=0.1,
-        back_translation_loss_weight=0.5,
-        adversarial_loss_weight=0.001,
+        losses=PUBLISHED_LOSSES,
         triplet_reduction="sum",
         back_translation_objective="triplet",
         feature_distillation_kind="smooth_l1",
@@ -228,79 +271,194 @@ class NrccrLossArguments:
         mask_same_image=False,
     )
 
-    def needed_views(self, taught: bool = False) -> tuple[str, ...]:
-        """Which views of a caption any term reads; the others need not be encoded. `taught`: the rows bring the
-        teacher's embeddings of the source captions (and stand for pictures where there are none)."""
-        target = self.target_triplet_loss_weight or self.target_contrastive_loss_weight
-        target = target or self.needs_teacher() or self.adversarial_loss_weight
-        back = self.back_translation_loss_weight or self.pair_weighting == "agreement"
-        source = not taught or back or self.triplet_loss_weight or self.contrastive_loss_weight
-        source = source or self.adversarial_loss_weight
-        views = {"source": source, "target": target, "back_translation": back}
-        return tuple(view for view, needed in views.items() if needed)
+    RENAMED = {f"{name}_loss_weight": f"losses: {{{name}: ...}}" for name in LOSSES} | {
+        "discriminator_loss_weight": "discriminator_weight"
+    }
 
-    @staticmethod
-    def without_terms() -> dict[str, float]:
-        """Weight 0 for every term, those that come later too: to say what is trained by naming what is not 0."""
-        return {f"{term}_weight": 0.0 for term in (*TERMS, "adversarial_loss")}
+    def __post_init__(self):
+        self.losses = read_losses(self.losses)
+
+    def read_by_terms(self) -> set[str]:
+        """Return what any term reads: views of a caption, and "teacher"."""
+        return {view for name in self.losses for view in LOSSES[name].reads}
+
+    def needed_views(self, taught: bool = False) -> tuple[str, ...]:
+        """Return which views of a caption any term reads; the others need not be encoded. `taught`: the rows bring the
+        teacher's embeddings of the source captions (and stand for pictures where there are none)."""
+        read = self.read_by_terms()
+        if self.pair_weighting == "agreement":
+            read.add("back_translation")
+        if not taught or "back_translation" in read:
+            read.add("source")
+        return tuple(view for view in ("source", "target", "back_translation") if view in read)
 
     def needs_teacher(self) -> bool:
-        return bool(self.distillation_loss_weight or self.feature_distillation_loss_weight)
+        return "teacher" in self.read_by_terms()
+
+
+class LossTerm:
+    """
+    One loss: subclass it, name it as `my_module:MyLoss` in `losses`, and it is trained on, weighed and logged.
+
+    Attributes:
+        reads: what it reads: "source", "target" and "back_translation" are views of a caption, which are encoded only
+            where they are read; "teacher" is the teacher's embedding of the source.
+        by_trainer: the Trainer computes it, which has more than a model's output.
+        loss: the `NrccrLoss` it is a term of, which has `embeds`, `items`, `pair_weights`, `hinge`.
+        settings: [`NrccrLossArguments`].
+    """
+
+    reads: tuple[str, ...] = ()
+    by_trainer = False
+
+    def __init__(self, loss: "NrccrLoss"):
+        self.loss, self.settings = loss, loss.settings
+
+    def __call__(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
+        """
+        Return the loss, unweighted, a scalar.
+
+        Args:
+            outputs: embeddings of the batch, L2-normalised, `(n, dim)` each.
+            ignored: boolean `(n, n)`, pairs that show the same picture, so are no negatives.
+        """
+        raise NotImplementedError
+
+
+class Triplet(LossTerm):
+    """Hinge on negatives, source caption and picture."""
+
+    reads = ("source",)
+
+    def __call__(self, outputs, ignored):
+        return self.loss.hinge(self.loss.items(outputs), self.loss.embeds(outputs, "text_embeds"), ignored)
+
+
+class Contrastive(LossTerm):
+    """Softmax contrast, source caption and picture (CLIP, arXiv 2103.00020)."""
+
+    reads = ("source",)
+
+    def __call__(self, outputs, ignored):
+        text = self.loss.embeds(outputs, "text_embeds")
+        return contrastive_loss(self.loss.items(outputs), text, ignored, outputs.logit_scale)
+
+
+class TargetTriplet(LossTerm):
+    """Hinge on negatives, target caption and picture."""
+
+    reads = ("target",)
+
+    def __call__(self, outputs, ignored):
+        return self.loss.hinge(self.loss.items(outputs), self.loss.embeds(outputs, "target_text_embeds"), ignored)
+
+
+class TargetContrastive(LossTerm):
+    """Softmax contrast, target caption and picture."""
+
+    reads = ("target",)
+
+    def __call__(self, outputs, ignored):
+        text, weights = self.loss.embeds(outputs, "target_text_embeds"), self.loss.pair_weights(outputs, ignored)
+        return contrastive_loss(self.loss.items(outputs), text, ignored, outputs.logit_scale, weights)
+
+
+class Distillation(LossTerm):
+    """Similarity view: the target caption's similarities to the batch's pictures are to be its teacher's."""
+
+    reads = ("target", "teacher")
+
+    def __call__(self, outputs, ignored):
+        student, teacher = (self.loss.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
+        s, items, weights = self.settings, self.loss.items(outputs), self.loss.pair_weights(outputs, ignored)
+        known = None
+        if s.distillation_relation == "source":
+            known, teacher = teacher, self.loss.embeds(outputs, "teacher_target_text_embeds")
+        return distillation_loss(items, student, teacher, ignored, s.temperature, s.detach_targets, weights, known)
+
+
+class FeatureDistillation(LossTerm):
+    """Feature view: the target caption's embedding is pulled to its teacher's."""
+
+    reads = ("target", "teacher")
+
+    def __call__(self, outputs, ignored):
+        student, teacher = (self.loss.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
+        s, weights = self.settings, self.loss.pair_weights(outputs, ignored)
+        return feature_distillation_loss(
+            student, teacher, s.feature_distillation_kind, s.feature_distillation_beta, s.detach_targets, weights
+        )
+
+
+class BackTranslation(LossTerm):
+    """Cycle: a source caption finds its back-translation."""
+
+    reads = ("source", "back_translation")
+
+    def __call__(self, outputs, ignored):
+        source = self.loss.embeds(outputs, "text_embeds")
+        back = self.loss.embeds(outputs, "back_translation_text_embeds")
+        if self.settings.back_translation_objective == "triplet":
+            return self.loss.hinge(source, back, ignored)
+        return contrastive_loss(source, back, ignored, outputs.logit_scale)
 
 
 class NrccrLoss:
-    """`NrccrLoss(**settings)(outputs, image_ids=None) -> dict[str, Tensor]`: every term, unweighted and by name, and
-    `loss`, their weighted sum. The discriminator's two terms are the Trainer's.
+    """`NrccrLoss(losses={"contrastive": 1.0}, **settings)(outputs, image_ids=None) -> dict[str, Tensor]`: every term,
+    unweighted, and `loss`, their weighted sum. A term is called as it is logged: `contrastive_loss`, and one of others
+    by its whole name, `my_module:MyLoss`. The discriminator's two terms are the Trainer's.
 
     Settings are the fields of [`NrccrLossArguments`]. Without pictures (`image_embeds` None) the teacher's embedding
     of the source caption, or where there is no teacher the source caption's own, stands where the picture would.
     Raises ValueError for a batch of one (it has no negatives) and for a term whose view the output lacks.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any):
         self.settings = NrccrLossArguments(**settings)
-        self.terms = {name: getattr(self, name) for name in TERMS}  # a trainer puts its own methods here
+        self.terms: dict[str, LossTerm] = {}
+        self.weights: dict[str, float] = {}
+        for name, weight in self.settings.losses.items():
+            if not LOSSES[name].by_trainer:
+                logged = f"{name}_loss" if name in LOSSES.entries else name
+                self.terms[logged], self.weights[logged] = LOSSES[name](self), weight
 
     @classmethod
     def published(cls, **settings) -> "NrccrLoss":
-        """The settings of the paper and its released code."""
+        """Return the loss with the settings of the paper and its released code."""
         return cls(**(NrccrLossArguments.PUBLISHED | settings))
 
     @classmethod
     def from_arguments(cls, arguments: NrccrLossArguments) -> "NrccrLoss":
-        """From anything that has the fields, such as [`NrccrTrainingArguments`]."""
+        """Return the loss of anything that has the fields, such as [`NrccrTrainingArguments`]."""
         return cls(**{f.name: getattr(arguments, f.name) for f in fields(NrccrLossArguments)})
-
-    def weight(self, term: str) -> float:
-        return getattr(self.settings, f"{term}_weight")
 
     def __call__(self, outputs: NrccrOutput, image_ids: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         items = self.items(outputs)
         size, device = len(items), items.device
         if size < 2:
             raise ValueError("a batch of one has no negatives: train with at least 2 rows a batch")
+        if not self.terms:
+            raise ValueError("no loss is on: name at least one in losses, such as contrastive=1")
         ignored = same_item(image_ids if self.settings.mask_same_image else None, size, device)
-        terms = {name: term(outputs, ignored) for name, term in self.terms.items() if self.weight(name)}
-        if not terms:
-            raise ValueError("every weight is 0: give at least one term of the loss a weight")
-        return terms | {"loss": sum(self.weight(name) * term for name, term in terms.items())}
+        terms = {name: term(outputs, ignored) for name, term in self.terms.items()}
+        return terms | {"loss": sum(self.weights[name] * term for name, term in terms.items())}
 
     def embeds(self, outputs: NrccrOutput, name: str) -> torch.Tensor:
         value = getattr(outputs, name)
         if value is None:
-            raise ValueError(f"this loss reads {name}, which the output lacks: give that view or set its weight to 0")
+            raise ValueError(f"this loss reads {name}, which the output lacks: give that view or leave that loss out")
         return value
 
     def items(self, outputs: NrccrOutput) -> torch.Tensor:
-        """What captions are to find, `(n, dim)`: pictures, or texts of the source language in their place."""
+        """Return what captions are to find, `(n, dim)`: pictures, or texts of the source language in their place."""
         if outputs.image_embeds is not None:
             return outputs.image_embeds
         if outputs.teacher_text_embeds is not None:
             return outputs.teacher_text_embeds.detach()
-        if self.settings.triplet_loss_weight or self.settings.contrastive_loss_weight:
+        if self.settings.losses.keys() & {"triplet", "contrastive"}:
             raise ValueError(
-                "without pictures the source captions would be their own answer: set triplet_loss_weight and "
-                "contrastive_loss_weight to 0"
+                "without pictures the source captions would be their own answer: leave the losses triplet and "
+                "contrastive out"
             )
         return self.embeds(outputs, "text_embeds")
 
@@ -319,48 +477,3 @@ class NrccrLoss:
         return triplet_loss(
             a, b, ignored, s.margin, s.hardest_negatives, s.triplet_reduction, s.triplet_direction, s.triplet_measure
         )
-
-    def triplet_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        return self.hinge(self.items(outputs), self.embeds(outputs, "text_embeds"), ignored)
-
-    def contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        text = self.embeds(outputs, "text_embeds")
-        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale)
-
-    def target_triplet_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        return self.hinge(self.items(outputs), self.embeds(outputs, "target_text_embeds"), ignored)
-
-    def target_contrastive_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        text, weights = self.embeds(outputs, "target_text_embeds"), self.pair_weights(outputs, ignored)
-        return contrastive_loss(self.items(outputs), text, ignored, outputs.logit_scale, weights)
-
-    def distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s, items, weights, known = self.settings, self.items(outputs), self.pair_weights(outputs, ignored), None
-        if s.distillation_relation == "source":
-            known, teacher = teacher, self.embeds(outputs, "teacher_target_text_embeds")
-        return distillation_loss(items, student, teacher, ignored, s.temperature, s.detach_targets, weights, known)
-
-    def feature_distillation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        student, teacher = (self.embeds(outputs, f"{who}_text_embeds") for who in ("target", "teacher"))
-        s, weights = self.settings, self.pair_weights(outputs, ignored)
-        return feature_distillation_loss(
-            student, teacher, s.feature_distillation_kind, s.feature_distillation_beta, s.detach_targets, weights
-        )
-
-    def back_translation_loss(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        source, back = self.embeds(outputs, "text_embeds"), self.embeds(outputs, "back_translation_text_embeds")
-        if self.settings.back_translation_objective == "triplet":
-            return self.hinge(source, back, ignored)
-        return contrastive_loss(source, back, ignored, outputs.logit_scale)
-
-
-TERMS = (
-    "triplet_loss",
-    "contrastive_loss",
-    "target_triplet_loss",
-    "target_contrastive_loss",
-    "distillation_loss",
-    "feature_distillation_loss",
-    "back_translation_loss",
-)

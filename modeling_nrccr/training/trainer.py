@@ -49,8 +49,7 @@ DISCRIMINATOR_OPTIMIZER_FILE = "discriminator_optimizer.pt"
 
 class NrccrTrainer(Trainer):
     r"""
-    Trains a [`NrccrModel`] with the terms of [`NrccrLoss`]; override `similarity_distillation`,
-    `feature_distillation`, ... to change one.
+    Trains a [`NrccrModel`] with the terms of [`NrccrLoss`]; one of your own is a [`LossTerm`], named in `args.losses`.
 
     Args:
         model: The model; `args.trained_text_layers` and `args.train_vision_tower` freeze the rest of it.
@@ -59,7 +58,7 @@ class NrccrTrainer(Trainer):
         processing_class: The model's processor, saved with each checkpoint.
         data_collator: By default [`DataCollatorForCrossLingualRetrieval`] over `processing_class`, or over a
             [`FeatureCache`] given here as `data_collator.processor`.
-        discriminator: By default built from `args.discriminator_kind` where `args.adversarial_loss_weight > 0`.
+        discriminator: By default built from `args.discriminator_kind` where `args.losses` has adversarial.
         teacher: A frozen model whose embeddings of the source captions are the teacher's, such as an English-only
             one that the target language is distilled from (arXiv 2004.09813). It reads what `model` reads, so with a
             [`FeatureCache`] it has the same frozen encoder.
@@ -103,12 +102,12 @@ class NrccrTrainer(Trainer):
             model.set_trained_layers(text_layers, args.train_vision_tower, args.frozen_dropout, args.train_visual_head)
         else:
             model.train_language(args.train_language)
-            if args.adversarial_loss_weight > 0 and not model.has_lora(args.train_language):
+            if "adversarial" in args.losses and not model.has_lora(args.train_language):
                 raise ValueError(
-                    f"adversarial_loss_weight={args.adversarial_loss_weight} trains nothing, because no state of the "
-                    'text encoder changes: add the language with kind="lora", or set the weight to 0'
+                    "the loss adversarial trains nothing, because no state of the text encoder changes: add the "
+                    'language with kind="lora", or leave the loss out'
                 )
-        if args.distillation_relation == "source" and args.distillation_loss_weight and teacher is None:
+        if args.distillation_relation == "source" and "distillation" in args.losses and teacher is None:
             raise ValueError(
                 'distillation_relation="source" hands on what a teacher knows of both languages: give one'
             )
@@ -119,11 +118,6 @@ class NrccrTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.to(args.device).eval()
         self.base = base
         self.nrccr_loss = loss or NrccrLoss.from_arguments(args)
-        self.nrccr_loss.terms |= {
-            "distillation_loss": self.similarity_distillation,
-            "feature_distillation_loss": self.feature_distillation,
-            "back_translation_loss": self.cycle_consistency,
-        }
         collator = data_collator or DataCollatorForCrossLingualRetrieval(processing_class)
         collator.views, collator.taught_views = args.needed_views(), args.needed_views(taught=True)
         collator.with_media = not args.text_only
@@ -139,7 +133,7 @@ class NrccrTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # a mean over the batch: the Trainer divides by the accumulation steps
         self.term_history = defaultdict(list)
         self.discriminator = None
-        if args.adversarial_loss_weight > 0:
+        if "adversarial" in args.losses:
             self.discriminator = discriminator or LanguageDiscriminator(
                 model.config.text_config.hidden_size, args.discriminator_kind, model.config.pool_padding
             )
@@ -164,18 +158,6 @@ class NrccrTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------- the losses
 
-    def similarity_distillation(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        """`distillation_loss`; `ignored`: boolean `(n, n)`, pairs that show the same picture."""
-        return self.nrccr_loss.distillation_loss(outputs, ignored)
-
-    def feature_distillation(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        """`feature_distillation_loss`."""
-        return self.nrccr_loss.feature_distillation_loss(outputs, ignored)
-
-    def cycle_consistency(self, outputs: NrccrOutput, ignored: torch.Tensor) -> torch.Tensor:
-        """`back_translation_loss`."""
-        return self.nrccr_loss.back_translation_loss(outputs, ignored)
-
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         inputs = self.pad_to_whole_batch(dict(inputs))
         image_ids, teacher_embeds = inputs.pop("image_ids", None), inputs.pop("teacher_text_embeds", None)
@@ -196,7 +178,7 @@ class NrccrTrainer(Trainer):
             masks = [self.text_mask(inputs, prefix) for prefix in ("", "target_")]
             terms["discriminator_loss"] = self.discriminator_step(outputs, *masks)
             terms["adversarial_loss"] = self.adversarial_loss(outputs, masks[1])
-            loss = loss + self.args.adversarial_loss_weight * terms["adversarial_loss"]
+            loss = loss + self.args.losses["adversarial"] * terms["adversarial_loss"]
         if not torch.isfinite(loss):
             broken = [name for name, term in terms.items() if not torch.isfinite(term)]
             raise ValueError(not_a_number(self.args, self.state, ", ".join(broken) or "the sum of the loss"))
@@ -239,7 +221,7 @@ class NrccrTrainer(Trainer):
             self.judge(outputs.target_text_hidden_states.detach(), target_mask),
         )
         self.discriminator_optimizer.zero_grad()
-        (self.args.discriminator_loss_weight * loss).backward()
+        (self.args.discriminator_weight * loss).backward()
         if self.args.world_size > 1:  # not wrapped by DDP: freezing a wrapped module breaks its reducer
             for parameter in self.discriminator.parameters():
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -444,9 +426,7 @@ class NrccrTrainer(Trainer):
 
     def load_discriminator(self, directory: Path):
         if not (directory / DISCRIMINATOR_FILE).exists():
-            raise ValueError(
-                f"{directory} holds no {DISCRIMINATOR_FILE}: it was saved without adversarial_loss_weight"
-            )
+            raise ValueError(f"{directory} holds no {DISCRIMINATOR_FILE}: it was saved without the loss adversarial")
         self.discriminator.load_state_dict(load_file(directory / DISCRIMINATOR_FILE))
         state = torch.load(directory / DISCRIMINATOR_OPTIMIZER_FILE, weights_only=True)
         self.discriminator_optimizer.load_state_dict(state)

@@ -34,12 +34,10 @@ def write_study(folder: Path, towers: Path) -> Path:
         "num_train_epochs": 2,
         "per_device_train_batch_size": 8,
         "eval_steps": 2,
-        "distillation_loss_weight": 0.0,
+        "losses": {"contrastive": 1.0, "target_contrastive": 1.0},
     }
     only_features = {
-        "contrastive_loss_weight": 0.0,
-        "target_contrastive_loss_weight": 0.0,
-        "feature_distillation_loss_weight": 1.0,
+        "losses": {"feature_distillation": 1.0},
         "text_only": True,
         "train_visual_head": False,
     }
@@ -54,7 +52,7 @@ def write_study(folder: Path, towers: Path) -> Path:
         "rows": {
             "english_only": {
                 "label": "E",
-                "settings": {"target_contrastive_loss_weight": 0.0, "eval_query_column": "reference_source_caption"},
+                "settings": {"losses": {"contrastive": 1.0}, "eval_query_column": "reference_source_caption"},
             },
             "mt": {"label": "M"},
             "student": {

@@ -5,7 +5,7 @@ import torch
 
 from datasets_scripts.reading.wordnet import common_words
 from modeling_nrccr import NrccrTrainer, NrccrTrainingArguments
-from modeling_nrccr.data import load as data
+from modeling_nrccr.data import lexicon
 from modeling_nrccr.data.collator import DataCollatorForCrossLingualRetrieval
 from modeling_nrccr.data.lexicon import lexicon_rows
 from modeling_nrccr.translation.base import Translator
@@ -42,7 +42,7 @@ def folder(tmp_path, monkeypatch):
     path = tmp_path / "usr/share/wordnet/cntlist.rev"
     path.parent.mkdir(parents=True)
     path.write_text(COUNTS)
-    monkeypatch.setattr(data, "load_engine", lambda *args, **kwargs: Engine())
+    monkeypatch.setattr(lexicon, "load_engine", lambda *args, **kwargs: Engine())
     return tmp_path
 
 
@@ -75,11 +75,7 @@ def test_rows_that_bring_their_teacher_need_no_source_caption(tmp_path):
         output_dir=str(tmp_path),
         train_language="xx",
         text_only=True,
-        contrastive_loss_weight=0.0,
-        target_contrastive_loss_weight=0.0,
-        distillation_loss_weight=0.0,
-        feature_distillation_loss_weight=1.0,
-        back_translation_loss_weight=0.0,
+        losses={"feature_distillation": 1.0},
         max_steps=3,
         per_device_train_batch_size=8,
         eval_strategy="no",

@@ -22,6 +22,7 @@ from datasets_scripts.tools.verify import verify
 from modeling_nrccr.training import experiment as train
 from modeling_nrccr.translation import base as translation
 from tests.training.test_recipes import encoders  # noqa: F401
+from tests.training.test_train_benchmarks import WITHOUT_CYCLE
 
 
 ROOT = Path(__file__).parents[2]
@@ -318,7 +319,7 @@ def test_the_papers_recipe_trains_on_features(folder, encoders, tmp_path, monkey
     write_features(folder, folder / "FeatureData")
     options = {"vision_encoder": "none", "visual_feat_dim": 3, "visual_head": "linear"}
     # the upper bound, which needs no engine
-    options |= {"target": "human", "translator": "none", "back_translation_loss_weight": 0}
+    options |= {"target": "human", "translator": "none", "losses": WITHOUT_CYCLE}
     report = run_recipe("multi30k_task2", folder, encoders, tmp_path, monkeypatch, **options)
     assert report["settings"]["pictures"]["test"] == 4 and report["settings"]["target"] == "human"
 

@@ -29,11 +29,7 @@ def trained(model, language, directory, processor, rows=None, steps: int = 30, *
     defaults = {
         "train_language": language,
         "text_only": True,
-        "contrastive_loss_weight": 0.0,
-        "target_contrastive_loss_weight": 0.0,
-        "distillation_loss_weight": 0.0,
-        "back_translation_loss_weight": 0.0,
-        "feature_distillation_loss_weight": 1.0,
+        "losses": {"feature_distillation": 1.0},
         "max_steps": steps,
         "learning_rate": 1e-2,
         "eval_strategy": "no",
@@ -176,9 +172,8 @@ def test_training_from_precomputed_embeddings_alone(tmp_path, word_processor):
         row |= {"teacher_text_embeds": of_text.tolist(), "image_embeds": of_image.tolist()}
     model.add_language("xx")
     start = embeds(model, [row["target_caption"] for row in rows], word_processor, "xx")
-    trainer = trained(
-        model, "xx", tmp_path, word_processor, rows, text_only=False, steps=60, target_contrastive_loss_weight=0.1
-    )
+    losses = {"feature_distillation": 1.0, "target_contrastive": 0.1}
+    trainer = trained(model, "xx", tmp_path, word_processor, rows, text_only=False, steps=60, losses=losses)
     targets = embeds(model, [row["target_caption"] for row in rows], word_processor, "xx")
     assert (targets * teacher).sum(1).mean() > (start * teacher).sum(1).mean() + 0.3
     assert trainer.evaluate(rows)["eval_t2v_recall@10"] > 0

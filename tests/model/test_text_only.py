@@ -10,14 +10,14 @@ from modeling_nrccr import (
     NrccrModel,
     NrccrTrainer,
 )
-from modeling_nrccr.training.losses import TERMS
+from modeling_nrccr.training.losses import REPAIRED_LOSSES
 from tests.support import HEADS, WordProcessor, tiny_batch, tiny_model, toy_rows
 from tests.training.test_losses import outputs_of, unit
 from tests.training.test_trainer import arguments, trainer_of
 
 
-ONLY_FEATURES = {f"{term}_weight": float(term == "feature_distillation_loss") for term in TERMS}
-TEXT_ONLY = dict(contrastive_loss_weight=0.0, text_only=True)
+ONLY_FEATURES = {"losses": {"feature_distillation": 1.0}}
+TEXT_ONLY = dict(losses=REPAIRED_LOSSES | {"contrastive": 0}, text_only=True)
 
 
 def text_model() -> NrccrModel:
@@ -27,17 +27,17 @@ def text_model() -> NrccrModel:
 
 def test_without_pictures_the_english_caption_stands_in_their_place():
     outputs = outputs_of(image_embeds=None)
-    weights = {"contrastive_loss_weight": 0.0}
+    weights = {"losses": TEXT_ONLY["losses"]}
     with_teacher = NrccrLoss(**weights)(outputs)
     as_pictures = NrccrLoss(**weights)(outputs_of(image_embeds=unit(4, seed=3)))  # the teacher's embedding
     for name in with_teacher:
         torch.testing.assert_close(with_teacher[name], as_pictures[name])
-    only = {f"{term}_weight": float(term == "target_contrastive_loss") for term in TERMS}
+    only = {"losses": {"target_contrastive": 1.0}}
     without = NrccrLoss(**only)(outputs_of(image_embeds=None, teacher_text_embeds=None))
     in_their_place = NrccrLoss(**only)(outputs_of(image_embeds=unit(4, seed=0), teacher_text_embeds=None))
     torch.testing.assert_close(without["loss"], in_their_place["loss"])
     with pytest.raises(ValueError, match="their own answer"):
-        NrccrLoss(contrastive_loss_weight=1.0)(outputs_of(image_embeds=None, teacher_text_embeds=None))
+        NrccrLoss(losses={"contrastive": 1.0})(outputs_of(image_embeds=None, teacher_text_embeds=None))
 
 
 def test_a_model_of_texts_alone_trains_and_finds_translations(tmp_path):

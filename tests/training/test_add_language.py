@@ -273,7 +273,7 @@ def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, 
     report = run(files, tmp_path / "gl", **options)
     assert "translated query" not in report["found"] and "no pair gl-en" in report["reasons"][-2]
     with pytest.raises(ValueError, match="no pair gl-en"):
-        run(files, tmp_path / "no", **options | {"back_translation_loss_weight": 1})
+        run(files, tmp_path / "no", **options | {"losses": "feature_distillation=1,back_translation=1"})
 
 
 def test_a_language_that_learned_nothing_is_an_error(files, tmp_path, monkeypatch):

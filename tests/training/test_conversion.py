@@ -231,9 +231,15 @@ def test_options_become_the_loss_and_the_trained_layers():
     state_dicts, options, text_config = random_checkpoint(**settings)
     model, _, loss = convert_original_checkpoint(state_dicts, options, text_config)
     s = loss.settings
-    assert (s.triplet_loss_weight, s.target_triplet_loss_weight, s.distillation_loss_weight) == (1, 0.7, 0.2)
-    assert (s.feature_distillation_loss_weight, s.back_translation_loss_weight) == (0.3, 0.9)
-    assert (s.adversarial_loss_weight, s.margin, s.hardest_negatives) == (0.05, 0.4, False)
+    assert s.losses == {
+        "triplet": 1,
+        "target_triplet": 0.7,
+        "distillation": 0.2,
+        "feature_distillation": 0.3,
+        "back_translation": 0.9,
+        "adversarial": 0.05,
+    }
+    assert (s.margin, s.hardest_negatives) == (0.4, False)
     assert (s.triplet_reduction, s.triplet_direction, s.triplet_measure) == ("mean", "t2v", "order")
     assert model.text_tower.num_trained_layers == 2 and trained_layers(model) == {1, 2}
     model, _, _ = convert_original_checkpoint(state_dicts, options | {"layer_list": ["layer.1"]}, text_config)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from modeling_nrccr import LanguageDiscriminator, NrccrLoss, NrccrOutput
 from modeling_nrccr.training.adversary import KINDS, adversarial_loss, discriminator_loss
 from modeling_nrccr.training.losses import (
-    TERMS,
+    LOSSES,
+    REPAIRED_LOSSES,
     contrastive_loss,
     distillation_loss,
     transport_weights,
@@ -55,16 +56,18 @@ def outputs_of(n: int = 4, **changes) -> NrccrOutput:
     return NrccrOutput(**(values | {"logit_scale": torch.tensor(10.0)} | changes))
 
 
+TERMS = [name for name in LOSSES if not LOSSES[name].by_trainer]
+
+
 @pytest.mark.parametrize("term", TERMS)
 def test_captions_of_one_picture_are_never_negatives(term):
     # row 1 is a second caption of row 0's picture: how alike the two are must not move the loss of the other rows
-    weights = {f"{name}_weight": float(name == term) for name in TERMS}
-    loss = NrccrLoss(**weights, back_translation_objective="triplet", hardest_negatives=False, margin=3.0)
+    loss = NrccrLoss(losses={term: 1.0}, back_translation_objective="triplet", hardest_negatives=False, margin=3.0)
     outputs = outputs_of()
     terms = loss(outputs, image_ids=torch.tensor([7, 7, 8, 9]))
     all_negatives = loss(outputs)
-    assert set(terms) == {term, "loss"}
-    if term != "feature_distillation_loss":
+    assert set(terms) == {f"{term}_loss", "loss"}
+    if term != "feature_distillation":
         assert terms["loss"].item() != pytest.approx(all_negatives["loss"].item())
     two = NrccrOutput(**{k: v[:2] if v.ndim else v for k, v in outputs.items()})
     pair = loss(two, image_ids=torch.tensor([7, 7]))["loss"]  # no negatives at all are left
@@ -75,7 +78,7 @@ def test_captions_of_one_picture_are_never_negatives(term):
 
 def test_targets_carry_no_gradient_unless_published():
     for loss, reached in ((NrccrLoss(), False), (NrccrLoss.published(), True)):
-        weights = vars(loss.settings) | {f"{name}_weight": float("distillation" in name) for name in TERMS}
+        weights = vars(loss.settings) | {"losses": {name: 1.0 for name in TERMS if "distillation" in name}}
         outputs = outputs_of()
         NrccrLoss(**weights)(outputs)["loss"].backward()
         assert (outputs.teacher_text_embeds.grad is not None) == reached
@@ -91,13 +94,7 @@ def test_the_repaired_feature_view_has_a_scale_that_the_published_one_lacks():
 
 def test_mean_terms_do_not_grow_with_the_batch():
     # every term of the default is a mean: a doubled batch (new ids) moves hinges and feature view by nothing
-    settings = dict(
-        triplet_loss_weight=1.0,
-        contrastive_loss_weight=0.0,
-        target_contrastive_loss_weight=0.0,
-        distillation_loss_weight=0.0,
-        back_translation_loss_weight=0.0,
-    )
+    settings = {"losses": {"triplet": 1.0, "feature_distillation": 0.1}}
     small, large = outputs_of(), outputs_of()
     large = NrccrOutput(**{k: torch.cat([v, v]) if v.ndim else v for k, v in large.items()})
     ids = torch.tensor([0, 1, 2, 3])
@@ -105,11 +102,12 @@ def test_mean_terms_do_not_grow_with_the_batch():
     assert terms[0]["loss"].item() == pytest.approx(terms[1]["loss"].item())
 
 
-def test_weight_zero_switches_a_term_off_and_errors_are_clear():
-    loss = NrccrLoss(back_translation_loss_weight=0.0, distillation_loss_weight=0.0)
+def test_what_is_not_named_is_off_and_errors_are_clear():
+    loss = NrccrLoss(losses=REPAIRED_LOSSES | {"back_translation": 0.0, "distillation": 0.0})
+    assert loss.settings.losses == {"contrastive": 1.0, "target_contrastive": 0.6, "feature_distillation": 0.1}
     terms = loss(outputs_of(back_translation_text_embeds=None))
     assert "back_translation_loss" not in terms and "distillation_loss" not in terms
-    total = sum(getattr(loss.settings, f"{name}_weight") * value for name, value in terms.items() if name != "loss")
+    total = sum(loss.weights[name] * value for name, value in terms.items() if name != "loss")
     torch.testing.assert_close(terms["loss"], total)
     with pytest.raises(ValueError, match="target_text_embeds, which the output lacks"):
         NrccrLoss()(outputs_of(target_text_embeds=None))
@@ -117,6 +115,31 @@ def test_weight_zero_switches_a_term_off_and_errors_are_clear():
         NrccrLoss()(outputs_of(1))
     with pytest.raises(TypeError, match="margn"):
         NrccrLoss(margn=0.1)
+    for losses, reason in (
+        ({"triplets": 1}, "unknown loss 'triplets' .do you mean triplet"),
+        ({"triplet": -1}, "triplet=-1, but a weight"),
+        ({"triplet": True}, "triplet=True, but a weight"),
+        ({"triplet": float("nan")}, "triplet=nan"),
+        ("triplet", "write it as a=1,b=2"),
+        ({"collections:OrderedDict": 1}, "no subclass of modeling_nrccr.LossTerm"),
+        ({"no_such_module:Loss": 1}, "no module 'no_such_module'"),
+        ({"collections:Loss": 1}, "collections has no 'Loss'"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            NrccrLoss(losses=losses)
+    with pytest.raises(ValueError, match="no loss is on"):
+        NrccrLoss(losses={})(outputs_of())
+
+
+def test_losses_come_as_a_mapping_or_as_text_and_add_up_in_one_order():
+    ways = [
+        {"target_triplet": 1, "contrastive": 0.5},
+        "contrastive=0.5,target_triplet=1",
+        '{"contrastive": 0.5, "target_triplet": 1}',
+    ]
+    assert [list(NrccrLoss(losses=way).settings.losses.items()) for way in ways] == [
+        [("contrastive", 0.5), ("target_triplet", 1)]
+    ] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -144,8 +167,8 @@ def test_discriminator_ignores_padding_and_learns(kind):
 
 def test_loss_reads_a_models_output():
     model = tiny_model()
-    terms = NrccrLoss(triplet_loss_weight=1.0, target_triplet_loss_weight=1.0)(model(**tiny_batch(model)))
-    assert set(terms) == set(TERMS) | {"loss"}
+    terms = NrccrLoss(losses=REPAIRED_LOSSES | {"triplet": 1.0, "target_triplet": 1.0})(model(**tiny_batch(model)))
+    assert set(terms) == {f"{name}_loss" for name in TERMS} | {"loss"}
     terms["loss"].backward()
     assert model.text_projection.dense.weight.grad.abs().sum() > 0
 
@@ -170,9 +193,7 @@ def test_a_teacher_of_both_languages_hands_on_its_similarities_of_texts():
         target_text_embeds=embeds["student"],
         image_embeds=embeds["picture"],
     )
-    only = dict.fromkeys(("contrastive_loss_weight", "target_contrastive_loss_weight"), 0.0)
-    only |= {"feature_distillation_loss_weight": 0.0, "back_translation_loss_weight": 0.0}
-    loss = NrccrLoss(distillation_relation="source", distillation_loss_weight=1.0, **only)
+    loss = NrccrLoss(distillation_relation="source", losses={"distillation": 1.0})
     expected = 0
     ours, theirs = embeds["picture"] @ embeds["student"].T / 0.07, embeds["source"] @ embeds["target"].T / 0.07
     for dim in (0, 1):

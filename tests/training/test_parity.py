@@ -170,9 +170,9 @@ def watched(discriminator: nn.Module) -> list[torch.Tensor]:
 
 def check_terms(terms: dict, logits: list[torch.Tensor], total, expected: dict, scale: float, tolerance: dict):
     """Every term, unweighted and weighted, of one step."""
-    settings = NrccrLoss.published().settings
+    weights = NrccrLoss.published().weights
     for theirs, ours in TERMS.items():
-        weight, value = getattr(settings, f"{ours}_weight"), float(terms[ours])
+        weight, value = weights[ours], float(terms[ours])
         unweighted = theirs if theirs == "triplet_source" else f"{theirs}_unweighted"
         assert value == pytest.approx(expected[unweighted], **tolerance), ours
         if theirs != "triplet_source":
@@ -318,12 +318,7 @@ def test_every_variant_of_the_hinge(file):
     assert len({tuple(variant.values()) for variant in variants}) == 84
     for variant in variants:
         loss = NrccrLoss(
-            triplet_loss_weight=1,
-            contrastive_loss_weight=0,
-            target_contrastive_loss_weight=0,
-            distillation_loss_weight=0,
-            feature_distillation_loss_weight=0,
-            back_translation_loss_weight=0,
+            losses={"triplet": 1},
             margin=variant["margin"],
             hardest_negatives=variant["max_violation"],
             triplet_reduction=variant["cost_style"],

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from modeling_nrccr import DataCollatorForCrossLingualRetrieval, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.training.adversary import LanguageDiscriminator
-from modeling_nrccr.training.losses import NrccrLossArguments
+from modeling_nrccr.training.losses import PUBLISHED_LOSSES, REPAIRED_LOSSES, NrccrLossArguments
 from tests.support import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 
 
@@ -33,11 +33,11 @@ NO_DROPOUT = {
 PUBLISHED = (
     HEADS["published"] | NO_DROPOUT | {"projection_dropout": 0.0},
     NrccrLossArguments.PUBLISHED
-    | dict(adversarial_loss_weight=0.5, discriminator_kind="strong", trained_text_layers=2),
+    | dict(losses=PUBLISHED_LOSSES | {"adversarial": 0.5}, discriminator_kind="strong", trained_text_layers=2),
 )
 REPAIRED = (
     HEADS["attention"] | NO_DROPOUT,
-    dict(adversarial_loss_weight=0.5, discriminator_kind="not-so-weak", trained_text_layers=-1),
+    dict(losses=REPAIRED_LOSSES | {"adversarial": 0.5}, discriminator_kind="not-so-weak", trained_text_layers=-1),
 )
 CASES = {  # name: (model, arguments)
     f"{name}_accumulation_{steps}": (model, arguments | {"gradient_accumulation_steps": steps})
@@ -48,9 +48,7 @@ CASES = {  # name: (model, arguments)
     "text_alone": (
         HEADS["attention"] | NO_DROPOUT,
         dict(
-            contrastive_loss_weight=0.0,
-            target_contrastive_loss_weight=0.0,
-            distillation_loss_weight=0.0,
+            losses={"feature_distillation": 0.1, "back_translation": 0.5},
             back_translation_objective="triplet",
             trained_text_layers=1,
             activation_checkpointing=True,

@@ -184,3 +184,17 @@ def test_a_tokenizer_that_ignores_lower_casing_is_refused(encoders, tmp_path):
     flags = ["--config", str(RECIPES["vatex"]), "--text_encoder", str(tmp_path / "text")]
     with pytest.raises(ValueError, match="do_lower_case is BERT's"):
         parse_arguments(flags)[1].build()
+
+
+@pytest.mark.parametrize(
+    "arguments, settings, answer",
+    [
+        (["--triplet_loss_weight", "1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
+        (["--triplet_loss_weight=1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
+        ([], {"triplet_loss_weight": 1.0}, "triplet_loss_weight is now losses: {triplet: ...}"),
+        (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now discriminator_weight"),
+    ],
+)
+def test_an_old_field_answers_with_the_new_one(arguments, settings, answer):
+    with pytest.raises(ValueError, match=f"^{re.escape(answer)}$"):
+        parse_arguments(arguments, **settings)

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_nrccr import DataCollatorForCrossLingualRetrieval, NrccrTrainer, NrccrTrainingArguments
 from modeling_nrccr.training.checkpoints import MARKER, is_complete, last_complete_checkpoint
+from modeling_nrccr.training.losses import REPAIRED_LOSSES
 from tests.support import HEADS, WordProcessor, tiny_model, toy_rows
 
 
@@ -54,7 +55,7 @@ def trainer_of(directory: Path, schedule: str) -> NrccrTrainer:
         logging_steps=1,
         per_device_train_batch_size=8,
         trained_text_layers=1,
-        adversarial_loss_weight=0.1,
+        losses=REPAIRED_LOSSES | {"adversarial": 0.1},
     )
     args = NrccrTrainingArguments(**(settings | SCHEDULES[schedule]))
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())

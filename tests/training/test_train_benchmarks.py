@@ -14,6 +14,8 @@ from tests.training.test_recipes import RECIPES, WORDS, encoders  # noqa: F401
 
 
 CAPTIONS = 2  # of an item
+WITHOUT_CYCLE = "triplet=1,target_triplet=0.6,distillation=0.4,feature_distillation=0.1,adversarial=0.001"
+FROZEN = "triplet=1,target_triplet=0.6,distillation=0.4,feature_distillation=0.1,back_translation=0.5"
 SPLITS = {"train": 12, "val": 5, "test": 6}
 
 
@@ -90,7 +92,7 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
         "search_page": "all",
     }
     if cached:  # both encoders frozen, their outputs computed once; the recipe trains layers and pools padding
-        flags |= {"trained_text_layers": 0, "frozen_dropout": False, "adversarial_loss_weight": 0}
+        flags |= {"trained_text_layers": 0, "frozen_dropout": False, "losses": FROZEN}
         flags |= {"pool_padding": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "find_font", lambda data_dir: None)
@@ -119,7 +121,7 @@ def test_human_captions_need_no_engine_and_no_fusion(tmp_path, encoders):  # noq
     )
     for name in ("train_google_enc2zh", "train_google_enc2zh2enc", "val_google_zh2enc", "test_google_zh2enc"):
         (text / f"vatex{name}.caption.txt").unlink()
-    flags = {"visual_feat_dim": 10, "visual_hidden_size": 16, "target": "human", "back_translation_loss_weight": 0}
+    flags = {"visual_feat_dim": 10, "visual_hidden_size": 16, "target": "human", "losses": WITHOUT_CYCLE}
     report = run("vatex", tmp_path, encoders, translator="none", eval_source_query_weight=0, **flags)
     assert report["settings"]["translator"] == "human" and "test_fused" not in report
     with pytest.raises(ValueError, match="unknown translator 'google'"):

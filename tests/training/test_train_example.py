@@ -15,7 +15,6 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, PreTra
 from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
 from modeling_nrccr.files import LOCK_FILE
 from modeling_nrccr.training import experiment as train
-from modeling_nrccr.training import losses
 from tests.support import ROOT
 
 
@@ -147,10 +146,7 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
         "adapter_rank": 2,
         "text_only": True,
         "output_dir": tmp_path / "gl",
-        "contrastive_loss_weight": 0,
-        "target_contrastive_loss_weight": 0,
-        "distillation_loss_weight": 0,
-        "feature_distillation_loss_weight": 1,
+        "losses": "feature_distillation=1",
         "num_train_epochs": 2,
         "per_device_train_batch_size": 10,
         "eval_strategy": "epoch",
@@ -207,7 +203,7 @@ def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
     assert (of_base.split_seed, of_base.translator, its_model.text_head) == (3, script.translator, "linear")
     assert of_base.base is None and its_args.needed_views() == ("source",) and not its_args.text_only
     assert its_args.per_device_train_batch_size > args.per_device_train_batch_size  # its own recipe otherwise
-    given = ["--per_device_train_batch_size", "7", "--max_steps", "3", "--feature_distillation_loss_weight", "0.5"]
+    given = ["--per_device_train_batch_size", "7", "--max_steps", "3", "--losses", "feature_distillation=0.5"]
     args.resume_from_checkpoint = "true"  # it was killed before it was whole
     train.train_base(script, model, args, given)
     _, _, its_args = train.parse_arguments(calls.pop())
@@ -245,7 +241,6 @@ def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders
 
 
 def test_the_english_only_baseline_learns_from_its_own_terms_alone(monkeypatch):
-    """A term that is added later too is not trained on."""
     asked = {}
 
     class Asked(train.Experiment):
@@ -255,13 +250,10 @@ def test_the_english_only_baseline_learns_from_its_own_terms_alone(monkeypatch):
 
     monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
     monkeypatch.setattr(train, "Experiment", Asked)
-    monkeypatch.setattr("modeling_nrccr.losses.TERMS", (*losses.TERMS, "later_loss"))
-    parsed = train.parse_arguments(["--triplet_loss_weight", "0.3", "--adversarial_loss_weight", "0"])
+    parsed = train.parse_arguments(["--losses", "triplet=0.3,contrastive=1,target_triplet=1,back_translation=2"])
     with pytest.raises(InterruptedError):
         train.run(*parsed, [])
-    weights = {name: value for name, value in asked["english_only"].items() if name.endswith("_weight") and value}
-    assert weights == {"triplet_loss_weight": 0.3, "contrastive_loss_weight": 1.0}
-    assert asked["english_only"]["later_loss_weight"] == 0
+    assert asked["english_only"]["losses"] == {"triplet": 0.3, "contrastive": 1.0}
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path, monkeypatch):

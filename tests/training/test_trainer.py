@@ -10,7 +10,7 @@ from modeling_nrccr import (
     NrccrTrainer,
     NrccrTrainingArguments,
 )
-from modeling_nrccr.training.losses import TERMS
+from modeling_nrccr.training.losses import REPAIRED_LOSSES, BackTranslation
 from tests.support import HEADS, TINY_TEXT, WordProcessor, tiny_model, toy_rows
 
 
@@ -35,7 +35,7 @@ def trainer_of(directory, model=None, rows=None, processor=None, **changes) -> N
     return NrccrTrainer(model, arguments(directory, **changes), rows, toy_rows(12, seed=9), data_collator=collator)
 
 
-ALL_TERMS = dict(triplet_loss_weight=1.0, target_triplet_loss_weight=0.6, adversarial_loss_weight=0.01)
+ALL_TERMS = {"losses": REPAIRED_LOSSES | {"triplet": 1.0, "target_triplet": 0.6, "adversarial": 0.01}}
 
 
 def test_tiny_training_moves_what_is_trained_and_nothing_else(tmp_path):
@@ -51,9 +51,8 @@ def test_tiny_training_moves_what_is_trained_and_nothing_else(tmp_path):
         assert moved == (name not in frozen) or name.endswith("key.bias"), name
     assert all(not torch.equal(p, judged[name]) for name, p in trainer.discriminator.named_parameters())
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    names = {*TERMS, "adversarial_loss", "discriminator_loss"}
-    assert names <= set(logged)
-    weighted = sum(getattr(trainer.args, f"{name}_weight") * logged[name] for name in names - {"discriminator_loss"})
+    assert "discriminator_loss" in logged
+    weighted = sum(weight * logged[f"{name}_loss"] for name, weight in trainer.args.losses.items())
     assert logged["loss"] == pytest.approx(weighted, rel=1e-4)
 
 
@@ -99,14 +98,8 @@ class ImagesAreFeatures:
 
 
 def test_unneeded_views_are_not_collated(tmp_path):
-    off = dict(
-        target_contrastive_loss_weight=0.0,
-        distillation_loss_weight=0.0,
-        feature_distillation_loss_weight=0.0,
-        back_translation_loss_weight=0.0,
-    )
     rows = [row | {"target_caption": None, "back_translation": None} for row in toy_rows(16)]
-    trainer = trainer_of(tmp_path, rows=rows, eval_query_column="source_caption", **off)
+    trainer = trainer_of(tmp_path, rows=rows, eval_query_column="source_caption", losses={"contrastive": 1.0})
     trainer.train()
     assert trainer.data_collator.views == ("source",)
     with pytest.raises(ValueError, match="target_caption of 'toy/.*#0' is None: translate the data set first"):
@@ -141,26 +134,30 @@ def test_evaluation_takes_datasets_and_several_captions_a_picture(tmp_path):
 
 
 def test_adversarial_needs_a_trained_layer(tmp_path):
-    with pytest.raises(ValueError, match="set trained_text_layers, or the weight to 0"):
-        arguments(tmp_path, adversarial_loss_weight=0.1)
+    with pytest.raises(ValueError, match="set trained_text_layers, or leave the loss out"):
+        arguments(tmp_path, losses={"adversarial": 0.1})
     with pytest.raises(ValueError, match="not-so-weak"):
         arguments(tmp_path, discriminator_kind="brutal")
 
 
-def test_a_loss_can_be_overridden(tmp_path):
-    class Louder(NrccrTrainer):
-        def cycle_consistency(self, outputs, ignored):
-            return 0 * super().cycle_consistency(outputs, ignored) + 123.0
+class Louder(BackTranslation):
+    """The cycle, and 123."""
 
-    collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
-    trainer = Louder(tiny_model(), arguments(tmp_path, max_steps=2), toy_rows(16), toy_rows(8), data_collator=collator)
+    def __call__(self, outputs, ignored):
+        return super().__call__(outputs, ignored) + 123
+
+
+def test_a_loss_of_ones_own_is_logged_by_its_name(tmp_path):
+    name = f"{__name__}:Louder"
+    trainer = trainer_of(tmp_path, max_steps=2, losses={name: 1.0})
     trainer.train()
-    assert json.loads(json.dumps(trainer.state.log_history))[0]["back_translation_loss"] == pytest.approx(123.0)
+    assert trainer.data_collator.views == ("source", "back_translation")
+    assert json.loads(json.dumps(trainer.state.log_history))[0][name] > 123
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_bf16_on_a_cpu_without_it_is_warned_of(supported, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("modeling_nrccr.training_args.cpu_has_bf16", lambda: supported)
+    monkeypatch.setattr("modeling_nrccr.training.arguments.cpu_has_bf16", lambda: supported)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     NrccrTrainingArguments(output_dir=str(tmp_path), bf16=True)
     assert ("no instructions for it" in caplog.text) == (not supported)

@@ -12,10 +12,11 @@ from modeling_nrccr import (
     NrccrTrainingArguments,
 )
 from modeling_nrccr.training.checkpoints import damage, last_complete_checkpoint, mark_complete
+from modeling_nrccr.training.losses import REPAIRED_LOSSES, LossTerm
 from tests.support import HEADS, WordProcessor, tiny_batch, tiny_model, toy_rows
 
 
-def trainer_of(directory, rows, model=None, kind=NrccrTrainer, validation=None, **changes) -> NrccrTrainer:
+def trainer_of(directory, rows, model=None, validation=None, **changes) -> NrccrTrainer:
     settings = dict(
         output_dir=str(directory),
         per_device_train_batch_size=8,
@@ -28,7 +29,7 @@ def trainer_of(directory, rows, model=None, kind=NrccrTrainer, validation=None, 
     )
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     args, model = NrccrTrainingArguments(**(settings | changes)), model or tiny_model(**HEADS["pooling"])
-    return kind(model, args, rows, validation or toy_rows(6, seed=9), data_collator=collator)
+    return NrccrTrainer(model, args, rows, validation or toy_rows(6, seed=9), data_collator=collator)
 
 
 def stream_of(rows: list[dict]) -> IterableDataset:
@@ -88,17 +89,21 @@ def test_few_rows_are_trained_for_more_epochs(tmp_path):
     assert trainer.state.global_step == 8 and trainer.state.epoch == 4
 
 
-class NotANumber(NrccrTrainer):
-    """From step 4 on."""
+class NotANumber(LossTerm):
+    """From step 5 on."""
 
-    def cycle_consistency(self, outputs, ignored):
-        loss = super().cycle_consistency(outputs, ignored)
-        return loss * float("nan") if self.state.global_step > 3 else loss
+    reads, calls = ("source",), 0
+
+    def __call__(self, outputs, ignored):
+        self.calls += 1
+        return outputs.text_embeds.mean() * (float("nan") if self.calls > 4 else 1)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    trainer = trainer_of(tmp_path, toy_rows(16), kind=NotANumber, num_train_epochs=4, save_total_limit=None)
-    with pytest.raises(ValueError, match="step 5: back_translation_loss is NaN.*checkpoint-4 is the last good"):
+    trainer = trainer_of(
+        tmp_path, toy_rows(16), losses={f"{__name__}:NotANumber": 1}, num_train_epochs=4, save_total_limit=None
+    )
+    with pytest.raises(ValueError, match="step 5: .*:NotANumber is NaN.*checkpoint-4 is the last good"):
         trainer.train()
     assert last_complete_checkpoint(tmp_path).endswith("checkpoint-4")
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -120,7 +125,7 @@ def test_a_row_that_is_all_padding_gives_no_nan(heads):
     for name in ("attention_mask", "target_attention_mask", "visual_attention_mask"):
         batch[name][2] = 0
     outputs = model.train()(**batch)
-    loss = NrccrLoss(triplet_loss_weight=1.0, target_triplet_loss_weight=1.0)(outputs)["loss"]
+    loss = NrccrLoss(losses=REPAIRED_LOSSES | {"triplet": 1.0, "target_triplet": 1.0})(outputs)["loss"]
     loss.backward()
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
