@@ -1,4 +1,4 @@
-"""Publish a trained model, or a language: weights, processor, code and card, nothing pickled. Look at the folder first:
+"""Publish a trained model, or a language: weights, processor, code and card, nothing pickled. Look at it first:
 
     nrccr push outputs/demo --dry_run outputs/upload
     nrccr push outputs/demo --repo_id YOU/nrccr-gl --private
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None):
         action="append",
         default=[],
         metavar="CODE=FOLDER",
-        help="that `nrccr add-language` wrote: published in the model; may be given several times, the first is active",
+        help="that `nrccr add-language` wrote: published in the model; several times, the first is active",
     )
     options.add_argument("--base", help="hub id of the model that a language was added to, where that was a folder")
     options.add_argument(

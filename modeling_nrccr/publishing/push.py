@@ -33,7 +33,7 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier p
 
 
 def is_pickled(path: Path) -> bool:
-    """Return whether a file is pickled, by its name or its content: a pickle of protocol 2 or newer, or PyTorch's archive of one."""
+    """Return whether a file is pickled, by its name or its content: protocol 2 or newer, or PyTorch's archive."""
     if path.name.endswith(PICKLED):
         return True
     if path.suffix == ".safetensors":  # its first bytes are a length, and may be any
@@ -60,8 +60,8 @@ def check_card(folder: Path):
     """Raise ValueError where a folder's card is not there, or lacks metadata that the Hub reads."""
     if not (folder / CARD).is_file():
         raise ValueError(
-            f"{folder} has no {CARD}: `nrccr train` and `nrccr add-language` write one. For another model write it; it "
-            f"begins with a line ---, then {', '.join(REQUIRED)}, each as `name: value` in a line, and a line ---"
+            f"{folder} has no {CARD}: `nrccr train` and `nrccr add-language` write one. For another model write it; "
+            f"it begins with a line ---, then {', '.join(REQUIRED)}, each as `name: value` in a line, and a line ---"
         )
     metadata = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
     if missing := [name for name in REQUIRED if not metadata.get(name)]:
@@ -117,7 +117,7 @@ def read_report(folder: Path, base: str | None) -> dict:
 
 
 def write_language(source: Path, folder: Path, name: str, base: str | None):
-    """Write what is uploaded of a language: its file, report and card. It names its base by a hub id, not by a folder."""
+    """Write what is uploaded of a language: its file, report and card, which name its base by a hub id."""
     report = read_report(source, base)
     with safe_open(source / LANGUAGE_FILE, "pt") as file:
         about = json.loads((file.metadata() or {})["about"])
