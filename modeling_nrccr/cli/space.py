@@ -33,12 +33,8 @@ def main(argv: list[str] | None = None):
 
     from ..space.build import build_space
 
-    args |= {
-        "languages": args.pop("language"),
-        "stamps": not args.pop("emoji_only"),
-        "clips": not args.pop("no_clips"),
-    }
-    size = build_space(**args)
+    left_out = {"stamps": not args.pop("emoji_only"), "clips": not args.pop("no_clips")}
+    size = build_space(languages=args.pop("language"), **left_out, **args)
     print(f"wrote {args['folder']} ({size / 1e6:.0f} MB)")
     print(f"try it: python {args['folder']}/app.py")
     print(f"publish it: hf upload YOU/search-pictures {args['folder']} --repo-type space")
