@@ -1,6 +1,6 @@
 """
 Pre-extracted visual features, memory-mapped: the released layout (`feature.bin`), `.npy` arrays with an id file, and
-the shards that `examples/extract_features.py` writes. What is not asked for is not read.
+the shards that `nrccr features` writes. What is not asked for is not read.
 
     features = open_features("FeatureData/i3d")
     features["video7"]      # float32, of shape (num_frames, dim)
@@ -194,7 +194,7 @@ class ArrayFeatures(FeatureReader):
 
 class ShardFeatures(FeatureReader):
     """
-    Shards of `examples/extract_features.py`: safetensors with `visual_feats` (all frames, dim), and the items' ids and
+    Shards of `nrccr features`: safetensors with `visual_feats` (all frames, dim), and the items' ids and
     frame counts in their header; or Parquet with the columns `image_id` and `visual_feats`.
     """
 
@@ -204,7 +204,7 @@ class ShardFeatures(FeatureReader):
             try:
                 dim, items = read_shard_index(file)
             except (SafetensorError, pa.ArrowException, KeyError, ValueError, OSError) as error:
-                raise ValueError(f"{file} is no shard of examples/extract_features.py: {error}; remove it") from error
+                raise ValueError(f"{file} is no shard of nrccr features: {error}; remove it") from error
             self.dim = getattr(self, "dim", dim)
             if dim != self.dim:
                 raise ValueError(f"{file} has rows of width {dim}, {files[0].name} of width {self.dim}")
@@ -269,7 +269,7 @@ def _open(path: str) -> FeatureReader:
         return ArrayFeatures(folder, arrays)
     raise FileNotFoundError(
         f"{folder} holds no features: feature.bin with shape.txt and id.txt, .npy arrays with their ids, or shards of "
-        "examples/extract_features.py (safetensors, Parquet) are read"
+        "nrccr features (safetensors, Parquet) are read"
     )
 
 

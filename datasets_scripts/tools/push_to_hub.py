@@ -1,10 +1,5 @@
-"""Publishes captions and ids of a data set, never its media, as Parquet with a dataset card.
+"""Publishes captions and ids of a data set, never its media, as Parquet with a dataset card."""
 
-python -m datasets_scripts.push_to_hub multi30k --config task1-de --data_dir multi30k --dry_run upload
-python -m datasets_scripts.push_to_hub multi30k --config task1-de --data_dir multi30k --repo_id me/multi30k-captions
-"""
-
-import argparse
 import os
 import tempfile
 from collections.abc import Iterable
@@ -12,8 +7,6 @@ from pathlib import Path
 
 import datasets
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-
-from modeling_nrccr.cli.common import command
 
 from ..reading.columns import CAPTION_FEATURES
 from .verify import builder_options, find_builder
@@ -49,7 +42,8 @@ that human translations cannot pass for translated ones; human source captions o
 
 
 def write_captions(builder: datasets.GeneratorBasedBuilder, folder: Path) -> tuple[list[tuple], set[str]]:
-    """Parquet files of a builder's captions by split; configuration, split, items, captions of each; the languages."""
+    """Write Parquet files of a builder's captions by split; return configuration, split, items, captions of each, and
+    the languages."""
     counts, languages = [], set()
     for split, stream in builder.as_streaming_dataset().items():
         columns = {name: feature for name, feature in builder.info.features.items() if name in CAPTION_FEATURES}
@@ -67,7 +61,7 @@ def write_captions(builder: datasets.GeneratorBasedBuilder, folder: Path) -> tup
 
 
 def write_upload(name: str, folder: Path, configs: Iterable[str], license: str | None = None, **options) -> Path:
-    """A folder as it is uploaded: `CONFIG/SPLIT-*.parquet` and `README.md`. It appears whole, or not at all."""
+    """Write a folder as it is uploaded: `CONFIG/SPLIT-*.parquet` and `README.md`. It appears whole, or not at all."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there and not empty: name a new folder")
     builder_class = find_builder(name)
@@ -92,7 +86,7 @@ def write_upload(name: str, folder: Path, configs: Iterable[str], license: str |
 
 
 def make_card(name: str, builder, counts: list[tuple[str, str, int, int]], languages: list[str], license: str) -> str:
-    """The dataset card, whose metadata says which files are which split of which configuration."""
+    """Return the dataset card, whose metadata says which files are which split of which configuration."""
     files = {}
     for config, split, _, _ in counts:
         files.setdefault(config, []).append({"split": split, "path": f"{config}/{split}-*.parquet"})
@@ -127,29 +121,34 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     return str(url)
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m datasets_scripts.push_to_hub", description=__doc__.split("\n")[0])
-    parser.add_argument("name", help="data set, as for datasets_scripts.verify")
-    parser.add_argument("--data_dir", help="folder of the data")
-    parser.add_argument("--config", action="append", default=[], help="one configuration; several times; default: all")
-    parser.add_argument("--repo_id", help="where to, such as me/multi30k-captions")
-    parser.add_argument("--private", action="store_true")
-    parser.add_argument("--license", help="licence of the captions, as the Hub names them; default: the data set's")
-    parser.add_argument("--dry_run", metavar="DIR", help="write what would be uploaded to a new folder, and stop")
-    args = parser.parse_args(argv)
-    if not (args.repo_id or args.dry_run):
-        parser.error("name --repo_id, or a folder to look at first: --dry_run DIR")
+def publish(
+    name: str,
+    configs: Iterable[str] = (),
+    repo_id: str | None = None,
+    dry_run: str | Path | None = None,
+    data_dir: str | None = None,
+    private: bool = False,
+    license: str | None = None,
+) -> tuple[list[tuple[str, int]], str, str]:
+    """
+    Write what is uploaded of a data set, and upload it.
+
+    Args:
+        name, configs, data_dir, license: As of `write_upload`.
+        repo_id: Where to, such as me/multi30k-captions.
+        dry_run: A new folder, which is written, and nothing is uploaded.
+
+    Returns:
+        Each file and its bytes; the folder, or the address on the Hub; the terms of the captions.
+
+    Raises:
+        ValueError: As `write_upload`, or where neither `repo_id` nor `dry_run` is given.
+    """
+    if not (repo_id or dry_run):
+        raise ValueError("name --repo_id, or a folder to look at first: --dry_run FOLDER")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(args.dry_run or Path(scratch, "upload"))
-        write_upload(args.name, folder, args.config, args.license, data_dir=args.data_dir)
+        folder = write_upload(name, Path(dry_run or Path(scratch, "upload")), configs, license, data_dir=data_dir)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        for path in files:
-            print(f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes")
-        where = f"written to {folder}, not uploaded" if args.dry_run else push(folder, args.repo_id, args.private)
-        print(f"{len(files)} files: {where}")
-        print(f"Terms of the captions: {getattr(find_builder(args.name), 'LICENSE', '') or 'see the source'}")
-
-
-if __name__ == "__main__":
-    main()
+        sizes = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+        where = str(dry_run or push(folder, repo_id, private))
+    return sizes, where, getattr(find_builder(name), "LICENSE", "") or "see the source"

@@ -1,14 +1,8 @@
-"""Checks a folder of data: counts against the expected ones, what is missing, where to get it, and its terms.
+"""Checks a folder of data: counts against the expected ones, what is missing, where to get it, and its terms."""
 
-python -m datasets_scripts.verify multi30k --data_dir multi30k
-python -m datasets_scripts.verify caption_files --data_dir my-pictures --decode
-"""
-
-import argparse
 import importlib
 import inspect
 import io
-import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,8 +10,6 @@ from pathlib import Path
 import datasets
 from PIL import Image
 from tqdm.auto import tqdm
-
-from modeling_nrccr.cli.common import command
 
 from ..reading.columns import CAPTION_FEATURES
 from ..reading.debian import FetchError
@@ -27,7 +19,7 @@ NAMES_SHOWN = 5  # of broken pictures
 
 
 def builder_names() -> list[str]:
-    """The modules of `datasets_scripts` that hold a builder named as they are."""
+    """Return the modules of `datasets_scripts` that hold a builder named as they are."""
     files = sorted(Path(__file__).parents[1].glob("*.py"))
     return [file.stem for file in files if f"class {_class_name(file.stem)}(" in file.read_text(encoding="utf-8")]
 
@@ -37,14 +29,14 @@ def _class_name(name: str) -> str:
 
 
 def find_builder(name: str) -> type[datasets.GeneratorBasedBuilder]:
-    """The builder that the module of its name holds. Raises ValueError for an unknown name."""
+    """Return the builder that the module of its name holds. Raises ValueError for an unknown name."""
     if name not in builder_names():
         raise ValueError(f"unknown data set {name!r}: known are {', '.join(builder_names())}")
     return getattr(importlib.import_module(f"datasets_scripts.{name}"), _class_name(name))
 
 
 def builder_options(builder: type[datasets.GeneratorBasedBuilder], options: dict) -> dict:
-    """The options that are given and that the builder's configuration has. Raises ValueError for one that it lacks."""
+    """Return the options that are given and that the builder's configuration has. Raises ValueError for another."""
     given = {key: value for key, value in options.items() if value is not None}
     known = builder.BUILDER_CONFIG_CLASS.__dataclass_fields__
     if unknown := [key for key in given if key not in known]:
@@ -54,34 +46,41 @@ def builder_options(builder: type[datasets.GeneratorBasedBuilder], options: dict
 
 def verify(
     name: str, data_dir: str | None = None, configs: Iterable[str] = (), decode: bool = False, **options
-) -> list[str]:
+) -> tuple[list[str], list[str]]:
     """
-    Reads the data set `name` in a folder, prints counts, and returns what is amiss, a line each.
+    Read the data set `name` in a folder.
 
     Args:
         configs: Those with known counts by default, else the first.
         decode: Open every picture too.
-        options: Of the configuration, such as `image_dir`.
+        options: Of the configuration, such as `image_dir`; None is as good as absent.
+
+    Returns:
+        A table of what was counted, and what is amiss, a line each.
+
+    Raises:
+        ValueError: for an unknown data set, or an option that it has not.
     """
     builder_class = find_builder(name)
     expected = getattr(builder_class, "EXPECTED", {})
     configs = list(configs or expected or list(builder_class.builder_configs)[:1] or [None])
     options = builder_options(builder_class, options)
-    problems = []
+    table, problems = [], []
     for config in configs:
-        print(f"\n{name} {config or ''}".rstrip())
+        table += ["", f"{name} {config or ''}".rstrip()]
         try:
             builder = builder_class(config_name=config, data_dir=data_dir, **options)
             streams = builder.as_streaming_dataset()
-            problems += [f"{config}: {line}" for line in _check_splits(streams, expected.get(config), decode)]
+            lines, found = _check_splits(streams, expected.get(config), decode)
+            table += lines
+            problems += [f"{config}: {line}" for line in found]
         except (ValueError, OSError, FetchError) as error:
             problems.append(f"{config}: {error}")
-    return problems
+    return table[1:], problems
 
 
-def _check_splits(streams: dict, expected: dict | None, decode: bool) -> list[str]:
-    problems = []
-    print(f"  {'split':<18} {'items':>15} {'captions':>17}   media")
+def _check_splits(streams: dict, expected: dict | None, decode: bool) -> tuple[list[str], list[str]]:
+    table, problems = [f"  {'split':<18} {'items':>15} {'captions':>17}   media"], []
     for split in dict.fromkeys([*(expected or {}), *streams]):
         items, captions, media, broken = _count(streams[split], split, decode) if split in streams else (0, 0, "", [])
         counts = []
@@ -91,15 +90,15 @@ def _check_splits(streams: dict, expected: dict | None, decode: bool) -> list[st
             counts.append(f"{found}" if wanted is None else f"{found} of {wanted}")
             if wanted not in (None, found):
                 problems.append(f"{split}: {found} {what}, expected {wanted}")
-        print(f"  {split:<18} {counts[0]:>15} {counts[1]:>17}   {media}")
+        table.append(f"  {split:<18} {counts[0]:>15} {counts[1]:>17}   {media}")
         if broken:
             shown = "; ".join(broken[:NAMES_SHOWN])
             problems.append(f"{split}: {len(broken)} pictures cannot be opened: {shown}")
-    return problems
+    return table, problems
 
 
 def _count(stream: datasets.IterableDataset, split: str, decode: bool) -> tuple[int, int, str, list[str]]:
-    """Items, captions, the kind of media, and the pictures that cannot be opened (if `decode`)."""
+    """Count items and captions; return them, the kind of media, and pictures that cannot be opened (if `decode`)."""
     media = [column for column in stream.features if column not in CAPTION_FEATURES]
     if "image" in media:
         stream = stream.cast_column("image", datasets.Image(decode=False))
@@ -126,39 +125,9 @@ def _why_broken(image: dict) -> str | None:
 
 
 def where_and_terms(builder: type[datasets.GeneratorBasedBuilder]) -> str:
-    """What a data set is, where it comes from, and under which terms."""
+    """Return what a data set is, where it comes from, and under which terms."""
     lines = [inspect.cleandoc(builder.__doc__ or "")]
     for label, attribute in (("From", "HOMEPAGE"), ("Terms", "LICENSE")):
         if text := getattr(builder, attribute, ""):
             lines.append(textwrap.fill(f"{label}: {text}", 110))
     return "\n".join(lines)
-
-
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(prog="python -m datasets_scripts.verify", description=__doc__.split("\n")[0])
-    parser.add_argument("name", help=", ".join(builder_names()))
-    parser.add_argument("--data_dir", help="folder of the data; downloaded where a data set can be")
-    for option, what in (
-        ("image_dir", "pictures"),
-        ("media_dir", "videos or pictures"),
-        ("visual_feature", "features"),
-    ):
-        parser.add_argument(f"--{option}", help=f"folder of the {what}, where it is another and the data set has it")
-    parser.add_argument("--config", action="append", default=[], help="one configuration; several times; default: all")
-    parser.add_argument("--decode", action="store_true", help="open every picture too")
-    args = parser.parse_args(argv)
-    builder = find_builder(args.name)
-    options = {name: getattr(args, name) for name in ("image_dir", "media_dir", "visual_feature")}
-    problems = verify(args.name, args.data_dir, args.config, args.decode, **options)
-    print(f"\n{where_and_terms(builder)}\n")
-    if problems:
-        print("\n".join(problems))
-        sys.exit(f"{len(problems)} things are not as expected")
-    print(
-        "all as expected" if getattr(builder, "EXPECTED", {}) else "all readable; no counts are known to compare with"
-    )
-
-
-if __name__ == "__main__":
-    main()

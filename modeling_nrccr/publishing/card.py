@@ -45,7 +45,7 @@ NOISE = ROOT / "docs" / "translation.json"
 
 def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], example_query: str):
     """
-    Writes `output_dir/README.md` from the template.
+    Write `output_dir/README.md` from the template.
 
     Args:
         output_dir: Holds the model's `config.json`.
@@ -101,7 +101,7 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
 
 
 def hub_name(name: str) -> str:
-    """A hub id as it is; of a folder of this machine the hub id of what is in it, or its last name."""
+    """Return a hub id as it is; of a folder of this machine the hub id of what is in it, or its last name."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
         return name
     return HUB_IDS.get(Path(name).name, Path(name).name)
@@ -111,10 +111,10 @@ def language_card(
     report: dict, folder: str, base: str | None = None, whole: bool = False, license: str | None = None
 ) -> str:
     """
-    The card of a language, or of a model with the language in it.
+    Return the card of a language, or of a model with the language in it.
 
     Args:
-        report: `report.json` of `add_language.py`.
+        report: `report.json` of `nrccr add-language`.
         folder: where what it describes is, for the snippet.
         base: folder or hub id of the model that the language is loaded into; default: the report's.
         whole: the folder has the model too.
@@ -157,7 +157,7 @@ def language_card(
 
 
 def describe_reading(found: dict) -> str:
-    """A line on what a tokenizer makes of a language; see `tokenizer_coverage`."""
+    """Describe in a line what a tokenizer makes of a language; see `tokenizer_coverage`."""
     target, source = found["language"], found["source"]
     numbers = (
         f"{target['tokens_per_word']:.2f} tokens a word (source {source['tokens_per_word']:.2f}), "
@@ -168,7 +168,7 @@ def describe_reading(found: dict) -> str:
 
 
 def metadata(report: dict, name: str) -> ModelCardData:
-    """What the Hub reads; data sets and encoders without a hub id are named in the text alone."""
+    """Return what the Hub reads; data sets and encoders without a hub id are named in the text alone."""
     settings = report["settings"]
     encoders = [settings["text_encoder"], settings["vision_encoder"]]
     encoders = [HUB_IDS.get(encoder, encoder) for encoder in encoders]
@@ -201,7 +201,7 @@ def metadata(report: dict, name: str) -> ModelCardData:
 
 
 def reported_metrics() -> dict[str, str]:
-    """The six recalls and their sum, by their names in `metrics.json`, and what they are called in a card."""
+    """Return the six recalls and their sum, by their names in `metrics.json`, and what they are called in a card."""
     recalls = {
         f"{way}_{METRICS[name]}": f"{name}, {WAYS[way]}" for way in WAYS for name in METRICS if name[:2] == "R@"
     }
@@ -209,8 +209,8 @@ def reported_metrics() -> dict[str, str]:
 
 
 def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, float]] | None:
-    """What the study's model is beside this one, and the metrics of what was trained there on human captions, with
-    this run's data, encoders, heads, split and seed; None where there is none."""
+    """Return what the study's model is beside this one, and the metrics of what was trained there on human captions,
+    with this run's data, encoders, heads, split and seed; None where there is none."""
     run = {"language": settings["target_language"], "split_seed": settings["split_seed"], "seed": settings["seed"]}
     trained = study_run(row="human", condition="", point=None, **run)
     if settings["target"] == "human" or trained is None:
@@ -234,13 +234,13 @@ def study_run(**run) -> dict | None:
 
 
 def noise_of(settings: dict) -> str:
-    """What is known of a translator's errors, from `docs/translation.json`."""
+    """Describe what is known of a translator's errors, from `docs/translation.json` of a checkout."""
     # of a dictionary the name says which: dictionary-freedict-eng-ces
     first, *others = settings["translator"].split(", ")
     pair = "{} {source_language}-{target_language}".format(first.partition("-")[0], **settings)
     measured = json.loads(NOISE.read_text(encoding="utf-8"))["pictures"].get(pair) if NOISE.is_file() else None
     if measured is None or measured["data"] != settings["dataset"] or measured["reference_chrf"] is None:
-        return "Its errors on these captions were not measured; `examples/noise_report.py` does that."
+        return "Its errors on these captions were not measured; `nrccr noise` does that."
     whose = "the first engine's" if others else "its"
     return (
         f"On {measured['captions']:,} of them\n{whose} translations score chrF {measured['reference_chrf']:.1f} and "
@@ -250,7 +250,7 @@ def noise_of(settings: dict) -> str:
 
 
 def training_settings(args: TrainingArguments) -> dict:
-    """What a card says of [`NrccrTrainingArguments`]: the weights of the losses that were on, epochs, batch, rate."""
+    """Return what a card says of [`NrccrTrainingArguments`]: the losses that were on, epochs, batch, rate."""
     steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
     return {
         "losses": args.losses,

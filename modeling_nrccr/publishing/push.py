@@ -1,18 +1,7 @@
-"""Publishes a trained model: weights, processor, code and card, nothing pickled. Look at the folder first:
+"""Publishes a trained model, or a language: weights, processor, code and card, nothing pickled."""
 
-    python examples/push_to_hub.py --model outputs/demo --dry_run outputs/upload
-    python examples/push_to_hub.py --model outputs/demo --repo_id YOU/nrccr-gl --private
-
-A language of `add_language.py`: its file alone, a few megabytes, or the model with it inside:
-
-    python examples/push_to_hub.py --model outputs/gl --base_model google/siglip2-base-patch16-224 --repo_id YOU/gl
-    python examples/push_to_hub.py --model outputs/english --language gl=outputs/gl --repo_id YOU/english-gl
-
-Uploading needs `hf auth login`. Pushed again, it replaces what it wrote before.
-"""
-
-import argparse
 import json
+import logging
 import re
 import tempfile
 import zipfile
@@ -24,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from transformers import PreTrainedConfig
 
-from ..cli.common import command
 from ..data.trained_split import SPLIT_FILE
 from ..files import write_file
 from ..languages import LANGUAGE_FILE
@@ -35,6 +23,8 @@ from .sentence_transformers_files import write_sentence_transformers_files
 from .verdicts import STERN
 
 
+logger = logging.getLogger(__name__)
+
 CARD, REPORT, METRICS = "README.md", "report.json", "metrics.json"
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 REQUIRED = ("language", "license", "library_name", "pipeline_tag")  # of the card's metadata
@@ -43,7 +33,7 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier p
 
 
 def is_pickled(path: Path) -> bool:
-    """By its name, or by its content: a pickle of protocol 2 or newer, or PyTorch's archive of one."""
+    """Return whether a file is pickled, by its name or its content: protocol 2 or newer, or PyTorch's archive."""
     if path.name.endswith(PICKLED):
         return True
     if path.suffix == ".safetensors":  # its first bytes are a length, and may be any
@@ -56,7 +46,7 @@ def is_pickled(path: Path) -> bool:
 
 
 def check_pickled(folder: Path):
-    """Raises ValueError where a folder holds pickled files."""
+    """Raise ValueError where a folder holds pickled files."""
     pickled = [
         str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file() and is_pickled(path)
     ]
@@ -67,11 +57,11 @@ def check_pickled(folder: Path):
 
 
 def check_card(folder: Path):
-    """Raises ValueError where a folder's card is not there, or lacks metadata that the Hub reads."""
+    """Raise ValueError where a folder's card is not there, or lacks metadata that the Hub reads."""
     if not (folder / CARD).is_file():
         raise ValueError(
-            f"{folder} has no {CARD}: examples/train.py and add_language.py write one. For another model write it; it "
-            f"begins with a line ---, then {', '.join(REQUIRED)}, each as `name: value` in a line, and a line ---"
+            f"{folder} has no {CARD}: `nrccr train` and `nrccr add-language` write one. For another model write it; "
+            f"it begins with a line ---, then {', '.join(REQUIRED)}, each as `name: value` in a line, and a line ---"
         )
     metadata = ModelCard.load(folder / CARD, ignore_metadata_errors=True).data
     if missing := [name for name in REQUIRED if not metadata.get(name)]:
@@ -81,7 +71,7 @@ def check_card(folder: Path):
 
 
 def check_private(folder: Path):
-    """Raises ValueError where a folder would publish a token, or a path of this machine."""
+    """Raise ValueError where a folder would publish a token, or a path of this machine."""
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".md", ".json") or path.name in ("tokenizer.json", "vocab.json"):
             continue
@@ -95,12 +85,12 @@ def check_private(folder: Path):
 
 
 def without_folders(text: str) -> str:
-    """Absolute paths in a text lose all but their last part."""
+    """Cut absolute paths in a text down to their last part."""
     return re.sub(r"(?<![\w:/.])/(?:[^\s/:'\",;]+/)+", "", text)
 
 
 def without_paths(config: PreTrainedConfig):
-    """Takes folders of this machine out of a configuration."""
+    """Take folders of this machine out of a configuration."""
     for part in filter(None, (config.text_config, config.vision_config)):
         if part._name_or_path:
             part._name_or_path = hub_name(part._name_or_path)
@@ -109,26 +99,26 @@ def without_paths(config: PreTrainedConfig):
 
 
 def renamed(card: ModelCard, name: str) -> str:
-    """A card whose snippets load `name`, a hub id or a folder beside the reader."""
+    """Return a card whose snippets load `name`, a hub id or a folder beside the reader."""
     card.data.model_name = name.split("/")[-1]
     return re.sub(r'(from_pretrained|SentenceTransformer)\("[^"]*"', rf'\1("{name}"', str(card)).rstrip() + "\n"
 
 
-def read_report(folder: Path, base_model: str | None) -> dict:
-    """What `add_language.py` reported, without folders of this machine. `base_model`: how its base is called."""
+def read_report(folder: Path, base: str | None) -> dict:
+    """Return what `nrccr add-language` reported, without folders of this machine. `base`: how its base is called."""
     if not (folder / REPORT).is_file():
-        raise ValueError(f"{folder} has no {REPORT}: name the folder that examples/add_language.py wrote")
+        raise ValueError(f"{folder} has no {REPORT}: name the folder that `nrccr add-language` wrote")
     report = json.loads(without_folders((folder / REPORT).read_text(encoding="utf-8")))
     original = json.loads((folder / REPORT).read_text(encoding="utf-8"))["base"]["name"]
-    report["base"]["name"] = base_model or hub_name(original)
+    report["base"]["name"] = base or hub_name(original)
     if "/" not in report["base"]["name"]:
-        print(f"the base is called {report['base']['name']}, which is no hub id: name it, --base_model YOU/NAME")
+        logger.warning("the base is called %s, which is no hub id: name it, --base YOU/NAME", report["base"]["name"])
     return report
 
 
-def write_language(source: Path, folder: Path, name: str, base_model: str | None):
-    """What is uploaded of a language: its file, report and card. It names its base by a hub id, not by a folder."""
-    report = read_report(source, base_model)
+def write_language(source: Path, folder: Path, name: str, base: str | None):
+    """Write what is uploaded of a language: its file, report and card, which name its base by a hub id."""
+    report = read_report(source, base)
     with safe_open(source / LANGUAGE_FILE, "pt") as file:
         about = json.loads((file.metadata() or {})["about"])
         weights = {key: file.get_tensor(key) for key in file.keys()}
@@ -138,13 +128,15 @@ def write_language(source: Path, folder: Path, name: str, base_model: str | None
     write_file(folder / CARD, language_card(report, name))
 
 
-def write_model(source: Path, folder: Path, name: str, languages: Sequence[str], base_model: str | None):
-    """What is uploaded of a model: weights, processor, code and card; with `languages` in it."""
+def write_model(
+    source: Path, folder: Path, name: str, languages: Sequence[str], base: str | None, dtype: str | None = None
+):
+    """Write what is uploaded of a model: weights, processor, code and card; with `languages` in it."""
     if not (source / "config.json").is_file():
-        raise ValueError(f"{source} holds no model: name what examples/train.py wrote (make demo: outputs/demo)")
+        raise ValueError(f"{source} holds no model: name what `nrccr train` wrote (make demo: outputs/demo)")
     if not languages:
         check_card(source)
-    model, processor = load_with_languages(str(source), list(languages))
+    model, processor = load_with_languages(str(source), list(languages), "cpu", dtype)
     without_paths(model.config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -154,7 +146,7 @@ def write_model(source: Path, folder: Path, name: str, languages: Sequence[str],
             write_file(folder / METRICS, (source / METRICS).read_bytes())
         write_file(folder / CARD, renamed(ModelCard.load(source / CARD), name))
         return
-    reports = [read_report(Path(spec.partition("=")[2]), base_model) for spec in languages]
+    reports = [read_report(Path(spec.partition("=")[2]), base) for spec in languages]
     codes = [spec.partition("=")[0] for spec in languages]
     known = ModelCard.load(source / CARD, ignore_metadata_errors=True).data if (source / CARD).is_file() else {}
     # one report a file: several languages of one adapter share theirs
@@ -167,7 +159,7 @@ def write_model(source: Path, folder: Path, name: str, languages: Sequence[str],
 
 
 def merge_cards(reports: list[dict]) -> dict:
-    """The reports of a model's languages as one: the first's, and what each says of its own."""
+    """Return the reports of a model's languages as one: the first's, and what each says of its own."""
     if len(reports) == 1:
         return reports[0]
     found, reasons, tokenizer = {}, [], {}
@@ -186,17 +178,23 @@ def merge_cards(reports: list[dict]) -> dict:
 
 
 def write_upload(
-    source: Path, folder: Path, name: str, languages: Sequence[str] = (), base_model: str | None = None
+    source: Path,
+    folder: Path,
+    name: str,
+    languages: Sequence[str] = (),
+    base: str | None = None,
+    dtype: str | None = None,
 ) -> Path:
     """
-    A folder as it is uploaded; it appears whole, or not at all.
+    Write a folder as it is uploaded; it appears whole, or not at all.
 
     Args:
-        source: What `examples/train.py` or `add_language.py` wrote.
+        source: What `nrccr train` or `nrccr add-language` wrote.
         folder: New.
         name: Under which the card's snippets load it.
-        languages: `CODE=FOLDER` of what `add_language.py` wrote, to be published in the model; the first is active.
-        base_model: Hub id of the model that a language was added to, where that was a folder.
+        languages: `CODE=FOLDER` of what `nrccr add-language` wrote, to be published in the model; the first is active.
+        base: Hub id of the model that a language was added to, where that was a folder.
+        dtype: Of a model's weights; default: as they were saved.
 
     Raises:
         ValueError: It holds pickled files, or has no card; `folder` is there and not empty; there is no model.
@@ -216,9 +214,11 @@ def write_upload(
         split = Path(languages[0].partition("=")[2])
     with new_folder(folder) as unfinished:
         if (source / LANGUAGE_FILE).is_file() and not languages:
-            write_language(source, unfinished, name, base_model)
+            if dtype is not None:
+                raise ValueError(f"{source} holds a language, which is published as it is: leave out --dtype")
+            write_language(source, unfinished, name, base)
         else:
-            write_model(source, unfinished, name, languages, base_model)
+            write_model(source, unfinished, name, languages, base, dtype)
         if (split / SPLIT_FILE).is_file():
             write_file(unfinished / SPLIT_FILE, (split / SPLIT_FILE).read_bytes())
         check_pickled(unfinished)
@@ -228,7 +228,7 @@ def write_upload(
 
 
 def push(folder: Path, repo_id: str, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a folder of [`write_upload`] and returns its address. The card comes last, so that what it describes is
+    """Upload a folder of [`write_upload`] and return its address. The card comes last, so that what it describes is
     there when it is read, and nothing written before it (such as `Trainer.push_to_hub`'s own card) stays."""
     api = HfApi()
     url = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -245,44 +245,38 @@ def push(folder: Path, repo_id: str, private: bool = False, revision: str | None
     return str(url)
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", type=Path, default=Path("outputs/demo"), help="folder that train.py or add_language.py wrote"
-    )
-    parser.add_argument("--repo_id", help="where to, such as YOU/nrccr-gl")
-    parser.add_argument("--private", action="store_true", help="of a new repository: nobody else sees it")
-    parser.add_argument("--revision", help="branch to push to; made where it is not there; default: main")
-    parser.add_argument("--dry_run", metavar="FOLDER", type=Path, help="write what would be uploaded, and stop")
-    parser.add_argument(
-        "--language",
-        action="append",
-        default=[],
-        help="CODE=FOLDER that add_language.py wrote: published in the model",
-    )
-    parser.add_argument(
-        "--base_model", help="hub id of the model that a language was added to, where that was a folder"
-    )
-    args = parser.parse_args(argv)
-    options = {"languages": args.language, "base_model": args.base_model}
-    if not (args.repo_id or args.dry_run):
-        parser.error("name --repo_id, or a folder to look at first: --dry_run FOLDER")
-    if args.dry_run:
-        folder = write_upload(args.model, args.dry_run, args.repo_id or args.dry_run.name, **options)
-        report(folder, f"written to {folder}, not uploaded")
-    else:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = write_upload(args.model, Path(scratch, "upload"), args.repo_id, **options)
-            report(folder, push(folder, args.repo_id, args.private, args.revision))
+def publish(
+    model: str | Path,
+    repo_id: str | None = None,
+    dry_run: str | Path | None = None,
+    languages: Sequence[str] = (),
+    base: str | None = None,
+    dtype: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+) -> tuple[list[tuple[str, int]], str]:
+    """
+    Write what is uploaded, and upload it.
 
+    Args:
+        model, languages, base, dtype: as of `write_upload`.
+        repo_id: where to, such as YOU/nrccr-gl; also how the card calls it.
+        dry_run: a new folder, which is written, and nothing is uploaded.
+        private, revision: as of `push`.
 
-def report(folder: Path, where: str):
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        print(f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes")
-    print(f"{len(files)} files: {where}")
+    Returns:
+        Each file and its bytes, and where they are: the folder, or the address on the Hub.
 
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: as `write_upload`, or where neither `repo_id` nor `dry_run` is given.
+    """
+    if not (repo_id or dry_run):
+        raise ValueError("name --repo_id, or a folder to look at first: --dry_run FOLDER")
+    if dry_run and (private or revision):
+        raise ValueError("--dry_run uploads nothing: leave out --private and --revision")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(dry_run or Path(scratch, "upload"))
+        write_upload(Path(model), folder, repo_id or folder.name, languages, base, dtype)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = [(str(path.relative_to(folder)), path.stat().st_size) for path in files]
+        return sizes, str(dry_run or push(folder, repo_id, private, revision))

@@ -1,4 +1,4 @@
-"""The Space: `python app.py` in the folder that `build_space.py` wrote, then http://127.0.0.1:7860"""
+"""The page of the Space: `python app.py` in the folder that `nrccr space` wrote, then http://127.0.0.1:7860"""
 
 import json
 import os
@@ -283,8 +283,8 @@ def spoken(model: Path, settings: dict) -> list[str]:
     return found if len(found) > 1 else list(dict.fromkeys([next(iter(LANGUAGES)), *found]))
 
 
-def main():
-    folder = Path(__file__).resolve().parent
+def serve(folder: Path):
+    """Serve a folder that `build_space` wrote, until the process is stopped."""
     metrics = folder / "model/metrics.json"
     settings = json.loads(metrics.read_text(encoding="utf-8"))["settings"] if metrics.exists() else {}
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="uploads-"))  # of this page alone
@@ -298,7 +298,3 @@ def main():
         state_session_capacity=1000,
         app_kwargs={"middleware": [Middleware(UploadLimit, folder=get_upload_folder())]},
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -52,7 +52,7 @@ class OwnPictures:
 
 class Finder:
     """
-    Model, indexes and pictures of a folder that `build_space.py` wrote.
+    Holds model, indexes and pictures of a folder that `build_space` wrote.
 
     Args:
         folder: with `model`, `index` and `clips`.
@@ -66,7 +66,7 @@ class Finder:
     def __init__(self, folder: str | Path, languages: Sequence[str], data_dir: str | Path | None = None):
         folder = Path(folder)
         if not (folder / "model/config.json").exists():
-            raise ValueError(f"{folder} has no model: write the Space with `python examples/space/build_space.py`")
+            raise ValueError(f"{folder} has no model: write the Space with `nrccr space`")
         self.languages = list(languages)
         self.model = NrccrModel.from_pretrained(folder / "model").eval()
         self.processor = AutoProcessor.from_pretrained(folder / "model")

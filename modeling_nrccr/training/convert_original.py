@@ -1,14 +1,9 @@
-"""Turn a checkpoint of the released implementation (arXiv 2208.12526) into a folder that `AutoModel` loads:
-
-    python examples/convert_original.py model_best.pth.tar outputs/converted --tokenizer bert-base-multilingual-cased
-
-The file is pickled. It is read with an allow-list (tensors, numbers, the training options); anything else is refused.
+"""Checkpoint files of the released implementation (arXiv 2208.12526), which are pickled: read with an allow-list
+(tensors, numbers, the training options); anything else is refused.
 """
 
 import argparse
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from ..cli.common import command
+from ..files import write_file
+from ..loading.wheels import new_folder
 from ..processing_nrccr import NrccrTextProcessor
 from .conversion import OPTIONS, PARTS, convert_original_checkpoint, unwrap
 
@@ -54,7 +50,7 @@ Trained with: {options}
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """`{"model": [state dicts], "opt": {options}, ...}` of a released file; ValueError for anything else."""
+    """Return `{"model": [state dicts], "opt": {options}, ...}` of a released file; ValueError for anything else."""
     try:
         with torch.serialization.safe_globals(ALLOWED):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def bert_config_of(text_encoder: Mapping[str, torch.Tensor]) -> dict:
-    """The sizes of a BERT, read from its tensors; its heads are 64 wide, as in every published one."""
+    """Return the sizes of a BERT, read from its tensors; its heads are 64 wide, as in every published one."""
     sizes = {name.removeprefix("text_bert.text_bert."): t.shape for name, t in unwrap(text_encoder).items()}
     try:
         vocab_size, hidden_size = sizes["embeddings.word_embeddings.weight"]
@@ -94,45 +90,48 @@ def bert_config_of(text_encoder: Mapping[str, torch.Tensor]) -> dict:
     return config
 
 
-def main(arguments: list[str] | None = None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="the .pth.tar file")
-    parser.add_argument("output_dir", type=Path, help="a new folder")
-    parser.add_argument("--text_config", help="the text encoder's: hub id, folder or JSON file (default: a BERT)")
-    parser.add_argument("--tokenizer", help="the text encoder's: hub id or folder (default: none is saved)")
-    args = parser.parse_args(arguments)
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
-        raise ValueError(f"{args.output_dir} is not empty: name a new folder")
-    checkpoint = read_checkpoint(args.path)
+def convert_original(
+    path: str | Path, folder: str | Path, text_config: str | None = None, tokenizer: str | None = None
+) -> str:
+    """
+    Write a released checkpoint as a folder that `AutoModel` loads; it appears whole, or not at all.
+
+    Args:
+        path: the `.pth.tar` file.
+        folder: a new one.
+        text_config: the text encoder's: hub id, folder or JSON file; default: as its tensors say, of a BERT.
+        tokenizer: the text encoder's: hub id or folder; default: no processor is written.
+
+    Returns:
+        What is to be known of its processor, in a sentence.
+
+    Raises:
+        ValueError: `folder` is not empty, or the file is no checkpoint of that implementation.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there and not empty: name a new folder")
+    checkpoint = read_checkpoint(path)
     options, state_dicts = checkpoint["opt"], checkpoint["model"]
-    if args.text_config:
-        text_config, _ = PreTrainedConfig.get_config_dict(args.text_config)
+    if text_config:
+        config, _ = PreTrainedConfig.get_config_dict(text_config)
     else:
-        text_config = checkpoint.get("bert_config") or bert_config_of(state_dicts[1])
-    model, _, _ = convert_original_checkpoint(state_dicts, options, text_config)
-
-    partial = args.output_dir.with_name(args.output_dir.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+        config = checkpoint.get("bert_config") or bert_config_of(state_dicts[1])
+    model, _, _ = convert_original_checkpoint(state_dicts, options, config)
     note = "No tokenizer was given to the conversion, so there is no processor here."
-    if args.tokenizer:
-        # as released: captions are lower-cased and lose their accents, though the vocabulary is cased
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, do_lower_case=True, strip_accents=True)
-        NrccrTextProcessor(tokenizer, visual_feat_dim=model.config.visual_feat_dim).save_pretrained(partial)
-        note = "Its tokenizer lower-cases and strips accents, as in training."
-    else:
-        print(f"{note} Give --tokenizer for one.")
-    card = CARD.format(
-        visual="videos" if options["model_type"] == "video" else "pictures",
-        width=model.config.visual_feat_dim,
-        tokenizer=f"{note}\n",
-        folder=args.output_dir.name,
-        options=", ".join(f"{name} {options[name]}" for name in OPTIONS),  # not its paths
-    )
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    os.replace(partial, args.output_dir)
-    print(f"wrote {args.output_dir}: model, {'processor, ' if args.tokenizer else ''}model card")
-
-
-if __name__ == "__main__":
-    command()(main)()
+    with new_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        if tokenizer:
+            # as released: captions are lower-cased and lose their accents, though the vocabulary is cased
+            words = AutoTokenizer.from_pretrained(tokenizer, do_lower_case=True, strip_accents=True)
+            NrccrTextProcessor(words, visual_feat_dim=model.config.visual_feat_dim).save_pretrained(unfinished)
+            note = "Its tokenizer lower-cases and strips accents, as in training."
+        card = CARD.format(
+            visual="videos" if options["model_type"] == "video" else "pictures",
+            width=model.config.visual_feat_dim,
+            tokenizer=f"{note}\n",
+            folder=folder.name,
+            options=", ".join(f"{name} {options[name]}" for name in OPTIONS),  # not its paths
+        )
+        write_file(unfinished / "README.md", card)
+    return note

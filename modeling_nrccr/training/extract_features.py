@@ -1,14 +1,10 @@
-"""Extracts features of pictures and videos by any vision tower, once, for trainings that read them:
+"""Features of pictures and videos by any vision tower, extracted once, for trainings that read them.
 
-    accelerate launch examples/extract_features.py --media videos --output FeatureData/lite0 --num_frames 8
-
-Writes shards into `--output`, which the builders of `datasets_scripts` read (`visual_feature`). An item's id is its
-file's name without suffix. Run again, it goes on where it was ended, and adds what is new in `--media`.
+The shards are what the builders of `datasets_scripts` read (`visual_feature`). An item's id is its file's name without
+suffix. Run again, it goes on where it was ended, and adds what is new in the folder.
 """
 
-import argparse
 import json
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,13 +23,11 @@ from datasets_scripts.reading.builder import by_stem
 from datasets_scripts.reading.features import ShardFeatures
 from datasets_scripts.reading.videos import VIDEO_SUFFIXES, read_frames
 
-from ..cli.common import command
 from ..configuration_nrccr import NrccrConfig
 from ..files import replacing, write_file
 from ..loading.encoders import encoder_label, find_encoder
 from ..media import IMAGE_SUFFIXES, describe_others, is_clip, load_image, to_rgb, walk
 from ..processing_nrccr import to_square
-from ..recipes.limits import number
 from ..towers import NrccrVisualTower, load_encoder
 from .feature_cache import fingerprint, load_media
 
@@ -42,14 +36,15 @@ ROWS_A_GROUP = 16  # of Parquet: what reading one item reads
 
 
 class Extractor:
-    """A vision tower and its image processor: pictures to features of shape `(num_pictures, dim)`."""
+    """Turns pictures, by a vision tower and its image processor, into features of shape `(num_pictures, dim)`."""
 
-    def __init__(self, vision_encoder: str, output: str = "pooled", pad_to_square: bool = True):
+    def __init__(self, vision_encoder: str, output: str = "pooled", pad_to_square: bool = True, device=None):
         folder = find_encoder(vision_encoder)
         config = NrccrConfig(vision_config=AutoConfig.from_pretrained(folder), visual_encoder_output=output)
         self.tower = NrccrVisualTower(config)
         load_encoder(self.tower, folder, config.vision_config)
-        self.tower.eval().to(PartialState().device)
+        self.device = torch.device(device) if device else PartialState().device
+        self.tower.eval().to(self.device)
         self.image_processor = AutoImageProcessor.from_pretrained(folder)
         self.pad_to_square = pad_to_square
         self.settings = {
@@ -62,12 +57,12 @@ class Extractor:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
         pictures = [to_square(to_rgb(picture)) if self.pad_to_square else to_rgb(picture) for picture in pictures]
-        inputs = self.image_processor(pictures, return_tensors="pt").to(PartialState().device)
+        inputs = self.image_processor(pictures, return_tensors="pt").to(self.device)
         return self.tower(**inputs).squeeze(1).float().cpu()
 
 
 def write_shard(path: Path, feats: dict[str, np.ndarray]):
-    """A shard, at once or not at all. `feats`: by item, of shape `(num_frames, dim)`."""
+    """Write a shard, at once or not at all. `feats`: by item, of shape `(num_frames, dim)`."""
     if path.suffix == ".safetensors":
         header = {
             "image_ids": json.dumps(list(feats)),
@@ -86,7 +81,7 @@ def write_shard(path: Path, feats: dict[str, np.ndarray]):
 
 
 def start(output: Path, settings: dict) -> ShardFeatures:
-    """The shards that are there, once it is sure that they were made with the same settings."""
+    """Return the shards that are there, once it is sure that they were made with the same settings."""
     state, record = PartialState(), output / "settings.json"
     with state.main_process_first():
         output.mkdir(parents=True, exist_ok=True)
@@ -96,7 +91,7 @@ def start(output: Path, settings: dict) -> ShardFeatures:
     if other := [
         f"{key} {found.get(key)!r}, now {settings[key]!r}" for key in settings if found.get(key) != settings[key]
     ]:
-        raise ValueError(f"{output} holds features made with {'; '.join(other)}: name another --output, or remove it")
+        raise ValueError(f"{output} holds features made with {'; '.join(other)}: name another folder, or remove it")
     shards = sorted(file for file in output.glob("features-*") if file.suffix in (".safetensors", ".parquet"))
     done = ShardFeatures(output, shards)
     state.wait_for_everyone()  # all have listed the same shards before one is added
@@ -116,16 +111,24 @@ def extract(
     shard_size: int = 256,
     format: str = "safetensors",
     dtype: str = "float32",
-    skip_broken: bool = False,
+    strict: bool = False,
 ) -> tuple[int, int, list[str]]:
     """
-    Features of every item that `output` lacks; each process extracts whole shards.
+    Write features of every item that `output` lacks; each process extracts whole shards.
+
+    Args:
+        media: files by item, of `find_media`.
+        num_frames: of each video, sampled uniformly.
+        batch_size, shard_size: pictures or videos at a time, and a shard.
+        format: of shards, safetensors or parquet.
+        dtype: of the features in safetensors, float32 or float16.
+        strict: refuse what cannot be read, instead of leaving it out.
 
     Returns:
-        How many items this process extracted, how many were there, and what it skipped, with the reason.
+        How many items this process extracted, how many were there, and what it left out, with the reason.
 
     Raises:
-        ValueError: a picture or video cannot be read (unless `skip_broken`), or `output` has features of other
+        ValueError: a picture or video cannot be read (if `strict`), or `output` has features of other
             settings.
     """
     state = PartialState()
@@ -144,7 +147,7 @@ def extract(
                     try:
                         frames[item] = load_media(str(media[item]), partial(frames_of, num_frames=num_frames))
                     except ValueError as error:
-                        if not skip_broken:
+                        if strict:
                             raise
                         broken.append(str(error))
                 feats |= features_of(frames, extractor, dtype)
@@ -156,13 +159,13 @@ def extract(
 
 
 def frames_of(path: str, num_frames: int) -> list[Image.Image]:
-    """Sampled frames of a video, or a still picture alone."""
+    """Return sampled frames of a video, or a still picture alone."""
     return read_frames(path, num_frames) if is_clip(path) else [load_image(path)]
 
 
 def find_media(folder: str) -> tuple[dict[str, Path], list[str]]:
     """
-    Pictures and videos by item, and what is left out, in words. A picture of the same name as a video is its cover.
+    Return pictures and videos by item, and what is left out, in words. A picture of a video's name is its cover.
 
     Raises:
         ValueError: there are none, or two of one name.
@@ -177,7 +180,7 @@ def find_media(folder: str) -> tuple[dict[str, Path], list[str]]:
 
 
 def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtype: str) -> dict[str, np.ndarray]:
-    """By item, of shape `(num_frames, dim)`; all in one pass of the tower."""
+    """Return features by item, of shape `(num_frames, dim)`; all in one pass of the tower."""
     if not videos:
         return {}
     parts = extractor([frame for frames in videos.values() for frame in frames]).split(list(map(len, videos.values())))
@@ -189,37 +192,35 @@ def features_of(videos: dict[str, list[Image.Image]], extractor: Extractor, dtyp
     return feats
 
 
-@command("shards that were written are kept: the same command goes on")
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--media", required=True, help="folder of pictures and videos, read with its sub-folders")
-    parser.add_argument("--output", required=True, help="folder of the shards")
-    parser.add_argument("--vision_encoder", default="efficientnet-lite0", help="hub id, folder, or efficientnet-lite0")
-    parser.add_argument("--visual_encoder_output", default="pooled", help="pooled, cls, mean, or projected (CLIP's)")
-    parser.add_argument("--no_pad", action="store_true", help="do not pad to a square (as CLIP was trained)")
-    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=number(1), default=8, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=number(1), default=256, help="pictures or videos a shard")
-    parser.add_argument("--format", choices=("safetensors", "parquet"), default="safetensors")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="of safetensors")
-    parser.add_argument("--skip_broken", action="store_true", help="leave out what cannot be read, and list it")
-    args = parser.parse_args(argv)
-    media, left_out = find_media(args.media)
-    started = time.perf_counter()
+def extract_features(
+    folder: str | Path,
+    output: str | Path,
+    vision_encoder: str = "efficientnet-lite0",
+    visual_encoder_output: str = "pooled",
+    pad_to_square: bool = True,
+    device: str | None = None,
+    **options,
+) -> tuple[int, int, list[str]]:
+    """
+    Extract features of the pictures and videos of a folder; in every process of a launcher, each its share.
+
+    Args:
+        folder: of pictures and videos, read with its sub-folders.
+        output: folder of the shards.
+        vision_encoder: hub id, folder, or efficientnet-lite0.
+        visual_encoder_output: pooled, cls, mean, or projected (CLIP's).
+        pad_to_square: False as CLIP was trained.
+        device: of the tower; default: a GPU where there is one.
+        options: of `extract`.
+
+    Returns:
+        How many items this process extracted, how many were there, and what was left out, with the reason.
+
+    Raises:
+        ValueError: as `find_media` and `extract`.
+    """
+    media, left_out = find_media(str(folder))
     PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
-    extractor = Extractor(args.vision_encoder, args.visual_encoder_output, not args.no_pad)
-    options = ("num_frames", "batch_size", "shard_size", "format", "dtype", "skip_broken")
-    output = Path(args.output)
-    extracted, found, broken = extract(media, output, extractor, **{name: getattr(args, name) for name in options})
-    for line in left_out:
-        print(f"left out: {line}")
-    for line in broken:
-        print(f"skipped: {line}")
-    seconds = time.perf_counter() - started
-    print(f"{extracted} extracted, {found} were there, {len(broken)} skipped ({seconds:.0f} s): {output}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    extractor = Extractor(vision_encoder, visual_encoder_output, pad_to_square, device)
+    extracted, found, broken = extract(media, Path(output), extractor, **options)
+    return extracted, found, left_out + broken

@@ -1,4 +1,4 @@
-"""`examples/extract_features.py`: its shards are what builders read; kills, processes and formats leave no trace."""
+"""`nrccr features`: its shards are what builders read; kills, processes and formats leave no trace."""
 
 import os
 import signal
@@ -16,11 +16,12 @@ from transformers import ViTImageProcessorPil
 from datasets_scripts.reading.features import open_features
 from datasets_scripts.reading.videos import read_frames
 from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
+from modeling_nrccr.cli import features as command
 from modeling_nrccr.training import extract_features
+from tests.support import ROOT
 from tests.support.upstream_formats import colours, write_webp
 
 
-SCRIPT = Path(extract_features.__file__)
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "media"
 
 
@@ -44,9 +45,7 @@ def media(tmp_path):
 
 
 def extract(media, output, tower, *flags):
-    names = {"media": media, "output": output, "vision_encoder": tower, "num_frames": 3}
-    arguments = [part for key, value in names.items() for part in (f"--{key}", str(value))]
-    extract_features.main([*arguments, *flags])
+    command.main([str(media), str(output), "--vision_encoder", str(tower), "--num_frames", "3", *flags])
 
 
 def all_features(folder) -> dict[str, np.ndarray]:
@@ -63,7 +62,7 @@ def assert_equal(found, expected):
 
 def test_features_are_those_of_the_tower(media, tower, tmp_path, capsys):
     extract(media, tmp_path / "f", tower, "--shard_size", "4", "--batch_size", "3")
-    assert "6 extracted, 0 were there, 0 skipped" in capsys.readouterr().out
+    assert "6 extracted, 0 were there, 0 left out" in capsys.readouterr().out
     features = open_features(tmp_path / "f")
     assert {item: features[item].shape for item in features.ids()} == {
         "still": (1, 16),
@@ -86,7 +85,7 @@ def test_features_are_those_of_the_tower(media, tower, tmp_path, capsys):
 def test_parquet_and_half_precision_hold_the_same(media, tower, tmp_path):
     extract(media, tmp_path / "f", tower)
     extract(media, tmp_path / "p", tower, "--format", "parquet", "--shard_size", "2")
-    extract(media, tmp_path / "h", tower, "--dtype", "float16")
+    extract(media, tmp_path / "h", tower, "--feature_dtype", "float16")
     whole = all_features(tmp_path / "f")
     assert_equal(all_features(tmp_path / "p"), whole)
     for item, feats in all_features(tmp_path / "h").items():
@@ -111,10 +110,10 @@ def test_other_settings_and_broken_media_are_refused(media, tower, tmp_path, cap
         extract(media, tmp_path / "f", tower, "--no_pad")
     (media / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(SystemExit, match=r"error: .*broken\.mp4 cannot be decoded"):
-        extract(media, tmp_path / "g", tower)
-    extract(media, tmp_path / "g", tower, "--skip_broken")
+        extract(media, tmp_path / "g", tower, "--strict")
+    extract(media, tmp_path / "g", tower)
     out = capsys.readouterr().out
-    assert "6 extracted, 0 were there, 1 skipped" in out and "broken.mp4 cannot be decoded" in out
+    assert "6 extracted, 0 were there, 1 left out" in out and "broken.mp4 cannot be decoded" in out
     write_webp(media / "clip1.webp", 2)
     with pytest.raises(SystemExit, match=r"clip1\.webp and .*clip1\.webp are both 'clip1'"):
         extract(media, tmp_path / "g", tower)
@@ -123,16 +122,11 @@ def test_other_settings_and_broken_media_are_refused(media, tower, tmp_path, cap
         extract(tmp_path / "empty", tmp_path / "g", tower)
 
 
-def command(media, output, tower, *launcher) -> list[str]:
-    flags = ["--media", media, "--output", output, "--vision_encoder", tower, "--shard_size", "2", "--num_frames", "3"]
-    return [*launcher, str(SCRIPT), *map(str, flags)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "-m"],
         [
             "-m",
             "torch.distributed.run",
@@ -144,6 +138,7 @@ def command(media, output, tower, *launcher) -> list[str]:
             "c10d",
             "--rdzv_endpoint",
             "localhost:0",
+            "-m",
         ],
     ],
     ids=["accelerate", "two processes"],
@@ -152,11 +147,9 @@ def test_kill_in_the_middle_and_go_on(media, tower, tmp_path, launcher):
     for i in range(60):
         write_webp(media / f"more{i}.webp", 3, (96, 96))
     extract(media, tmp_path / "whole", tower)
-    run = command(media, tmp_path / "f", tower, sys.executable, *launcher)
-    environ = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)]),
-    }
+    flags = ["--vision_encoder", tower, "--shard_size", "2", "--num_frames", "3"]
+    run = [sys.executable, *launcher, "modeling_nrccr", "features", *map(str, [media, tmp_path / "f", *flags])]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         run, env=environ, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
     )

@@ -1,4 +1,4 @@
-"""`python -m datasets_scripts.verify` and `python -m datasets_scripts.push_to_hub`."""
+"""`nrccr data check` and `nrccr data push`."""
 
 import datasets
 import pytest
@@ -7,6 +7,7 @@ from PIL import Image
 
 from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.tools import push_to_hub, verify
+from modeling_nrccr.cli.data import main
 from tests.data.test_multi30k import folder, write  # noqa: F401
 
 
@@ -45,7 +46,7 @@ def test_counts_are_compared_with_the_expected_ones(folder, monkeypatch, capsys)
         "task1-cs": {"train": (9, 9), "validation": (3, 3), "test": (4, 4), "test_2018_flickr": (2, None)},
     }
     monkeypatch.setattr(Multi30k, "EXPECTED", expected)
-    verify.main(["multi30k", "--data_dir", str(folder)])
+    main(["check", "multi30k", "--data_dir", str(folder)])
     output = capsys.readouterr().out
     assert "9 of 9" in output and "all as expected" in output and "none" in output
     assert "From: https://github.com/multi30k/dataset" in output and "Terms: Captions: no licence is stated" in output
@@ -53,7 +54,7 @@ def test_counts_are_compared_with_the_expected_ones(folder, monkeypatch, capsys)
         write(folder / name, ["a.jpg", "b.jpg"])
     expected["task1-cs"]["test_2017_flickr"] = (5, 5)
     with pytest.raises(SystemExit, match="^4 things are not as expected"):
-        verify.main(["multi30k", "--data_dir", str(folder)])
+        main(["check", "multi30k", "--data_dir", str(folder)])
     output = capsys.readouterr().out
     for line in (
         "validation: 2 items, expected 3",
@@ -65,7 +66,7 @@ def test_counts_are_compared_with_the_expected_ones(folder, monkeypatch, capsys)
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(folder, capsys):  # noqa: F811
     (folder / "task1/raw/train.de.gz").unlink()
-    problems = verify.verify("multi30k", str(folder), ["task1-de", "task1-fr"])
+    _, problems = verify.verify("multi30k", str(folder), ["task1-de", "task1-fr"])
     assert "lacks 1 of 18 files of task1-de, the first task1/raw/train.de.gz" in problems[0]
     assert any(line == "task1-fr: train: 9 items, expected 29000" for line in problems)
     with pytest.raises(ValueError, match="Multi30k has no option media_dir; it has "):
@@ -73,20 +74,20 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(folder, capsys):  # n
 
 
 def test_pictures_are_opened(mine, capsys):
-    verify.main(["caption_files", "--data_dir", str(mine), "--decode"])
+    main(["check", "caption_files", "--data_dir", str(mine), "--decode"])
     output = capsys.readouterr().out
     assert "image" in output and "all readable; no counts are known" in output
     data = (mine / "fox.png").read_bytes()
     (mine / "fox.png").write_bytes(data[:-30])
-    assert verify.verify("caption_files", str(mine)) == []  # it is there
+    assert verify.verify("caption_files", str(mine))[1] == []  # it is there
     with pytest.raises(SystemExit, match="^1 things"):
-        verify.main(["caption_files", "--data_dir", str(mine), "--decode"])
+        main(["check", "caption_files", "--data_dir", str(mine), "--decode"])
     assert "train: 1 pictures cannot be opened: pictures/fox.png (" in capsys.readouterr().out
 
 
 def test_a_dry_run_holds_captions_and_ids_and_no_media(mine, tmp_path, capsys):
     target = tmp_path / "upload"
-    push_to_hub.main(["caption_files", "--data_dir", str(mine), "--dry_run", str(target), "--license", "cc0-1.0"])
+    main(["push", "caption_files", "--data_dir", str(mine), "--dry_run", str(target), "--license", "cc0-1.0"])
     files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
     assert files == ["README.md", "default/test-00000-of-00001.parquet", "default/train-00000-of-00001.parquet"]
     assert "not uploaded" in capsys.readouterr().out
@@ -99,14 +100,14 @@ def test_a_dry_run_holds_captions_and_ids_and_no_media(mine, tmp_path, capsys):
     assert card.data.license == "cc0-1.0" and card.data.language == ["en", "gl"]
     assert "| default | test | 1 | 1 |" in card.text
     with pytest.raises(SystemExit, match="upload is there and not empty"):
-        push_to_hub.main(["caption_files", "--data_dir", str(mine), "--dry_run", str(target)])
+        main(["push", "caption_files", "--data_dir", str(mine), "--dry_run", str(target)])
 
 
 def test_a_failed_dry_run_leaves_nothing(folder, tmp_path):  # noqa: F811
     (folder / "task1/raw/val.fr.gz").write_bytes(b"\x1f\x8bx")
     with pytest.raises(SystemExit, match=r"error: .*val\.fr\.gz: damaged"):
-        push_to_hub.main(
-            ["multi30k", "--config", "task1-cs", "--config", "task1-fr", "--data_dir", str(folder)]
+        main(
+            ["push", "multi30k", "--config", "task1-cs", "--config", "task1-fr", "--data_dir", str(folder)]
             + ["--dry_run", str(tmp_path / "upload")]
         )
     assert not [path for path in tmp_path.iterdir() if "upload" in path.name]
@@ -126,11 +127,11 @@ def test_several_configurations_are_uploaded_with_their_card(folder, monkeypatch
 
     monkeypatch.setattr(push_to_hub, "HfApi", Api)
     flags = ["--config", "task1-cs", "--config", "task2-de", "--data_dir", str(folder), "--private"]
-    push_to_hub.main(["multi30k", *flags, "--repo_id", "me/captions"])
+    main(["push", "multi30k", *flags, "--repo_id", "me/captions"])
     (repo, create), (files, upload) = calls
     assert repo == upload["repo_id"] == "me/captions" and create["private"] and create["repo_type"] == "dataset"
     assert {"README.md", "task1-cs/test_2018_flickr-00000-of-00001.parquet"} <= files and len(files) == 1 + 4 + 3
     assert "https://hub.example/datasets/me/captions" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        push_to_hub.main(["multi30k", "--data_dir", str(folder)])
-    assert "--dry_run DIR" in capsys.readouterr().err and len(calls) == 2
+    with pytest.raises(SystemExit, match="--dry_run FOLDER"):
+        main(["push", "multi30k", "--data_dir", str(folder)])
+    assert len(calls) == 2

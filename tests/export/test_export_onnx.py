@@ -14,8 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from modeling_nrccr import NrccrModel, encode_images, encode_texts
+from modeling_nrccr.cli.export import main
 from modeling_nrccr.export import onnx as export_onnx
-from modeling_nrccr.export.onnx import OnnxModel, compare, export, format_report, list_sides
+from modeling_nrccr.export.formats import export_model
+from modeling_nrccr.export.onnx import OnnxModel, write_onnx
+from modeling_nrccr.export.report import format_report
+from modeling_nrccr.export.sides import compare, list_sides
 from modeling_nrccr.loading.models import load_with_languages
 from modeling_nrccr.processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from tests.model.test_dual_encoders import DUAL_ENCODERS
@@ -48,7 +52,7 @@ def exported(published, tmp_path_factory):
     model.set_language("gl")
     folder = tmp_path_factory.mktemp("exported")
     sides = list_sides(model, processor, ["text", "image"])
-    found = export(model, processor, sides, folder / "onnx", int8=True, torch_export=folder / "pt2")
+    found = write_onnx(model, processor, sides, folder / "onnx", int8=True, torch_export=folder / "pt2")
     assert {name: value["max_difference"] < 1e-5 for name, value in found.items()} == {
         "text.onnx": True,
         "image.onnx": True,
@@ -103,11 +107,11 @@ def test_nothing_is_written_where_embeddings_differ(exported, tmp_path, monkeypa
     model, sides, folder = exported
     processor = AutoProcessor.from_pretrained(folder / "onnx")
     with pytest.raises(ValueError, match="pt2 lies in .*Name a folder elsewhere"):
-        export(model, processor, sides, tmp_path, torch_export=tmp_path / "pt2")
+        write_onnx(model, processor, sides, tmp_path, torch_export=tmp_path / "pt2")
     monkeypatch.setattr(export_onnx, "compare", lambda *_: (float("nan"), 1.0))
     monkeypatch.setattr(export_onnx, "trace", lambda side: torch.export.load(folder / "pt2" / "image.pt2"))
     with pytest.raises(ValueError, match="image.onnx differs by nan from the model, more than 0.0001"):
-        export(model, processor, sides[1:], tmp_path, torch_export=tmp_path.with_name("pt2"))
+        write_onnx(model, processor, sides[1:], tmp_path, torch_export=tmp_path.with_name("pt2"))
     assert not list(tmp_path.iterdir()) and not tmp_path.with_name("pt2").exists()
 
 
@@ -119,16 +123,16 @@ def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path, monkeyp
     monkeypatch.setattr(export_onnx, "trace", lambda side: torch.export.load(folder / f"pt2/{side.name}.pt2"))
     monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="text.onnx differs"):
-        export(model, processor, sides[:1], earlier)
+        write_onnx(model, processor, sides[:1], earlier)
     assert {path.name: path.read_bytes() for path in earlier.iterdir()} == kept
     monkeypatch.setattr(export_onnx, "TOLERANCE", 1e-4)
-    export(model, processor, sides[:1], earlier)
+    write_onnx(model, processor, sides[:1], earlier)
     names = {path.name for path in earlier.iterdir()}
     assert "text.onnx" in names and not {"image.onnx", "text.int8.onnx", "image.int8.onnx"} & names
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
     (earlier / "notes.md").write_text("mine")
     with pytest.raises(ValueError, match="onnx holds notes.md, which is no part of an export"):
-        export(model, processor, sides[:1], earlier)
+        write_onnx(model, processor, sides[:1], earlier)
     assert (earlier / "notes.md").read_text() == "mine"
 
 
@@ -145,10 +149,20 @@ def test_what_cannot_be_exported_is_named(published, exported, tmp_path, monkeyp
         ([str(published), "--language", f"pt={tmp_path}"], "language_adapter.safetensors"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{reason}"):
-            export_onnx.main([arguments[0], str(tmp_path / "onnx"), *arguments[1:]])
+            main([arguments[0], str(tmp_path / "onnx"), *arguments[1:]])
+    for options, reason in (
+        ({"formats": ["onxn"]}, r"unknown export format 'onxn' \(do you mean onnx\?\): there are onnx"),
+        ({"device": "cuda"}, "on the CPU in float32"),
+        ({"languages": ["gl", "ca"]}, "in one language: name one, not gl, ca"),
+        ({"int4": True}, "no option of onnx: int4"),
+        ({"data_dir": "x"}, "name its data set, --data"),
+        ({"data": "tuxpaint"}, "--query_language CODE"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            export_model(str(published), tmp_path / "onnx", **{"formats": ["onnx"]} | options)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(SystemExit, match='pip install "modeling_nrccr.export."'):
-        export_onnx.main([str(published), str(tmp_path / "onnx")])
+        main([str(published), str(tmp_path / "onnx")])
     assert not (tmp_path / "onnx").exists()
 
 
@@ -160,7 +174,7 @@ def test_the_page_has_the_tables_of_its_report():
 @pytest.mark.slow
 def test_a_vision_tower_and_the_report(published, tmp_path, capsys):
     report = tmp_path / "report.json"
-    export_onnx.main([str(published), str(tmp_path / "onnx"), "--int8", "--report", str(report)])
+    main([str(published), str(tmp_path / "onnx"), "--int8", "--report", str(report)])
     model, processor = load_with_languages(str(published), [])
     onnx = OnnxModel(tmp_path / "onnx", model.config, list_sides(model, processor, ["text", "image"]))
     pictures = [Image.new("RGB", (20 + i, 30), (9 * i, 200, 30)) for i in range(9)]
@@ -189,7 +203,7 @@ def test_a_dual_encoder_with_a_language_inside_its_layers(published, family, tmp
     image_processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     processor = NrccrProcessor(PreTrainedTokenizerFast.from_pretrained(published), image_processor, max_text_length=9)
     sides = list_sides(model, processor, ["text", "image"])
-    found = export(model, processor, sides, tmp_path / "onnx")
+    found = write_onnx(model, processor, sides, tmp_path / "onnx")
     assert max(value["max_difference"] for value in found.values()) < 1e-4
     model.set_language(None)
-    assert compare(sides[0], OnnxModel(tmp_path / "onnx", model.config, sides))[0] > 1e-3
+    assert compare(sides[0], OnnxModel(tmp_path / "onnx", model.config, sides).embed)[0] > 1e-3

@@ -92,9 +92,12 @@ def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path
     assert "Not measured beside this model: a model of English captions alone, asked in Galician; the same" in text
 
 
-def test_noise_is_told_where_it_was_measured(demo, tmp_path):
+def test_noise_is_told_where_it_was_measured(demo, tmp_path, monkeypatch):
     assert re.search(r"chrF 43\.\d and BLEU 19\.\d against captions", fill(tmp_path / "a", demo).text)
-    demo["settings"]["translator"] = "chat:some-model"
+    other = copy.deepcopy(demo)
+    other["settings"]["translator"] = "chat:some-model"
+    assert "were not measured" in fill(tmp_path / "a", other).text
+    monkeypatch.setattr(card, "NOISE", tmp_path / "translation.json")  # as from a wheel
     assert "were not measured" in fill(tmp_path / "a", demo).text
 
 

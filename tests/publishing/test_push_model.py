@@ -1,4 +1,4 @@
-"""`examples/push_to_hub.py`: the folder that it writes is what is uploaded and what is loaded here."""
+"""`nrccr push`: the folder that it writes is what is uploaded and what is loaded here."""
 
 import json
 import pickle
@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from modeling_nrccr.cli import push as push_command
 from modeling_nrccr.publishing import push as push_to_hub
 from tests.model.test_hub import PICKLED, publish
 from tests.model.test_hub_by_name import CAPTIONS, embeds
@@ -41,7 +42,7 @@ model = SentenceTransformer("demo")
 
 @pytest.fixture
 def trained(tmp_path):
-    """A folder as `examples/train.py` leaves it, with the paths of the machine that trained it, and what it gives."""
+    """A folder as `nrccr train` leaves it, with the paths of the machine that trained it, and what it gives."""
     folder = tmp_path / "demo"
     expected = publish(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -57,7 +58,7 @@ def trained(tmp_path):
 def test_a_dry_run_writes_what_loads_and_nothing_pickled(trained, tmp_path, capsys):
     folder, expected = trained
     upload = tmp_path / "upload"
-    push_to_hub.main(["--model", str(folder), "--dry_run", str(upload)])
+    push_command.main([str(folder), "--dry_run", str(upload)])
     assert "not uploaded" in capsys.readouterr().out
     names = {path.name for path in upload.rglob("*")}
     assert {
@@ -84,7 +85,7 @@ def test_a_dry_run_writes_what_loads_and_nothing_pickled(trained, tmp_path, caps
     card = ModelCard.load(upload / "README.md")
     assert 'from_pretrained("upload"' in card.text and 'SentenceTransformer("upload")' in card.text
     with pytest.raises(SystemExit, match="upload is there and not empty"):
-        push_to_hub.main(["--model", str(folder), "--dry_run", str(upload)])
+        push_command.main([str(folder), "--dry_run", str(upload)])
 
 
 def test_what_is_not_fit_is_refused_and_nothing_is_left(trained, tmp_path):
@@ -115,8 +116,14 @@ def test_what_is_not_fit_is_refused_and_nothing_is_left(trained, tmp_path):
     refused("holds no model")
     shutil.rmtree(folder)
     refused("holds no model")
-    with pytest.raises(SystemExit):
-        push_to_hub.main(["--model", str(folder)])
+    for arguments, reason in (
+        ([], "name --repo_id, or a folder"),
+        (["--dry_run", "x", "--private"], "--dry_run uploads nothing: leave out --private"),
+        (["--model", "x"], "--model is now the first argument"),
+        (["--base_model", "x"], "--base_model is now --base"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {reason}"):
+            push_command.main([str(folder), *arguments])
 
 
 @pytest.fixture
@@ -131,7 +138,7 @@ def hub(monkeypatch):
 
 def test_what_was_pushed_is_loaded_by_its_id(trained, tmp_path, hub, capsys):
     folder, expected = trained
-    push_to_hub.main(["--model", str(folder), "--repo_id", "me/nrccr-gl", "--private"])
+    push_command.main([str(folder), "--repo_id", "me/nrccr-gl", "--private"])
     assert f"{hub.endpoint}/me/nrccr-gl" in capsys.readouterr().out
     assert [(asked["name"], asked["visibility"]) for asked in hub.created] == [("nrccr-gl", "private")]
     first, last = hub.uploads
@@ -151,10 +158,10 @@ def test_pushed_again_it_replaces_files_and_a_branch_leaves_main_alone(trained, 
     files = hub.commits[hub.branches["me/nrccr-gl"]["main"]]
     shard = "model-00001-of-00002.safetensors"
     main = hub.add_commit("me/nrccr-gl", "main", files | {shard: b"", "old.py": b"", "notes.txt": b"mine"})
-    push_to_hub.main(["--model", str(folder), "--repo_id", "me/nrccr-gl", "--revision", "v2"])
+    push_command.main([str(folder), "--repo_id", "me/nrccr-gl", "--revision", "v2"])
     branches = hub.branches["me/nrccr-gl"]
     pushed = hub.commits[branches["v2"]]
     assert branches["main"] == main and shard in hub.commits[main]
     assert shard not in pushed and "old.py" not in pushed and pushed["notes.txt"] == b"mine"
-    push_to_hub.main(["--model", str(folder), "--repo_id", "me/nrccr-gl"])
+    push_command.main([str(folder), "--repo_id", "me/nrccr-gl"])
     assert shard not in hub.commits[branches["main"]] and not hub.created

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,12 @@ import yaml
 from datasets_scripts import cldr_emoji
 from datasets_scripts.reading.debian import FetchError
 from modeling_nrccr import encode_texts
-from modeling_nrccr.space import build_space, cards, finder
+from modeling_nrccr.cli.space import main
+from modeling_nrccr.space import build, cards, finder
 from tests.data.test_datasets import packages  # noqa: F401
 from tests.model.test_hub import PICKLED
 from tests.retrieval.test_search_examples import checkpoint, picture  # noqa: F401
-
-
-SPACE = Path(__file__).parents[2] / "examples/space"
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -33,9 +33,8 @@ def space(checkpoint, packages, tmp_path, monkeypatch):  # noqa: F811
     frames[0].save(clips / "1f98a.webp", save_all=True, append_images=frames[1:], lossless=True)
     picture(1).save(clips / "1f3a4.webp")  # does not move
     (checkpoint / "optimizer.pt").touch()
-    arguments = ["--model", checkpoint, "--output", tmp_path / "space", "--data_dir", packages, "--clips_dir", clips]
-    build_space.main([str(argument) for argument in arguments])
-    build_space.main([str(argument) for argument in arguments])  # replaces it
+    for _ in range(2):  # the second replaces the first
+        build.build_space(tmp_path / "space", checkpoint, data_dir=packages, clips_dir=clips)
     return tmp_path / "space"
 
 
@@ -48,7 +47,7 @@ def test_the_folder_is_whole_and_holds_no_pickled_file(space):
     names = [path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file()]
     assert not [name for name in names if name.endswith(PICKLED) or "__pycache__" in name]
     assert not [path for path in space.rglob("*") if path.is_file() and path.read_bytes()[:2] in (b"\x80\x02", b"PK")]
-    assert {"app.py", "style.css", "model/model.safetensors", "modeling_nrccr/retriever.py"} < set(names)
+    assert {"app.py", "style.css", "model/model.safetensors", "modeling_nrccr/retrieval/retriever.py"} < set(names)
     assert {"clips/1f98a.webp", "clips/LICENSE.txt"} < set(names) and "clips/1f3a4.webp" not in names
     front = yaml.safe_load((space / "README.md").read_text(encoding="utf-8").split("---")[1])
     assert front["sdk"] == "gradio" and (space / front["app_file"]).exists() and len(front["short_description"]) <= 60
@@ -56,15 +55,15 @@ def test_the_folder_is_whole_and_holds_no_pickled_file(space):
 
 
 def test_requirements_are_those_of_the_package():
-    setup = (SPACE.parents[1] / "setup.py").read_text(encoding="utf-8")
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     lists = [
         re.search(rf"{name} ?= ?\[(.*?)\]", setup, re.DOTALL)[1] for name in ("install_requires", "RETRIEVAL", "LORA")
     ]
     required = {requirement for text in lists for requirement in re.findall(r'"(.+?)"', text)}
-    assert required == set((SPACE / "requirements.txt").read_text(encoding="utf-8").split())
+    assert required == set(Path(build.__file__).with_name("requirements.txt").read_text(encoding="utf-8").split())
 
 
-def test_several_languages_in_one_space(checkpoint, packages, tmp_path, monkeypatch):  # noqa: F811
+def test_several_languages_in_one_space(checkpoint, packages, tmp_path, monkeypatch, capsys):  # noqa: F811
     from modeling_nrccr import NrccrModel
 
     monkeypatch.setattr(cldr_emoji, "draw_emoji", lambda emoji, font: picture(3))
@@ -73,25 +72,30 @@ def test_several_languages_in_one_space(checkpoint, packages, tmp_path, monkeypa
         adapter = model.add_language(code)
         torch.nn.init.normal_(adapter.update.weight, std=0.3)
         model.save_language(code, tmp_path / code)
-    arguments = ["--model", str(checkpoint), "--output", str(tmp_path / "space"), "--data_dir", str(packages)]
+    arguments = [str(checkpoint), str(tmp_path / "space"), "--data_dir", str(packages)]
     arguments += ["--no_clips", "--language", f"ca={tmp_path}/ca", "--language", f"es={tmp_path}/es"]
-    build_space.main(arguments)
-    app = pytest.importorskip("app")
+    main(arguments)
+    assert f"try it: python {tmp_path}/space/app.py" in capsys.readouterr().out
+    app = pytest.importorskip("modeling_nrccr.space.app")
     assert app.spoken(tmp_path / "space/model", {"target_language": "gl"}) == ["ca", "es", "en"]
     found = finder.Finder(tmp_path / "space", ["ca", "es", "en"], packages)
     catalan, spanish, english = (found.embed_texts(["gato"], code)[0] for code in ("ca", "es", "en"))
     torch.testing.assert_close(english, encode_texts(model.set_language(None), ["gato"], found.processor)[0])
     assert not torch.allclose(catalan, english, atol=1e-3) and not torch.allclose(catalan, spanish, atol=1e-3)
-    with pytest.raises(SystemExit, match="name a code and a folder"):
-        build_space.main([*arguments, "--language", "gl"])
+    with pytest.raises(SystemExit, match="no adapter for the language 'gl'"):
+        main([*arguments, "--language", "gl"])
 
 
 def test_another_folder_is_left_alone(checkpoint, tmp_path):  # noqa: F811
     (tmp_path / "thesis").mkdir()
-    for arguments in (["--model", str(checkpoint), "--output", str(tmp_path / "thesis")], ["--model", str(tmp_path)]):
-        with pytest.raises(SystemExit, match="holds something else|holds no model"):
-            build_space.main(arguments)
-    assert build_space.LANGUAGES == tuple(f"{code}=outputs/gl-ca-es" for code in ("gl", "ca", "es"))
+    for arguments, reason in (
+        ([str(checkpoint), str(tmp_path / "thesis")], "holds something else"),
+        ([str(tmp_path)], "holds no model"),
+        (["--model", str(checkpoint)], "--model is now the first argument"),
+    ):
+        with pytest.raises(SystemExit, match=reason):
+            main(arguments)
+    assert build.LANGUAGES == tuple(f"{code}=outputs/gl-ca-es" for code in ("gl", "ca", "es"))
 
 
 def test_search_explains_itself(found):
@@ -185,6 +189,16 @@ def test_output_is_escaped():
         assert "<script" not in page and "&lt;script&gt;" in page
         assert not re.search(r'="[^"]*"&gt;|alert\(1\)[^<&]*"', page)
     assert cards.plain("¿Casiñas?") == "casiñas"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")
+def test_the_page_serves_the_folder_that_it_lies_in(space, monkeypatch):
+    from modeling_nrccr.space import app
+
+    served = []
+    monkeypatch.setattr(app, "serve", served.append)
+    runpy.run_path(str(space / "app.py"), run_name="__main__")
+    assert served == [space.resolve()]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gradio"), reason="gradio is not installed")

@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.support import ROOT
+
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 
-ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "outputs/demo"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENS = {"desktop": (1280, 860), "phone": (390, 844)}
@@ -37,7 +38,7 @@ pytestmark = [
 def space(tmp_path_factory):
     """Builds the Space, starts it as the Hub does, and gives its address and the folder of its uploads."""
     folder, uploads = tmp_path_factory.mktemp("space") / "space", tmp_path_factory.mktemp("uploads")
-    build = [sys.executable, ROOT / "examples/space/build_space.py", "--model", MODEL, "--output", folder]
+    build = [sys.executable, "-m", "modeling_nrccr", "space", MODEL, folder]
     subprocess.run([*map(str, build)], check=True, cwd=ROOT)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -218,7 +218,7 @@ def publish_both(files: Path, folder: Path):
     base.load_language("gl", folder / "gl")
     query = ["redo blueo bigo"]
     expected = encode_texts(base.set_language("gl"), query, processor)
-    language = push_to_hub.write_upload(folder / "gl", folder / "language", "me/gl", base_model="me/base")
+    language = push_to_hub.write_upload(folder / "gl", folder / "language", "me/gl", base="me/base")
     whole = push_to_hub.write_upload(files / "base", folder / "whole", "me/base-gl", [f"gl={folder}/gl"], "me/base")
     for upload in (language, whole):
         card = ModelCard.load(upload / "README.md")

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from transformers import AutoModel, BertConfig, BertModel
 
 from modeling_nrccr import LanguageDiscriminator, NrccrModel
+from modeling_nrccr.cli import convert
 from modeling_nrccr.processing_nrccr import NrccrTextProcessor
-from modeling_nrccr.training import convert_original
 from modeling_nrccr.training.conversion import convert_original_checkpoint
+from modeling_nrccr.training.convert_original import bert_config_of, convert_original
 from tests.support import reference
 
 
@@ -266,7 +267,7 @@ def test_saving_and_reloading_keeps_the_published_behaviour(file, tmp_path):
     assert len(embeds) == 5 and all(torch.equal(before[name], after[name]) for name in embeds)
 
 
-# ---------------------------------------------------------------------------------------- examples/convert_original.py
+# ----------------------------------------------------------------------------------------- nrccr convert
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +298,7 @@ def released_file(path, **changes):
 
 def test_a_released_file_becomes_a_folder_that_auto_classes_load(tmp_path, bert_folder, capsys):
     file = released_file(tmp_path / "model_best.pth.tar")
-    convert_original.main(
+    convert.main(
         [str(file), str(tmp_path / "out"), "--text_config", str(bert_folder), "--tokenizer", str(bert_folder)]
     )
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
@@ -311,13 +312,13 @@ def test_a_released_file_becomes_a_folder_that_auto_classes_load(tmp_path, bert_
     assert "padding is pooled" in card and "margin 0.2" in card and "/home" not in card
     assert not any(name.endswith((".bin", ".pt", ".tmp")) for name in os.listdir(tmp_path / "out"))
 
-    convert_original.main([str(file), str(tmp_path / "bare"), "--text_config", str(bert_folder)])
-    assert "no processor" in capsys.readouterr().out.splitlines()[-2]
+    convert.main([str(file), str(tmp_path / "bare"), "--text_config", str(bert_folder)])
+    assert "no processor" in capsys.readouterr().out.splitlines()[-3]
     assert not (tmp_path / "bare" / "processor_config.json").exists()
     with pytest.raises(ValueError, match="not empty"):
-        convert_original.main([str(file), str(tmp_path / "out")])
+        convert_original(file, tmp_path / "out")
     with pytest.raises(ValueError, match="--text_config"):  # its heads are not 64 wide, and no config tells
-        convert_original.main([str(file), str(tmp_path / "new")])
+        convert_original(file, tmp_path / "new")
 
 
 def test_the_sizes_of_a_bert_are_read_from_its_tensors():
@@ -331,7 +332,7 @@ def test_the_sizes_of_a_bert_are_read_from_its_tensors():
         type_vocab_size=2,
     )
     tensors = flat({"module": {"text_bert": {"text_bert": BertModel(BertConfig(**config)).state_dict()}}})
-    assert convert_original.bert_config_of(tensors) == config
+    assert bert_config_of(tensors) == config
 
 
 class Malicious:
@@ -347,11 +348,11 @@ def test_anything_but_a_checkpoint_is_refused(tmp_path):
     for where in ("best_rsum", "opt", "model"):
         released_file(file, **{where: Malicious(mark)})
         with pytest.raises(ValueError, match=r"refused.*(posix|os)\.mkdir"):
-            convert_original.main([str(file), str(tmp_path / "out")])
+            convert_original(file, tmp_path / "out")
     assert not mark.exists() and not (tmp_path / "out").exists()
     file.write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="refused"):
-        convert_original.main([str(file), str(tmp_path / "out")])
+        convert_original(file, tmp_path / "out")
     torch.save({"state_dict": {}}, file)
     with pytest.raises(ValueError, match="holds state_dict"):
-        convert_original.main([str(file), str(tmp_path / "out")])
+        convert_original(file, tmp_path / "out")

@@ -8,7 +8,7 @@ from PIL import Image
 
 from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
 from modeling_nrccr.training import experiment as train
-from modeling_nrccr.training import extract_features
+from modeling_nrccr.training.extract_features import extract_features
 from tests.support.upstream_formats import write_binary_features, write_lines, write_webp
 from tests.training.test_recipes import RECIPES, WORDS, encoders  # noqa: F401
 
@@ -100,8 +100,7 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     assert report["settings"]["media"] == "video" and (tmp_path / "out/search.png").exists()
     assert "videos=[[Image.new" in (tmp_path / "out/README.md").read_text()
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
-        flags = ["--media", tmp_path / "videos", "--output", tmp_path / "FeatureData/clip", "--num_frames", 3]
-        flags += ["--vision_encoder", encoders / "vision", "--visual_encoder_output", "projected"]
+        tower = {"vision_encoder": encoders / "vision", "visual_encoder_output": "projected"}
         for more in (["--visual_feature", "none"], ["--visual_feature", "clip"]):
             names = {"model": "out", "data_dir": "", "output": "again.json"}
             arguments = [part for key, value in names.items() for part in (f"--{key}", tmp_path / value)]
@@ -109,7 +108,7 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
             evaluate_retrieval.main(list(map(str, arguments)))
             assert json.loads((tmp_path / "again.json").read_text())["test"] == pytest.approx(report["test"])
             if not (tmp_path / "FeatureData").exists():
-                extract_features.main(list(map(str, flags)))
+                extract_features(tmp_path / "videos", tmp_path / "FeatureData/clip", num_frames=3, **tower)
 
 
 def test_human_captions_need_no_engine_and_no_fusion(tmp_path, encoders):  # noqa: F811
