@@ -22,10 +22,10 @@ from sentence_transformers.util.quantization import quantize_embeddings
 from benchmarks import ROOT
 from benchmarks.pages import block, fill
 from modeling_nrccr.data.load import load_caption_dataset
+from modeling_nrccr.data.trained_split import split_seed
 from modeling_nrccr.files import write_file
 from modeling_nrccr.loading.encoders import encoder_label
 from modeling_nrccr.retrieval.encoding import picture_rows
-from modeling_nrccr.retrieval.evaluation import split_seed
 from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
 
 

@@ -40,6 +40,13 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; `{self.prog} --help` lists the options")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and leaves the lines of examples as they are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 class _Renamed(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         raise ValueError(f"{option_string} is now {self.const}")
@@ -56,7 +63,7 @@ def parser(name: str, description: str, epilog: str | None = None) -> argparse.A
         prog=f"nrccr {name}",
         description=description,
         epilog=epilog,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
 

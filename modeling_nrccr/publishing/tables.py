@@ -13,7 +13,7 @@ WIDTH = 6
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """
     One line for each entry of `rows`, from its name to the metrics of [`compute_retrieval_metrics`]: recalls in
-    percent, median rank and mAP in both directions, and SumR.
+    percent, median rank and mAP in both directions, and SumR with its interval, of rows that bring `intervals`.
     """
     rows = {printable(name): metrics for name, metrics in rows.items()}  # of sources, which are parts of file names
     label = max([len(name) for name in rows] + [0])
@@ -28,7 +28,9 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
         for way in WAYS:
             values = [(metrics[f"{way}_{metric}"], 3 if metric == "map" else 1) for metric in METRICS.values()]
             line += "  " + "".join(f" {value:{WIDTH}.{digits}f}" for value, digits in values)
-        lines.append(f"{line}  {metrics['sum_recall']:5.1f}")
+        low, high = metrics.get("intervals", {}).get("sum_recall", (None, None))
+        ends = "" if low is None else f" ({low:.1f} to {high:.1f})"
+        lines.append(f"{line}  {metrics['sum_recall']:5.1f}{ends}")
     return "\n".join([line.rstrip() for line in head] + ["-" * len(head[1])] + lines)
 
 

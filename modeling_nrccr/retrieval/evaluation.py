@@ -1,59 +1,60 @@
-"""Measure a trained model on the human captions of a data set, both directions, beside chance:
+"""Measures a model on the human captions of a data set, both directions, beside chance and the translated query."""
 
-    python examples/evaluate_retrieval.py --model outputs/demo --dataset tuxpaint+cldr_emoji --target gl --split test \
-        --output metrics.json
-
-In several languages, with their mean and the worst one:
-
-    python examples/evaluate_retrieval.py --model outputs/demo --dataset xm3600 --data_dir xm3600 --target all
-
-With a language of add_language.py:
-
-    python examples/evaluate_retrieval.py --model outputs/english --language gl=outputs/gl --target gl
-"""
-
-import argparse
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from datasets import Dataset
 from transformers import BatchFeature
 
+from datasets_scripts.reading.splits import group_key
 from datasets_scripts.reading.videos import read_frames
 
-from ..cli.common import command
 from ..data.collator import MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
 from ..data.load import dataset_languages, load_caption_dataset
-from ..data.trained_split import check_unseen, source_captions, split_seed
-from ..files import write_file
-from ..loading.models import BASE, load_with_languages, read_by
+from ..data.trained_split import check_unseen, source_captions
+from ..data.trained_split import split_seed as seed_of
+from ..loading.models import BASE, language_code, load_with_languages, read_by
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
-from ..publishing.tables import format_table
-from ..recipes.limits import number
+from ..translation.cache import load_engine
+from .bootstrap import draw_groups, hits, intervals
 from .encoding import ACTIVE, Language, encode_images, encode_texts, picture_rows
-from .metrics import chance_metrics, compute_retrieval_metrics, mean_rank_variance, retrieval_ranks
-from .search import add_language_option
+from .metrics import (
+    chance_metrics,
+    compute_retrieval_metrics,
+    fuse_query_embeds,
+    mean_rank_variance,
+    retrieval_ranks,
+)
 
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Metrics = dict[str, float]
 WAYS = ("t2v", "v2t")
 
 
 def evaluate_dataset(
     model: NrccrModel,
     processor: NrccrProcessor,
-    dataset: Dataset,
+    dataset: "Dataset",
     caption_column: str = "target_caption",
     batch_size: int = 64,
     show_progress: bool = True,
     known_images: dict[str, torch.Tensor] | None = None,
     num_frames: int = 8,
     language: Language = ACTIVE,
-) -> dict[str, dict[str, dict[str, float]]]:
+    translate: Callable[[list[str]], list[str]] | None = None,
+    translation_weight: float = 0.5,
+) -> dict[str, dict[str, Any]]:
     """
-    Metrics of one split, over all pictures and over each source apart, as [`metrics_by_source`] returns them.
+    Measure one split, over all pictures and over each source apart, as [`metrics_by_source`] returns it, with
+    `intervals`. With `translate`, the translated query alone and both fused stand beside it, under `translated` and
+    `fused`, each `{"metrics": ..., "intervals": ...}`. Under `all` are also each picture's `ranks`, by `image_id`.
 
     Args:
         dataset: rows with `image_id`, `caption_column`, and `image`, `video` or `visual_feats`; several captions may
@@ -63,6 +64,8 @@ def evaluate_dataset(
         num_frames: of each video.
         language: whose adapter reads the captions (None: no adapter's). By default that of the captions' language,
             where the model has one, else the active one.
+        translate: gives the captions in the source language, which the model's own text side reads.
+        translation_weight: of the translated query in `fused`, from 0 to 1.
 
     Raises:
         ValueError: if the split is empty or a caption or picture is missing; names the row.
@@ -90,7 +93,11 @@ def evaluate_dataset(
     if language is ACTIVE and caption_column == "target_caption" and "target_language" in dataset.column_names:
         spoken = dataset["target_language"][0]
         language = spoken if spoken in getattr(model, "language_adapters", ()) else ACTIVE
-    text_embeds = encode_texts(model, captions, processor, batch_size, show_progress, language)
+    translated = None if translate is None else translate(captions)  # which may fail, so first
+    queries = {"": encode_texts(model, captions, processor, batch_size, show_progress, language)}
+    if translated is not None:
+        queries["translated"] = encode_texts(model, translated, processor, batch_size, show_progress, None)
+        queries["fused"] = fuse_query_embeds(queries[""], queries["translated"], translation_weight)
     collator = DataCollatorForCrossLingualRetrieval(processor, load_video=partial(read_frames, num_frames=num_frames))
 
     def media(images: Sequence[int], **kwargs) -> BatchFeature:
@@ -98,8 +105,17 @@ def evaluate_dataset(
 
     known_images |= zip(new, encode_images(model, range(len(pictures)), media, batch_size, show_progress))
     image_embeds = torch.stack([known_images[image_id] for image_id in first_rows])
-    results = metrics_by_source(list(first_rows), text_embeds, image_embeds, caption_to_image)
-    t2v, v2t = retrieval_ranks(text_embeds, image_embeds, caption_to_image)
+    english = source_captions(dataset) or [None] * len(captions)
+    groups = [group_key(english[row] or "") or image_id for image_id, row in first_rows.items()]
+    found = {
+        name: metrics_by_source(list(first_rows), embeds, image_embeds, caption_to_image, groups)
+        for name, embeds in queries.items()
+    }
+    results = found.pop("")
+    for name, by_source in found.items():
+        for source, result in by_source.items():
+            results[source][name] = {key: result[key] for key in ("metrics", "intervals")}
+    t2v, v2t = retrieval_ranks(queries[""], image_embeds, caption_to_image)
     results["all"]["ranks"] = {  # of each picture: of its first caption among the queries, and as a query itself
         name: (t2v[row].item(), v2t[number].item()) for number, (name, row) in enumerate(first_rows.items())
     }
@@ -107,34 +123,46 @@ def evaluate_dataset(
 
 
 def metrics_by_source(
-    image_ids: list[str], text_embeds: torch.Tensor, image_embeds: torch.Tensor, caption_to_image: torch.Tensor
-) -> dict[str, dict[str, dict[str, float]]]:
+    image_ids: list[str],
+    text_embeds: torch.Tensor,
+    image_embeds: torch.Tensor,
+    caption_to_image: torch.Tensor,
+    groups: Sequence[str] | None = None,
+) -> dict[str, dict[str, Any]]:
     """
-    Metrics over all pictures, and over the captions and pictures of each source alone.
+    Measure over all pictures, and over the captions and pictures of each source alone.
 
     Args:
         image_ids: one for each row of `image_embeds`; what stands before the first "/" names the source.
         text_embeds, image_embeds, caption_to_image: as for [`compute_retrieval_metrics`].
+        groups: of each picture, what it is drawn together with; with them come intervals.
 
     Returns:
         `{"all": {"metrics": ..., "chance": ..., "counts": {"captions": ..., "images": ...}}}`, and the same under the
-        name of each source if there are several; names of [`compute_retrieval_metrics`].
+        name of each source if there are several; names of [`compute_retrieval_metrics`]. With `groups` also
+        `intervals`, of each recall and of SumR, as of [`bootstrap.intervals`], and `groups` among the counts.
     """
     results = {}
     for name, (images, captions, owner) in galleries(image_ids, caption_to_image).items():
         counts = {"captions": int(captions.sum()), "images": int(images.sum())}
+        part = text_embeds[captions], image_embeds[images], owner
         results[name] = {
-            "metrics": compute_retrieval_metrics(text_embeds[captions], image_embeds[images], owner),
+            "metrics": compute_retrieval_metrics(*part),
             "chance": chance_metrics(*counts.values(), owner),
             "counts": counts,
         }
+        if groups is not None:
+            names, group = np.unique(np.asarray(groups)[images.numpy()], return_inverse=True)
+            found = hits([ranks.numpy() for ranks in retrieval_ranks(*part)], [group[owner], group], len(names))
+            results[name]["intervals"] = intervals(found, draw_groups(len(names)))
+            counts["groups"] = len(names)
     return results
 
 
 def galleries(
     image_ids: list[str], caption_to_image: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """All pictures, and those of each source if there are several, as in [`metrics_by_source`]: by name, which
+    """Return all pictures, and those of each source if there are several, as in [`metrics_by_source`]: by name, which
     pictures and which captions belong to it (boolean), and the row of each such caption's picture among its own."""
     sources = [image_id.rpartition("/")[0].partition("/")[0] for image_id in image_ids]
     groups = {"all": [True] * len(sources)}
@@ -149,15 +177,15 @@ def galleries(
 
 
 def mean_and_worst(languages: dict[str, dict[str, float]]) -> tuple[dict[str, float], str]:
-    """The mean of each metric over languages, and the language with the lowest sum of recalls."""
+    """Return the mean of each metric over languages, and the language with the lowest sum of recalls."""
     names = next(iter(languages.values()))
     mean = {name: sum(metrics[name] for metrics in languages.values()) / len(languages) for name in names}
     return mean, min(languages, key=lambda language: languages[language]["sum_recall"])
 
 
 def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[str, float]:
-    """Mean rank variance in both directions, over the pictures that all languages have a caption of. `languages`: the
-    two ranks of each picture. Empty where no picture has."""
+    """Return the mean rank variance in both directions, over the pictures that all languages have a caption of;
+    nothing where no picture has. `languages`: the two ranks of each picture."""
     shared = set.intersection(*map(set, languages.values()))
     if not shared:
         return {}
@@ -165,84 +193,180 @@ def rank_variance(languages: dict[str, dict[str, tuple[float, float]]]) -> dict[
     return {f"{way}_mean_rank_variance": mean_rank_variance(ranks[..., i]) for i, way in enumerate(WAYS)}
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
-    parser.add_argument("--dataset", default="tuxpaint+cldr_emoji", help='builders, joined by "+"')
-    parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
-    parser.add_argument("--visual_feature", help="folder of features, or a name in data_dir/FeatureData")
-    parser.add_argument("--media_dir", help="folder of pictures or videos; default: images or videos in data_dir")
-    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, as in training")
-    parser.add_argument("--target", default="gl", help="language of the queries; several, joined by commas; or all")
-    add_language_option(parser, "reads queries that have none of their own")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--seed", type=int, help="of the split; default: the one that the model was trained with")
-    parser.add_argument("--batch_size", type=number(1), default=64)
-    parser.add_argument("--output", help="write the numbers to this JSON file")
-    args = parser.parse_args(argv)
-    evaluate(args)
+@dataclass
+class Evaluation:
+    """
+    What [`evaluate`] measured.
+
+    Attributes:
+        title: what was asked of which model.
+        rows: of the table, by name: metrics, and `intervals` where they are known.
+        notes: in a line each, what else is to be known of the rows.
+        report: all numbers and settings, for a JSON file.
+    """
+
+    title: str
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, name: str, result: dict[str, Any], kind: str = ""):
+        """Add a row of `result["metrics"]` with its intervals, and those of the translated and the fused query."""
+        for part, words in (("", kind), ("translated", "translated query"), ("fused", "fused query")):
+            if found := result.get(part) if part else result:
+                label = f"{name}: {words}" if words else name
+                self.rows[label] = found["metrics"] | {"intervals": found["intervals"]}
 
 
-def evaluate(args: argparse.Namespace):
-    model, processor = load_with_languages(args.model, args.language)
-    seed = split_seed(args.model, args.seed, args.dataset)
-    languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
-    if not languages:
-        raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
-    readers = {language: read_by(model, language, args.language) for language in languages}
-    by_language, known_images = {}, {}
-    for language in languages:
-        options = {name: getattr(args, name) for name in ("data_dir", "visual_feature", "media_dir")}
-        options = {name: value for name, value in options.items() if value}
-        splits = load_caption_dataset(args.dataset, language, seed, **options)
-        if args.split not in splits:
-            raise ValueError(f"No split {args.split!r}; there are {', '.join(splits)}.")
-        if args.split != "train":
-            english = source_captions(splits[args.split])
-            check_unseen(args.model, english, f"the {args.split} split of {args.dataset}, seed {seed}")
+def evaluate(
+    model: str,
+    data: str = "tuxpaint+cldr_emoji",
+    *,
+    query_languages: Sequence[str] = (),
+    languages: Sequence[str] = (),
+    split: str | None = None,
+    split_seed: int | None = None,
+    translator: str | None = None,
+    translation_weight: float = 0.5,
+    source_language: str = "en",
+    data_dir: str | None = None,
+    visual_feature: str | None = None,
+    media_dir: str | None = None,
+    num_frames: int = 8,
+    batch_size: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Evaluation:
+    """
+    Measure a model on the human captions of a data set, in one or several languages.
+
+    Args:
+        model: folder or hub id of a trained model, or of a dual encoder such as CLIP.
+        data: data sets, joined by "+", as for [`load_caption_dataset`].
+        query_languages: of the captions; `["all"]` is all that the data has; default: those of `languages`, else those
+            that were added to the model.
+        languages: as `--language` takes them; which reads a caption is what [`read_by`] says.
+        split: default: the test, or the only one that there is.
+        split_seed: default: the one that the model was trained with.
+        translator: engine; the translated query and both fused are measured too.
+        translation_weight: of the translated query in the fused one, from 0 to 1.
+        source_language: that is translated into, which the model's own text side reads.
+        data_dir, visual_feature, media_dir: folders, as for [`load_caption_dataset`].
+        num_frames: of each video, as in training.
+        batch_size: texts or pictures at once.
+        device, dtype: of the model, as for [`load_model`].
+
+    Raises:
+        ValueError: no language is named, there is no such split, or the model was trained on it.
+        TranslationError: the engine failed.
+    """
+    loaded, processor = load_with_languages(model, languages, device, dtype)
+    seed = seed_of(model, split_seed, data)
+    asked = languages_to_ask(data, query_languages, languages, loaded)
+    readers = {language: read_by(loaded, language, languages) for language in asked}
+    folders = {"data_dir": data_dir, "visual_feature": visual_feature, "media_dir": media_dir}
+    folders = {name: folder for name, folder in folders.items() if folder}
+    by_language, known_images, engines = {}, {}, []
+    for language in asked:
+        splits = load_caption_dataset(data, language, seed, **folders)
+        split, rows = choose_split(splits, split)
+        if split != "train":
+            check_unseen(model, source_captions(rows), f"the {split} split of {data}, seed {seed}")
+        translate = None
+        if translator is not None:
+            pairs = [(source_language, language), (language, source_language)]
+            engine = load_engine(translator, pairs, data_dir, needed=pairs[1:])
+            translate = partial(engine.translate, source=language, target=source_language)
+            engines.append(engine.name)
         by_language[language] = evaluate_dataset(
-            model,
+            loaded,
             processor,
-            splits[args.split],
-            batch_size=args.batch_size,
+            rows,
+            batch_size=batch_size,
             known_images=known_images,
-            num_frames=args.num_frames,
+            num_frames=num_frames,
             language=readers[language],
+            translate=translate,
+            translation_weight=translation_weight,
         )
+    named = {language: reader or BASE for language, reader in readers.items()}
+    title = f"{model}: {split} split of {data}, human {', '.join(asked)} queries, split seed {seed}"
+    settings = {"model": model, "language": list(languages), "data": data, "query_languages": asked, "split": split}
+    settings |= {"split_seed": seed, "read_by": named}
+    if translator is not None:
+        settings |= {"translator": ", ".join(dict.fromkeys(engines)), "translation_weight": translation_weight}
+    evaluation = summarize(title, by_language, split)
+    evaluation.report["settings"] = settings
+    if set(named.values()) != {BASE}:
+        evaluation.notes.append("read by: " + ", ".join(f"{language} {reader}" for language, reader in named.items()))
+    if translator is not None:
+        share = f"its share of a fused query: {translation_weight:g}"
+        evaluation.notes.append(f"translated by {settings['translator']}; {share}")
+    return evaluation
 
-    table, report = {}, {}
-    if len(languages) == 1:
-        results = by_language[languages[0]]
+
+def languages_to_ask(
+    data: str, query_languages: Sequence[str], languages: Sequence[str], model: NrccrModel
+) -> list[str]:
+    """Return the languages of the queries, as for [`evaluate`]. Raises ValueError where nothing says which."""
+    if list(query_languages) == ["all"]:
+        if found := dataset_languages(data):
+            return found
+        raise ValueError(f"{data} does not say which languages it has: name them, --query_language de")
+    found = list(query_languages) or [code for code in map(language_code, languages) if code is not None]
+    if found := list(dict.fromkeys(found or model.language_adapters)):
+        return found
+    raise ValueError("the language of the queries is not known: name it, --query_language gl")
+
+
+def choose_split(splits: dict[str, "Dataset"], split: str | None) -> tuple[str, "Dataset"]:
+    """Return a split and its rows: the one that is named, else the test, else the only one."""
+    name = split or ("test" if "test" in splits or len(splits) != 1 else next(iter(splits)))
+    if name not in splits:
+        raise ValueError(f"No split {name!r}; there are {', '.join(splits)}.")
+    return name, splits[name]
+
+
+def summarize(title: str, by_language: dict[str, dict[str, Any]], split: str) -> Evaluation:
+    """Put the results of [`evaluate_dataset`], by language, into a table and a report."""
+    evaluation = Evaluation(title)
+    report, rows = evaluation.report, evaluation.rows
+    extra = ("intervals", "translated", "fused")
+    if len(by_language) == 1:
+        ((_, results),) = by_language.items()
         for name, result in results.items():
-            table["{}: {captions} captions, {images} pictures".format(name, **result["counts"])] = result["metrics"]
-            table[f"{name}: chance"] = result["chance"]
+            evaluation.add("{}: {captions} captions, {images} pictures".format(name, **result["counts"]), result)
+            rows[f"{name}: chance"] = result["chance"]
             suffix = "" if name == "all" else f"_{name}"
-            report |= {f"{args.split}{suffix}": result["metrics"], f"chance{suffix}": result["chance"]}
+            report |= {f"{split}{suffix}": result["metrics"], f"chance{suffix}": result["chance"]}
+            report |= {f"{key}{suffix}": result[key] for key in extra if key in result}
         report["counts"] = {name: result["counts"] for name, result in results.items()}
-    else:
-        table = {language: results["all"]["metrics"] for language, results in by_language.items()}
-        mean, worst = mean_and_worst(table)
-        report = {"languages": dict(table), "mean": mean, "worst": table[worst], "worst_language": worst}
-        report["counts"] = {language: results["all"]["counts"] for language, results in by_language.items()}
-        report |= rank_variance({language: results["all"]["ranks"] for language, results in by_language.items()})
-        table |= {f"mean of {len(languages)}": mean, f"worst: {worst}": table[worst]}
-    print(f"\n{args.model}: {args.split} split of {args.dataset}, human {args.target} queries, split seed {seed}\n")
-    print(format_table(table))
-    readers = {language: reader or BASE for language, reader in readers.items()}
-    if set(readers.values()) != {BASE}:
-        print("read by: " + ", ".join(f"{language} {reader}" for language, reader in readers.items()))
+        evaluation.notes.append(worth_of_one(results["all"]["counts"]))
+        return evaluation
+    found = {language: results["all"]["metrics"] for language, results in by_language.items()}
+    for language, results in by_language.items():
+        evaluation.add(language, results["all"])
+    mean, worst = mean_and_worst(found)
+    report |= {"languages": found, "mean": mean, "worst": found[worst], "worst_language": worst}
+    report |= {
+        key: {language: results["all"][key] for language, results in by_language.items()}
+        for key in extra
+        if key in by_language[worst]["all"]
+    }
+    report["counts"] = {language: results["all"]["counts"] for language, results in by_language.items()}
+    report |= rank_variance({language: results["all"]["ranks"] for language, results in by_language.items()})
+    rows |= {f"mean of {len(found)}": mean, f"worst: {worst}": rows[worst]}
+    evaluation.notes += [f"{language}: {worth_of_one(counts)}" for language, counts in report["counts"].items()]
     if f"{WAYS[0]}_mean_rank_variance" in report:
-        print("mean rank variance: " + ", ".join(f"{way} {report[f'{way}_mean_rank_variance']:.1f}" for way in WAYS))
-    if args.output:
-        settings = {key: getattr(args, key) for key in ("model", "language", "dataset", "target", "split")}
-        settings |= {"split_seed": seed, "read_by": readers}
-        report["settings"] = settings
-        write_file(args.output, json.dumps(report, indent=1) + "\n")
-        print(f"\nwrote {args.output}")
+        parts = (f"{way} {report[f'{way}_mean_rank_variance']:.1f}" for way in WAYS)
+        evaluation.notes.append(f"mean rank variance: {', '.join(parts)}")
+    return evaluation
 
 
-if __name__ == "__main__":
-    main()
+def worth_of_one(counts: dict[str, int]) -> str:
+    """Say how coarse the numbers of a test are."""
+    captions = counts["captions"]
+    return (
+        f"{captions:,} captions: one is {100 / captions:.{1 if captions <= 1000 else 2}f} points; intervals are of "
+        f"draws of {counts['groups']:,} groups of pictures"
+    )

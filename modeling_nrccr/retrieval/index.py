@@ -16,11 +16,13 @@ class GalleryIndex(Protocol):
         location: folder or URI where it is kept; None in memory.
         fingerprint: of the model that made the embeddings ([`NrccrRetriever.fingerprint`]), of shape `(dim,)`; None
             while there is none.
+        made_by: what [`remember`] gave, for `nrccr search`; None where nobody said. It holds paths of this machine.
     """
 
     dim: int
     location: str | Path | None
     fingerprint: np.ndarray | None
+    made_by: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..files import is_leftover, replacing, write_file, writing
+from .made_by import check_made_by
 
 
 try:
@@ -28,7 +29,7 @@ FORMAT_VERSION = 2
 BLOCK = 4096  # rows that are copied at a time
 SCHEMA = pa.schema({"number": pa.int64(), "id": pa.string(), "metadata": pa.string()})
 OWN_FILES = re.compile(r"vectors-\w+\.faiss|metadata-\w+\.parquet|\..*\.tmp")
-SECONDS_TO_WAIT = 60  # for another process that saves; index_gallery.py has the folder for its whole run
+SECONDS_TO_WAIT = 60  # for another process that saves; `nrccr index` has the folder for its whole run
 ATTEMPTS = 20  # to read an index that is saved again and again
 READING = threading.Lock()  # faiss has one limit for all
 # what broken JSON, Parquet and faiss raise
@@ -60,6 +61,7 @@ class FaissIndex:
         self.dim, self.ivf_above, self.nprobe = dim, ivf_above, nprobe
         self.location: Path | None = None
         self.fingerprint: np.ndarray | None = None
+        self.made_by: dict[str, Any] | None = None
         self.vectors = faiss.IndexIDMap2(faiss.IndexFlatIP(dim))
         self.trained_rows = 0
         self.numbers: dict[str | int, int] = {}  # faiss knows a row by its number, its place in `records`
@@ -179,6 +181,7 @@ class FaissIndex:
             "dim": self.dim,
             "trained_rows": self.trained_rows,
             "fingerprint": None if self.fingerprint is None else self.fingerprint.tolist(),
+            "made_by": self.made_by,
         }
         try:
             with replacing(vectors) as file:
@@ -252,6 +255,7 @@ class FaissIndex:
             loaded.fingerprint = np.array(index["fingerprint"], dtype=np.float32)
             if loaded.fingerprint.shape != (loaded.dim,) or not np.isfinite(loaded.fingerprint).all():
                 raise ValueError("its fingerprint is not that of a model")
+        loaded.made_by = check_made_by(index.get("made_by"))
         return loaded
 
     def _set_records(self, table: pa.Table):

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .made_by import check_made_by
+
 
 try:
     from grpc import RpcError
@@ -62,7 +64,7 @@ class MilvusIndex:
         **client_options,
     ):
         self.location, self.collection, self.timeout = uri, collection, timeout
-        self._fingerprint: np.ndarray | None = None
+        self._mark_read: dict[str, Any] | None = None
         self._changed = True
         self.index_params, self.search_params = index_params or {"index_type": "AUTOINDEX"}, search_params
         logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it prints the traceback of all that it raises
@@ -91,17 +93,40 @@ class MilvusIndex:
         count = self._call("query", filter="", output_fields=["count(*)"], consistency_level="Strong")[0]["count(*)"]
         return count - (self.fingerprint is not None)
 
+    def _mark(self) -> dict[str, Any]:
+        """Read the row of the model: `fingerprint` and `made_by`."""
+        if self._mark_read is None:
+            fields = ["embed", "metadata"]
+            rows = self._call("query", ids=[MODEL_KEY], output_fields=fields, consistency_level="Strong")
+            if not rows:
+                return {"fingerprint": None, "made_by": None}
+            self._mark_read = {
+                "fingerprint": np.array(rows[0]["embed"], dtype=np.float32),
+                "made_by": check_made_by(rows[0]["metadata"].get("made_by")),
+            }
+        return self._mark_read
+
+    def _set_mark(self, **changes):
+        mark = self._mark() | changes
+        row = {"key": MODEL_KEY, "item_id": "", "embed": mark["fingerprint"], "metadata": {"made_by": mark["made_by"]}}
+        self._call("upsert", data=[row])
+        self._mark_read = mark
+
     @property
     def fingerprint(self) -> np.ndarray | None:
-        if self._fingerprint is None:
-            rows = self._call("query", ids=[MODEL_KEY], output_fields=["embed"], consistency_level="Strong")
-            self._fingerprint = np.array(rows[0]["embed"], dtype=np.float32) if rows else None
-        return self._fingerprint
+        return self._mark()["fingerprint"]
 
     @fingerprint.setter
     def fingerprint(self, value: np.ndarray):
-        self._call("upsert", data=[{"key": MODEL_KEY, "item_id": "", "embed": value, "metadata": {}}])
-        self._fingerprint = value
+        self._set_mark(fingerprint=value)
+
+    @property
+    def made_by(self) -> dict[str, Any] | None:
+        return self._mark()["made_by"]
+
+    @made_by.setter
+    def made_by(self, value: dict[str, Any] | None):  # after the fingerprint
+        self._set_mark(made_by=value)
 
     def existing(self, ids: Sequence[str | int]) -> set[str | int]:
         found = set()

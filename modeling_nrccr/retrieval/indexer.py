@@ -1,26 +1,21 @@
-"""Indexes a folder of pictures and videos, in as many processes as are launched; run again, it adds what is new:
+"""Brings an index up to date with a folder of pictures and videos, in as many processes as are launched.
 
-    accelerate launch examples/index_gallery.py --model outputs/demo --gallery PICTURES --index outputs/gallery
-
-`--index` is a folder (faiss), `gallery.db` (Milvus Lite) or `http://localhost:19530` (a Milvus server). What is
-encoded goes into shards before it goes into the index, so a run that was killed, or whose server went away, encodes
-nothing twice; a file is known by its content. `--copy_from outputs/gallery` moves what another index has.
-
-What is left out stands in `left_out.csv` with the reason, in the folder of the index (of Milvus, in the cache folder
-here). A file that is broken is not tried again before it changes; `--retry` tries all of them.
+What is encoded goes into shards before it goes into the index, so a run that was killed, or whose server went away,
+encodes nothing twice; a file is known by its content. What is left out stands in `left_out.csv` with the reason, in
+the folder of the index (of Milvus, in the cache folder here). A file that is broken is not tried again before it
+changes.
 """
 
-import argparse
 import csv
 import hashlib
 import io
 import json
 import secrets
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +28,15 @@ from tqdm.auto import tqdm
 
 from datasets_scripts.reading.videos import VIDEO_SUFFIXES, read_frames
 
-from ..cli.common import command
 from ..files import is_utf8, printable, write_file, writing
 from ..languages import SAME_MODEL
-from ..loading.models import load_model
+from ..loading.models import load_with_languages
 from ..loading.wheels import cache_folder
 from ..media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
-from ..recipes.limits import number
+from .gallery_media import NOT_UTF8, Skipped
 from .index import is_milvus
-from .retriever import NOT_UTF8, NrccrRetriever, Skipped
+from .made_by import remember
+from .retriever import NrccrRetriever
 
 
 SUFFIXES = tuple(sorted({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES}))
@@ -59,7 +54,7 @@ class LeftOut(NamedTuple):
 
 
 def list_media(gallery: Path) -> Found:
-    """Pictures and videos under `gallery`, and what is passed over; see [`walk`]."""
+    """Find pictures and videos under `gallery`, and what is passed over; see [`walk`]."""
     if not is_utf8(gallery):
         raise ValueError(f"{printable(gallery)}: {NOT_UTF8}")
     found = walk(gallery, SUFFIXES)
@@ -100,13 +95,105 @@ def write_left_out(path: Path, rows: Iterable[LeftOut]):
     write_file(path, text.getvalue())
 
 
-def describe(encoded: int, left_out: list[LeftOut], others: Counter, path: Path) -> str:
-    """The last line of a run. `others`: how many files of each suffix are not read."""
-    kinds = Counter(row.kind for row in left_out if row.kind != UNREAD)
-    parts = [f"{kinds[kind]:,} {kind}" for kind in (BROKEN, PASSED) if kinds[kind]]
-    if others:
-        parts.append(describe_others(others))
-    return f"{encoded:,} encoded; " + (f"left out: {', '.join(parts)}; see {path}" if parts else "nothing left out")
+@dataclass(frozen=True)
+class Indexed:
+    """
+    What a run did.
+
+    Attributes:
+        size: of the index now, in pictures and videos.
+        encoded: how many of them are new.
+        skipped: what turned out to be broken.
+        left_out: all that is not in the index, also of earlier runs.
+        others: how many files of each suffix are not read.
+        left_out_path: the file that lists `left_out`.
+    """
+
+    size: int
+    encoded: int
+    skipped: list[Skipped]
+    left_out: list[LeftOut]
+    others: Counter
+    left_out_path: Path
+
+    def summary(self) -> str:
+        """Return in a line what was encoded, and what was left out."""
+        kinds = Counter(row.kind for row in self.left_out if row.kind != UNREAD)
+        parts = [f"{kinds[kind]:,} {kind}" for kind in (BROKEN, PASSED) if kinds[kind]]
+        if self.others:
+            parts.append(describe_others(self.others))
+        rest = f"left out: {', '.join(parts)}; see {self.left_out_path}" if parts else "nothing left out"
+        return f"{self.encoded:,} encoded; {rest}"
+
+
+def index_folder(
+    model: str,
+    folder: str | Path,
+    index: str | Path,
+    *,
+    languages: Sequence[str] = (),
+    collection: str = "gallery",
+    copy_from: str | Path | None = None,
+    num_frames: int = 8,
+    batch_size: int = 32,
+    shard_size: int = 256,
+    remove_missing: bool = False,
+    strict: bool = False,
+    retry: bool = False,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Indexed | None:
+    """
+    Index a folder of pictures and videos, with its sub-folders; called again, add what is new. In several processes
+    (`torchrun`, `accelerate launch`) each makes the same call and encodes its share.
+
+    Args:
+        model: folder or hub id. The index remembers it, and `languages`, for the search.
+        index: folder (faiss), `NAME.db` (Milvus Lite) or the address of a Milvus server.
+        languages: as `--language` takes them: `CODE`, or `CODE=FOLDER` of what `nrccr add-language` wrote.
+        collection: name of the gallery within Milvus.
+        copy_from: another index, of the same model, to begin with.
+        num_frames: of each video, sampled uniformly.
+        batch_size: pictures or videos at a time.
+        shard_size: files between two writes.
+        remove_missing: remove from the index what has left the folder.
+        strict: raise for a file that cannot be read, rather than leave it out.
+        retry: try again what was broken and has not changed.
+        device, dtype: of the model, as for [`load_model`].
+
+    Returns:
+        What was done; None in all processes but the main one.
+
+    Raises:
+        ValueError: the folder holds no pictures, or the index is of another model.
+        TimeoutError: another run is writing the index.
+    """
+    no_group = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=no_group)  # else accelerate makes no group of CPU processes
+    index, folder = str(index), Path(folder).resolve()
+    found = list_media(folder) if state.is_main_process else None
+    with writing(home_folder(index, collection)) if state.is_main_process else nullcontext():
+        loaded, processor = load_with_languages(model, languages, device or str(state.device), dtype)
+        address = index if state.is_main_process else None  # one process opens it: Milvus Lite takes no more
+        if address and copy_from:
+            other = NrccrRetriever.load(copy_from, loaded, processor, **index_options(copy_from, collection))
+            other.save(address, **index_options(address, collection))
+        retriever = NrccrRetriever(loaded, processor, address, **index_options(address, collection))
+        if address:
+            retriever.index.made_by = remember(model, languages)
+        shards, path = local_folder("gallery", index, collection), home_folder(index, collection) / "left_out.csv"
+        settings = (num_frames, batch_size, shard_size, remove_missing, strict)
+        known_broken = {} if retry or strict else read_left_out(path)
+        indexer = Indexer(retriever, folder, state, *settings, shards, path, known_broken)
+        encoded, skipped, left_out = indexer.run(found)
+    if not state.is_main_process:
+        return None
+    return Indexed(len(retriever), encoded, skipped, left_out, found.others, path)
+
+
+def index_options(index: str | Path | None, collection: str) -> dict[str, str]:
+    """Return the options of [`open_index`] for an address: a folder has no collections."""
+    return {"collection": collection} if index and is_milvus(index) else {}
 
 
 def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
@@ -124,33 +211,32 @@ def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[
             path.unlink()
 
 
+@dataclass
 class Indexer:
-    """Brings an index up to date with a folder; every process calls `run`."""
+    """Brings an index up to date with a folder; every process calls `run`. The arguments are those of
+    [`index_folder`]; `retriever` has the index in the main process alone."""
 
-    def __init__(self, args: argparse.Namespace):
-        self.args, self.state, self.gallery = args, PartialState(), Path(args.gallery).resolve()
+    retriever: NrccrRetriever
+    folder: Path
+    state: PartialState
+    num_frames: int
+    batch_size: int
+    shard_size: int
+    remove_missing: bool
+    strict: bool
+    shards: Path
+    left_out_path: Path
+    known_broken: dict[str, str]
+
+    def __post_init__(self):
         self.is_main = self.state.is_main_process
-        # one process opens the index: Milvus Lite takes no more
-        index = args.index if self.is_main else None
-        model, processor = load_model(args.model)
-        model = model.to(self.state.device)
-        if index and args.copy_from:
-            other = NrccrRetriever.load(args.copy_from, model, processor, **self.options(args.copy_from))
-            other.save(index, **self.options(index))
-        self.retriever = NrccrRetriever(model, processor, index, **self.options(index))
         self.fingerprint = self.retriever.fingerprint()
-        self.shards = local_folder("gallery", args.index, args.collection)
-        self.left_out_path = home_folder(args.index, args.collection) / "left_out.csv"
-        self.known_broken = {} if args.retry or args.strict else read_left_out(self.left_out_path)
-
-    def options(self, index: str | None) -> dict[str, str]:
-        return {"collection": self.args.collection} if index and is_milvus(index) else {}
 
     def run(self, found: Found | None) -> tuple[int, list[Skipped], list[LeftOut]]:
         """How many files were encoded, what turned out to be broken, and all that was left out. `found`: in the main
         process what the gallery holds."""
         self.shards.mkdir(parents=True, exist_ok=True)
-        files = [path.relative_to(self.gallery).as_posix() for path in found.files] if self.is_main else None
+        files = [path.relative_to(self.folder).as_posix() for path in found.files] if self.is_main else None
         files = broadcast_object_list([files])[0]
         own = tqdm(self.share(files), desc="reading", unit="file", disable=not self.is_main)
         hashes, unreadable = {}, []
@@ -174,9 +260,9 @@ class Indexer:
     def read(self, file: str) -> tuple[str, str | None, str | None]:
         """The file, the hash of its content, and why it has none."""
         try:
-            return file, content_hash(self.gallery / file), None
+            return file, content_hash(self.folder / file), None
         except OSError as error:
-            if self.args.strict:
+            if self.strict:
                 raise
             return file, None, error.strerror or str(error)
 
@@ -200,13 +286,13 @@ class Indexer:
                     [(metadata.pop("content_hash"), metadata) for _, metadata in chosen],
                     torch.from_numpy(embeds[[row for row, _ in chosen]]),
                 )
-        if self.args.remove_missing:
+        if self.remove_missing:
             hidden = tuple(f"{name}/" for name, _ in found.left_out)  # in a folder that cannot be read, say
             self.retriever.remove([id for id in held.keys() - set(files) if not f"{id}".startswith(hidden)])
         return changed
 
     def metadata(self, file: str, content: str) -> dict[str, str]:
-        return {"path": str(self.gallery / file), "content_hash": content}
+        return {"path": str(self.folder / file), "content_hash": content}
 
     def missing(self, changed: dict[str, list[str]]) -> list[tuple[str, str]]:
         """Content hash and one file of each content that no shard has, and that is not known to be broken."""
@@ -216,7 +302,7 @@ class Indexer:
 
     def encode(self, todo: list[tuple[str, str]]) -> list[Skipped]:
         """A shard for every `shard_size` files; each process makes its own."""
-        size, skipped = self.args.shard_size, []
+        size, skipped = self.shard_size, []
         with tqdm(total=len(todo), desc="encoding", unit="file", disable=not self.is_main) as progress:
             for start in self.share(range(0, len(todo), size)):
                 files, rows, embeds = todo[start : start + size], [], []
@@ -225,11 +311,11 @@ class Indexer:
                 for kind, wanted in (("images", False), ("videos", True)):
                     encoded = self.retriever.encode_media(
                         kind,
-                        [(row, self.gallery / name) for row, name in enumerate(names) if is_video[row] == wanted],
+                        [(row, self.folder / name) for row, name in enumerate(names) if is_video[row] == wanted],
                         names,
-                        lambda path: read_frames(path, self.args.num_frames),
-                        self.args.strict,
-                        self.args.batch_size,
+                        lambda path: read_frames(path, self.num_frames),
+                        self.strict,
+                        self.batch_size,
                         lambda count: progress.update(count * self.state.num_processes),
                     )
                     rows += [(files[row][0], extra) for row, extra in zip(encoded.rows, encoded.metadata)]
@@ -240,7 +326,7 @@ class Indexer:
 
     def is_video(self, file: str) -> bool:
         try:
-            return is_clip(self.gallery / file)
+            return is_clip(self.folder / file)
         except (OSError, ValueError):  # who reads it as a picture says what is amiss
             return False
 
@@ -267,38 +353,3 @@ class Indexer:
         self.retriever.save()
         shutil.rmtree(self.shards)
         return [LeftOut(printable(file), BROKEN, reasons[content], content) for file, content in left_out]
-
-
-@command("what was encoded is kept: the same command goes on")
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
-    parser.add_argument("--gallery", required=True, help="folder of pictures and videos, with its sub-folders")
-    parser.add_argument("--index", required=True, help="folder, NAME.db, or the URI of a Milvus server")
-    parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
-    parser.add_argument("--copy_from", help="another index of this gallery, to begin with")
-    parser.add_argument("--num_frames", type=number(1), default=8, help="of each video, sampled uniformly")
-    parser.add_argument("--batch_size", type=number(1), default=32, help="pictures or videos at a time")
-    parser.add_argument("--shard_size", type=number(1), default=256, help="files between two writes")
-    parser.add_argument("--remove_missing", action="store_true", help="remove from the index what left the folder")
-    parser.add_argument("--strict", action="store_true", help="stop at a corrupt file rather than skip it")
-    parser.add_argument("--retry", action="store_true", help="try again what was broken and has not changed")
-    args = parser.parse_args(argv)
-    PartialState(cpu=not torch.accelerator.is_available())  # else accelerate makes no group of CPU processes
-    started = time.perf_counter()
-    is_main = PartialState().is_main_process
-    found = list_media(Path(args.gallery).resolve()) if is_main else None
-    with writing(home_folder(args.index, args.collection)) if is_main else nullcontext():
-        indexer = Indexer(args)
-        encoded, skipped, left_out = indexer.run(found)
-    if is_main:
-        for file, reason in skipped:
-            print(f"skipped {printable(file)}: {printable(reason)}")
-        print(f"{args.index} has {len(indexer.retriever):,} ({time.perf_counter() - started:.0f} s)")
-        print(describe(encoded, left_out, found.others, indexer.left_out_path))
-
-
-if __name__ == "__main__":
-    main()

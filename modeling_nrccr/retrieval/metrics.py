@@ -21,7 +21,7 @@ def compute_retrieval_metrics(
     image_embeds: torch.Tensor,
     caption_to_image: torch.Tensor,
     source_text_embeds: torch.Tensor | None = None,
-    source_query_weight: float = 0.0,
+    translation_weight: float = 0.0,
 ) -> dict[str, float]:
     """
     Ranks every picture for every caption (`t2v_`) and every caption for every picture (`v2t_`) by cosine similarity.
@@ -39,7 +39,7 @@ def compute_retrieval_metrics(
             `(num_captions, embed_dim)`, for the published query fusion. That fusion is transductive: each similarity
             matrix is min-max normalised over the whole test set, which a single query cannot do. Use
             [`fuse_query_embeds`] at search time.
-        source_query_weight: `w` in `w * sim(source) + (1 - w) * sim(target)`.
+        translation_weight: `w` in `w * sim(source) + (1 - w) * sim(target)`.
 
     Returns:
         `t2v_recall@1`, `@5`, `@10` (percent of rank <= k), `t2v_median_rank`, `t2v_mean_rank`, `t2v_map` (0..1), the
@@ -49,8 +49,8 @@ def compute_retrieval_metrics(
         ValueError: for shapes that do not fit, NaN or infinity, or a `caption_to_image` out of range; names the row.
     """
     texts, images, caption_to_image = _checked(text_embeds, image_embeds, caption_to_image)
-    if not 0.0 <= source_query_weight <= 1.0:
-        raise ValueError(f"source_query_weight must be between 0 and 1, got {source_query_weight}.")
+    if not 0.0 <= translation_weight <= 1.0:
+        raise ValueError(f"translation_weight must be between 0 and 1, got {translation_weight}.")
     if source_text_embeds is not None:
         sources = _normalize(source_text_embeds, "source_text_embeds")
         if sources.shape != texts.shape:
@@ -58,11 +58,9 @@ def compute_retrieval_metrics(
                 f"source_text_embeds has shape {tuple(sources.shape)}, but must have one row for each row of "
                 f"text_embeds, {tuple(texts.shape)}."
             )
-        texts = _transductive_fusion(texts, sources, images, source_query_weight)
-    elif source_query_weight > 0:
-        raise ValueError(
-            f"source_query_weight={source_query_weight} needs source_text_embeds, the translated queries."
-        )
+        texts = _transductive_fusion(texts, sources, images, translation_weight)
+    elif translation_weight > 0:
+        raise ValueError(f"translation_weight={translation_weight} needs source_text_embeds, the translated queries.")
 
     with torch.no_grad():
         ones = torch.ones_like(caption_to_image)
@@ -110,7 +108,7 @@ def mean_rank_variance(ranks: Sequence[torch.Tensor]) -> float:
 
 
 def fuse_query_embeds(
-    text_embeds: torch.Tensor, source_text_embeds: torch.Tensor, source_query_weight: float
+    text_embeds: torch.Tensor, source_text_embeds: torch.Tensor, translation_weight: float
 ) -> torch.Tensor:
     """
     Online query fusion, `normalize((1 - w) * query + w * translated_query)`: needs no other query.
@@ -118,20 +116,20 @@ def fuse_query_embeds(
     Args:
         text_embeds: queries as they were asked, of shape `(..., embed_dim)`.
         source_text_embeds: the same queries translated into the source language, of shape `(..., embed_dim)`.
-        source_query_weight: `w`, from 0 (the query as asked) to 1 (its translation alone).
+        translation_weight: `w`, from 0 (the query as asked) to 1 (its translation alone).
 
     Returns:
         L2-normalised embeddings of shape `(..., embed_dim)`.
     """
-    if not 0.0 <= source_query_weight <= 1.0:
-        raise ValueError(f"source_query_weight must be between 0 and 1, got {source_query_weight}.")
+    if not 0.0 <= translation_weight <= 1.0:
+        raise ValueError(f"translation_weight must be between 0 and 1, got {translation_weight}.")
     if text_embeds.shape != source_text_embeds.shape:
         raise ValueError(
             f"Query and translated query must have one shape, got {tuple(text_embeds.shape)} and "
             f"{tuple(source_text_embeds.shape)}."
         )
     query, translated = F.normalize(text_embeds, dim=-1), F.normalize(source_text_embeds, dim=-1)
-    return F.normalize((1 - source_query_weight) * query + source_query_weight * translated, dim=-1)
+    return F.normalize((1 - translation_weight) * query + translation_weight * translated, dim=-1)
 
 
 def chance_metrics(

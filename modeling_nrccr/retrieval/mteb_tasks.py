@@ -1,40 +1,32 @@
-"""Measures a model by `mteb`, the Massive (Multilingual, Image) Text Embedding Benchmark: tasks by name, or your data:
-
-    python examples/mteb_eval.py --model outputs/demo --task XM3600T2IRetrieval --task XM3600I2TRetrieval \
-        --task_language spa --output mteb.json
-    python examples/mteb_eval.py --model outputs/demo --dataset tuxpaint+cldr_emoji --target gl --output mteb.json
-    python examples/mteb_eval.py --model outputs/english --language gl=outputs/gl --dataset tuxpaint+cldr_emoji
-
-The first fetches its task from the Hub (so do Multi30kT2IRetrieval, XFlickr30kCoT2IRetrieval, ...); the second makes a
-task of the same type of a data set of this repository, and gives the R@k of `evaluate_retrieval.py`. Needs
-`pip install "modeling_nrccr[mteb]"`; mteb's own extra `image` is not needed.
+"""Tasks of MTEB on a model, and tasks of the same type of a data set of this repository, whose R@k are those of
+`nrccr evaluate`. Needs `pip install "modeling_nrccr[mteb]"`; mteb's own extra `image` is not needed.
 """
 
-import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import mteb
 import torch
 from datasets import Dataset
 from langcodes import Language
-from mteb import TaskMetadata
-from mteb.abstasks import AbsTaskRetrieval
-from mteb.models import ModelMeta
-from mteb.models.abs_encoder import AbsEncoder
-from mteb.models.model_meta import ScoringFunction
 
-from ..cli.common import command
-from ..data.load import dataset_languages, load_caption_dataset
+from ..data.load import load_caption_dataset
 from ..data.trained_split import check_unseen, source_captions, split_seed
-from ..files import write_file
 from ..loading.models import BASE, load_with_languages, read_by
-from ..publishing.tables import format_markdown
-from ..recipes.limits import number
 from .encoding import encode_images, encode_texts, picture_rows
+from .evaluation import languages_to_ask
 from .metrics import RECALL_AT
-from .search import add_language_option
+
+
+try:
+    import mteb
+    from mteb import TaskMetadata
+    from mteb.abstasks import AbsTaskRetrieval
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+    from mteb.models.model_meta import ScoringFunction
+except ImportError as error:
+    raise ImportError('MTEB\'s tasks need mteb: pip install "modeling_nrccr[mteb]"') from error
 
 
 DIRECTIONS = {"t2i": "t2v", "i2t": "v2t"}  # mteb's names, and those of `compute_retrieval_metrics`
@@ -46,7 +38,7 @@ class NrccrEncoder(AbsEncoder):
     Args:
         model_name (`str`): Folder or hub id.
         revision (`str`, *optional*): Only recorded in the results.
-        device (`str`, *optional*): Where to encode; default: where transformers puts the model.
+        device, dtype (`str`, *optional*): Of the model, as for [`load_model`].
         languages (`list` of `str`): As `--language` takes them; which reads a text is what `read_by` says.
     """
 
@@ -56,13 +48,12 @@ class NrccrEncoder(AbsEncoder):
         revision: str | None = None,
         *,
         device: str | None = None,
+        dtype: str | None = None,
         languages: Sequence[str] = (),
         **kwargs,
     ):
-        self.model, self.processor = load_with_languages(model_name, languages)
+        self.model, self.processor = load_with_languages(model_name, languages, device, dtype)
         self.languages, self.readers = languages, {}
-        if device is not None:
-            self.model.to(device)
         name = model_name if model_name.count("/") == 1 and not Path(model_name).exists() else Path(model_name).name
         self.mteb_model_meta = ModelMeta.create_empty(
             {
@@ -192,50 +183,48 @@ def both_directions(scores: dict) -> dict[str, dict[str, float]]:
     return rows
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--task", action="append", help="name of a task of mteb; may be given several times")
-    what.add_argument("--dataset", help='builders of this repository, joined by "+"')
-    add_language_option(parser, "reads texts that have none of their own")
-    parser.add_argument("--task_language", action="append", help="of --task, as mteb names it (spa); default: all")
-    parser.add_argument("--target", default="gl", help="of --dataset: languages, joined by commas; or all")
-    parser.add_argument("--data_dir", help="folder of the data; fetched where not given")
-    parser.add_argument("--batch_size", type=number(1), default=64)
-    parser.add_argument("--output", help="write all scores to this JSON file")
-    args = parser.parse_args(argv)
-    evaluate(args)
+def evaluate_tasks(
+    model: str,
+    tasks: Sequence[str] = (),
+    data: str | None = None,
+    *,
+    languages: Sequence[str] = (),
+    task_languages: Sequence[str] | None = None,
+    query_languages: Sequence[str] = (),
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """
+    Run tasks of MTEB, or both directions of a data set of this repository.
 
+    Args:
+        model: folder or hub id.
+        tasks: names of MTEB's.
+        data: in their place, data sets joined by "+".
+        languages: as `--language` takes them; which reads a text is what [`read_by`] says.
+        task_languages: of `tasks`, as mteb names them (spa); default: all.
+        query_languages: of `data`, as for [`evaluate`].
+        data_dir: of `data`.
 
-def evaluate(args: argparse.Namespace):
-    if args.task:
+    Returns:
+        `settings`, and `scores`: by task and language, with mteb's names.
+
+    Raises:
+        ValueError: there is no such task, or nothing says in which language to ask.
+    """
+    if bool(tasks) == (data is not None):
+        raise ValueError("Name either tasks of MTEB or a data set.")
+    if tasks:
         try:
-            tasks = [mteb.get_task(name, languages=args.task_language) for name in args.task]
+            found = [mteb.get_task(name, languages=task_languages) for name in tasks]
         except KeyError as error:
             raise ValueError(f"mteb: {error}") from error
-    else:
-        languages = dataset_languages(args.dataset) if args.target == "all" else args.target.split(",")
-        if not languages:
-            raise ValueError(f"{args.dataset} does not say which languages it has: name them, --target de,fr.")
-        tasks = own_tasks(args.model, args.dataset, languages, args.data_dir)
-    encoder = NrccrEncoder(args.model, languages=args.language)
-    scores = run(encoder, tasks, args.batch_size)
-    for task, languages in scores.items():
-        for language, row in languages.items():
-            print(f"{task}, {language}: " + ", ".join(f"{k} {row[k]:.4f}" for k in ("main_score", "ndcg_at_10")))
-    if rows := both_directions(scores):
-        print(f"\n{format_markdown(rows)}")
-    if args.output:
-        settings = {"model": args.model, "language": args.language, "mteb": mteb.__version__}
-        settings |= {"batch_size": args.batch_size}
-        settings["read_by"] = {subset: reader or BASE for subset, reader in encoder.readers.items()}
-        write_file(args.output, json.dumps({"settings": settings, "scores": scores}, indent=1) + "\n")
-        print(f"\nwrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()
+    encoder = NrccrEncoder(model, device=device, dtype=dtype, languages=languages)
+    if data is not None:
+        found = own_tasks(model, data, languages_to_ask(data, query_languages, languages, encoder.model), data_dir)
+    scores = run(encoder, found, batch_size)
+    settings = {"model": model, "language": list(languages), "mteb": mteb.__version__, "batch_size": batch_size}
+    settings["read_by"] = {subset: reader or BASE for subset, reader in encoder.readers.items()}
+    return {"settings": settings, "scores": scores}

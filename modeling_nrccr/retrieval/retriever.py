@@ -9,7 +9,6 @@ retriever.save("my_index")
 ```
 """
 
-import io
 import itertools
 import json
 import math
@@ -17,9 +16,8 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -27,22 +25,22 @@ from tqdm.auto import tqdm
 from transformers import BatchFeature
 from transformers.utils import logging
 
-from ..files import is_utf8, printable
+from ..files import is_utf8
 from ..languages import in_eval_mode, same_model
-from ..media import list_images, load_image, walk
 from ..modeling_nrccr import NrccrModel
 from ..processor_inputs import text_problem
-from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts, picture_rows
+from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts
+from .gallery_media import NOUNS, MediaReader, Skipped, find_media
 from .index import GalleryIndex, is_milvus, open_index
 from .metrics import fuse_query_embeds
 
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.get_logger(__name__)
 
-NOUNS = {"images": "picture", "videos": "video", "visual_feats": "feature sequence"}  # by the processor's argument
-DATASET_COLUMNS = {"image": "images", "video": "videos", "visual_feats": "visual_feats"}
 BLOCK = 1024  # embeddings that are stored at a time
-NOT_UTF8 = "its name is not UTF-8: rename it"
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,6 @@ class Hit:
     id: str | int
     score: float
     metadata: dict[str, Any]
-
-
-class Skipped(NamedTuple):
-    """A picture that could not be read, and why."""
-
-    id: str | int
-    reason: str
 
 
 class Encoded(NamedTuple):
@@ -80,7 +71,7 @@ class NrccrRetriever:
         processor: its [`NrccrProcessor`].
         index: where the gallery is kept. None: in memory, by faiss. A folder: the same, read from there if it has been
             saved, and written by [`save`]. `NAME.db` (Milvus Lite) or `http://...` (a Milvus server): stored there at
-            once.
+            once. Or what [`open_index`] opened.
         options: of the engine, [`FaissIndex`] or [`MilvusIndex`], such as `collection`.
 
     Raises:
@@ -89,10 +80,13 @@ class NrccrRetriever:
         ImportError: if faiss or pymilvus is missing.
     """
 
-    def __init__(self, model: NrccrModel, processor: Callable, index: str | Path | None = None, **options):
+    def __init__(
+        self, model: NrccrModel, processor: Callable, index: str | Path | GalleryIndex | None = None, **options
+    ):
         self.model = model
         self.processor = processor
-        self.index = open_index(index, model.config.projection_dim, **options)
+        is_address = index is None or isinstance(index, (str, Path))
+        self.index = open_index(index, model.config.projection_dim, **options) if is_address else index
         if index is not None:
             self._check_model(self.index)
 
@@ -106,7 +100,7 @@ class NrccrRetriever:
 
     def add(
         self,
-        images: str | Path | Sequence[str | Path | Image.Image] | datasets.Dataset | None = None,
+        images: "str | Path | Sequence[str | Path | Image.Image] | datasets.Dataset | None" = None,
         ids: Sequence[str | int] | None = None,
         metadata: Sequence[dict[str, Any]] | None = None,
         strict: bool = False,
@@ -131,7 +125,7 @@ class NrccrRetriever:
                 set's row. A video also gets `num_frames` and `frame`, the number of the frame that is most like it.
             strict: raise for what cannot be read, rather than skip it.
             videos: instead of `images`: lists of frames, or whatever `read_frames` takes.
-            read_frames: the frames of a video, such as `datasets_scripts.videos.read_frames`; called in threads.
+            read_frames: the frames of a video, such as `datasets_scripts.reading.videos.read_frames`; in threads.
             skip_existing: leave out ids that the gallery has, rather than raise.
 
         Returns:
@@ -141,39 +135,7 @@ class NrccrRetriever:
             ValueError: for a folder without pictures, a repeated id, lists of unequal length, what cannot be read
                 under `strict`, or if none can be read.
         """
-        if (images is None) == (videos is None):
-            raise ValueError("Give add() either images or videos.")
-        kind, sources = ("images", images) if videos is None else ("videos", videos)
-        is_named_by_file, skipped = ids is None or metadata is None, []
-        if isinstance(images, (str, Path)):
-            folder, (sources, _, left_out) = Path(images), walk(images)
-            sources = sources or list_images(images)  # says what is there instead
-            skipped = [Skipped(*entry) for entry in left_out]
-            ids = [path.relative_to(folder).as_posix() for path in sources] if ids is None else ids
-        elif isinstance(images, datasets.Dataset):
-            kind, sources, image_ids, columns = _dataset_media(images)
-            ids, metadata = image_ids if ids is None else ids, columns if metadata is None else metadata
-        are_files = [isinstance(source, (str, Path)) for source in sources] if is_named_by_file else []
-        if ids is None:
-            first = 0 if all(are_files) else len(self)
-            ids = [
-                str(source if is_file else first + i) for i, (source, is_file) in enumerate(zip(sources, are_files))
-            ]
-        if metadata is None:
-            metadata = [{"path": str(source)} if is_file else {} for source, is_file in zip(sources, are_files)]
-        if not len(sources) == len(ids) == len(metadata):
-            raise ValueError(
-                f"Got {len(sources)} {NOUNS[kind]}s, {len(ids)} ids and {len(metadata)} metadata: one each is needed."
-            )
-        unnamed = {row for row, is_file in enumerate(are_files) if is_file and not is_utf8(sources[row])}
-        if unnamed:
-            skipped += [Skipped(printable(str(ids[row])), NOT_UTF8) for row in sorted(unnamed)]
-            if strict:
-                raise ValueError(f"{skipped[-1].id}: {NOT_UTF8}.")
-            sources, ids, metadata = (
-                [value for row, value in enumerate(values) if row not in unnamed]
-                for values in (sources, ids, metadata)
-            )
+        kind, sources, ids, metadata, skipped = find_media(images, videos, ids, metadata, strict, len(self))
         rows = self._new_rows(ids, metadata, skip_existing)
 
         stored, count, block = 0, len(rows) + len(skipped), max(1, BLOCK // batch_size) * batch_size
@@ -225,33 +187,9 @@ class NrccrRetriever:
         """
         embeds, extra, kept, skipped, media = [], [], [], [], iter(media)
 
-        def refuse(row: int, error: Exception) -> Skipped:
-            if isinstance(error, ImportError):  # of a decoder: nothing can be read
-                raise error
-            if strict:
-                raise ValueError(f"Row {row}: cannot read the {NOUNS[kind]} {ids[row]!r}: {error}") from error
-            return Skipped(ids[row], str(error) or type(error).__name__)
-
-        def prepare(chunk: list[tuple[int, Any]]) -> tuple[list[tuple[list[int], BatchFeature]], list[Skipped], int]:
-            rows, batch, refused, parts = [], [], [], []
-            for row, source in chunk:
-                try:
-                    batch.append(_load(kind, source, read_frames))
-                    rows.append(row)
-                except Exception as error:  # decoders of corrupt files raise nearly anything
-                    refused.append(refuse(row, error))
-            try:
-                parts = [(rows, self.processor(**{kind: batch}, return_tensors="pt"))] if batch else []
-            except Exception:  # because of one of them
-                for row, loaded in zip(rows, batch):
-                    try:
-                        parts.append(([row], self.processor(**{kind: [loaded]}, return_tensors="pt")))
-                    except Exception as error:
-                        refused.append(refuse(row, error))
-            return parts, refused, len(chunk)
-
+        reader = MediaReader(kind, ids, self.processor, read_frames, strict)
         chunks = iter(lambda: list(itertools.islice(media, batch_size)), [])
-        for parts, refused, count in ahead(chunks, prepare, self.model.device):
+        for parts, refused, count in ahead(chunks, reader.prepare, self.model.device):
             skipped += refused
             for rows, inputs in parts:
                 batch_embeds, batch_extra = self._encode(kind, inputs)
@@ -261,9 +199,8 @@ class NrccrRetriever:
                         kept.append(row)
                         extra.append(entry)
                     else:
-                        skipped.append(
-                            refuse(row, ValueError("its embedding is not finite; check the model's weights"))
-                        )
+                        error = ValueError("its embedding is not finite; check the model's weights")
+                        skipped.append(reader.refuse(row, error))
                 embeds.append(batch_embeds[finite])
             on_progress(count)
         return Encoded(kept, torch.cat(embeds) if embeds else torch.empty(0, self.index.dim), extra, skipped)
@@ -317,7 +254,7 @@ class NrccrRetriever:
         k: int = 10,
         filter: dict[str, str | int | float | bool] | None = None,
         translation: str | None = None,
-        source_query_weight: float = 0.5,
+        translation_weight: float = 0.5,
         language: Language = ACTIVE,
     ) -> list[Hit]:
         """
@@ -329,7 +266,7 @@ class NrccrRetriever:
             filter: only what has these values in its metadata, all of them. Some engines take `True` for 1.
             translation: the query in the source language (English), which the model's own text side reads: both are
                 asked, by [`fuse_query_embeds`].
-            source_query_weight: the translation's share, from 0 to 1.
+            translation_weight: the translation's share, from 0 to 1.
             language: whose adapter reads a text; None: no adapter's, the model's own text side. By default the one
                 that is active in the model.
 
@@ -346,7 +283,7 @@ class NrccrRetriever:
             embed = self.encode_query(query, language)
         if translation is not None:
             translated = self.encode_query(translation, None)  # it is in the language that needs no adapter
-            embed = fuse_query_embeds(embed, translated, source_query_weight)
+            embed = fuse_query_embeds(embed, translated, translation_weight)
         found = self.index.search(embed.numpy(force=True), k, filter)
         if not found and not len(self):
             raise ValueError("The gallery is empty: add() pictures before search().")
@@ -387,6 +324,8 @@ class NrccrRetriever:
         else:
             other = open_index(target, self.index.dim, **options)
             self._check_model(other)
+            if self.index.made_by is not None:
+                other.made_by = self.index.made_by
             for ids, metadata, embeds in self.index.rows(embeds=True):
                 other.upsert(ids, embeds, metadata)
             other.save()
@@ -496,43 +435,6 @@ class NrccrRetriever:
             raise ValueError(f"Row {rows[i]}: the embedding of {ids[i]!r} is not finite; check the model's weights.")
         texts = [json.dumps(entry, ensure_ascii=False) for entry in metadata]
         self.index.upsert(list(ids), embeds.float().numpy(force=True), texts)
-
-
-def _dataset_media(dataset: datasets.Dataset) -> tuple[str, Sequence, Sequence[str], list[dict[str, Any]]]:
-    """What it holds (an argument of the processor), the media, their ids, and the texts and numbers beside them."""
-    column = next((name for name in DATASET_COLUMNS if name in dataset.column_names), None)
-    if column is None or "image_id" not in dataset.column_names:
-        raise ValueError(
-            f"The data set has the columns {', '.join(dataset.column_names)}: it needs image_id, and one of "
-            f"{', '.join(DATASET_COLUMNS)}."
-        )
-    dataset = dataset.select(list(picture_rows(dataset["image_id"])[0].values()))
-    feature = dataset.features[column]
-    if isinstance(feature, (datasets.Image, datasets.Video)):
-        dataset = dataset.cast_column(column, type(feature)(decode=False))  # decoded here, within bounds
-    metadata = [
-        {name: value for name, value in row.items() if name != "image_id" and isinstance(value, (str, int, float))}
-        for row in dataset.remove_columns(column)
-    ]
-    return DATASET_COLUMNS[column], dataset[column], list(dataset["image_id"]), metadata
-
-
-def _load(kind: str, source: Any, read_frames: Callable | None) -> Any:
-    if source is None:
-        raise ValueError("it has no media")
-    if kind == "videos":
-        if not isinstance(source, (list, tuple)):
-            if read_frames is None:
-                raise ValueError("name what reads its frames: read_frames=datasets_scripts.videos.read_frames")
-            source = read_frames(source)
-        if not len(source):
-            raise ValueError("it has no frames")
-        return list(source)
-    if kind == "images" and not isinstance(source, Image.Image):
-        if isinstance(source, dict):  # of a data set that is not decoded
-            source = source["path"] if source["bytes"] is None else io.BytesIO(source["bytes"])
-        return load_image(source)
-    return source
 
 
 def _check_k(k: int) -> int:

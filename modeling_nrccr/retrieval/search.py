@@ -1,107 +1,140 @@
-"""Search any folder of pictures, or an index of one, with a sentence in any language:
+"""Asks an index, or a folder of pictures, sentences in any language."""
 
-python examples/search.py --model outputs/demo --gallery DIR --query "un gato durmindo" --output sheet.png
-python examples/search.py --model outputs/demo --index outputs/gallery --query "un gato" --translation "a cat"
-python examples/search.py --model outputs/english --language gl=outputs/gl --index outputs/gallery --query "un gato"
-"""
-
-import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from datasets_scripts.reading.videos import read_frames
-
-from ..cli.common import command
-from ..files import printable
-from ..loading.models import BASE, load_with_languages
+from ..loading.models import load_with_languages
 from ..media import load_image
 from ..processor_inputs import text_problem
-from ..publishing.search_page import QueryRow, Result, draw_sheet, save_png
-from ..recipes.limits import number
-from .index import is_milvus
+from .gallery_media import Skipped
+from .index import is_milvus, open_index
 from .retriever import Hit, NrccrRetriever
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", default="outputs/demo", help="folder or hub id of a trained model")
-    where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--gallery", help="folder of pictures, searched with its sub-folders")
-    where.add_argument("--index", help="what index_gallery.py made: folder, NAME.db, or the URI of a Milvus server")
-    parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
-    parser.add_argument("--query", required=True, action="append", help="may be given several times")
-    add_language_option(parser, "reads the queries")
-    parser.add_argument("--translation", action="append", help="of each query, in English: both are asked")
-    parser.add_argument(
-        "--source_query_weight", type=number(0, 1, float), default=0.5, help="of the translation, from 0 to 1"
-    )
-    parser.add_argument("--k", type=number(1), default=5, help="pictures for each query")
-    parser.add_argument("--output", help="also draw the results to this PNG file")
-    parser.add_argument("--batch_size", type=number(1), default=32)
-    parser.add_argument("--strict", action="store_true", help="stop at a corrupt picture rather than skip it")
-    args = parser.parse_args(argv)
-    search(args)
+class Answer(NamedTuple):
+    """One query, its translation (or None), and its hits, best first."""
+
+    query: str
+    translation: str | None
+    hits: list[Hit]
 
 
-def add_language_option(parser: argparse.ArgumentParser, does: str):
-    """`--language`, which `load_with_languages` reads; `does`: what the first one does."""
-    parser.add_argument(
-        "--language",
-        action="append",
-        default=[],
-        metavar="CODE[=FOLDER]",
-        help="a language of the model, or what add_language.py wrote (its folder or file), under this code; may be "
-        f'given several times, and the first {does}; "{BASE}" is the model without a language',
-    )
+class Found(NamedTuple):
+    """What a search found: the pictures that were searched, those that cannot be read, and an answer a query."""
+
+    size: int
+    skipped: list[Skipped]
+    answers: list[Answer]
 
 
-def read_hit(hit: Hit) -> Image.Image:
-    """The picture, or the frame of a video that is most like the whole; a grey field where the file is gone, or cannot
-    be read any more, which is said."""
+def search(
+    queries: Sequence[str],
+    index: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    model: str | None = None,
+    languages: Sequence[str] = (),
+    translations: Sequence[str] | None = None,
+    translation_weight: float = 0.5,
+    k: int = 5,
+    collection: str = "gallery",
+    strict: bool = False,
+    batch_size: int = 32,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Found:
+    """
+    Search an index, or a folder whose pictures are encoded first.
+
+    Args:
+        index: what `nrccr index` or [`NrccrRetriever.save`] wrote.
+        folder: of pictures, with its sub-folders, in the place of an index.
+        model: folder or hub id; default: the one that the index remembers.
+        languages: as `--language` takes them, the first asks; default: those that the index remembers, where it
+            names the model too.
+        translations: of each query, in English: both are asked.
+        translation_weight: of the translation, from 0 to 1.
+        k: pictures for each query.
+        collection: name of the gallery within Milvus.
+        strict: raise for a picture that cannot be read, rather than skip it.
+        batch_size: pictures of a folder at once.
+        device, dtype: of the model, as for [`load_model`].
+
+    Raises:
+        ValueError: a query is blank, there is no index or folder, or no model, or it is not the index's.
+    """
+    texts = translations or [None] * len(queries)
+    if len(texts) != len(queries):
+        raise ValueError(f"Got {len(queries)} queries and {len(texts)} translations: give each query one.")
+    for what, some in (("The query", queries), ("--translation", translations or ())):
+        for text in some:  # before a folder is encoded
+            if problem := text_problem(text):
+                raise ValueError(f"{what} {problem}")
+    if (index is None) == (folder is None):
+        raise ValueError("Name either an index or a folder of pictures.")
+    skipped: list[Skipped] = []
+    if folder is None:
+        retriever = open_gallery(index, model, languages, collection, device, dtype)
+    else:
+        if model is None:
+            raise ValueError("A folder of pictures needs a model: --model NAME, a folder or hub id")
+        retriever = NrccrRetriever(*load_with_languages(model, languages, device, dtype))
+        skipped = retriever.add(folder, strict=strict, batch_size=batch_size, show_progress=True)
+    answers = [
+        Answer(query, text, retriever.search(query, k, None, text, translation_weight))
+        for query, text in zip(queries, texts)
+    ]
+    return Found(len(retriever), skipped, answers)
+
+
+def open_gallery(
+    index: str | Path,
+    model: str | None = None,
+    languages: Sequence[str] = (),
+    collection: str = "gallery",
+    device: str | None = None,
+    dtype: str | None = None,
+) -> NrccrRetriever:
+    """
+    Open an index with the model that made it; the arguments are those of [`search`].
+
+    Raises:
+        ValueError: there is no readable index, it remembers no model, that model is gone, or another one is given.
+    """
+    opened = open_index(index, 0, create=False, **({"collection": collection} if is_milvus(index) else {}))
+    remedy = "--model NAME, a folder or hub id"
+    if model is not None:
+        return NrccrRetriever(*load_with_languages(model, languages, device, dtype), opened)
+    made_by: dict[str, Any] | None = opened.made_by
+    if made_by is None:
+        raise ValueError(f"The index {str(index)!r} does not say which model made it: name it, {remedy}")
+    name = made_by["model"]
+    try:
+        if Path(name).is_absolute() and not Path(name).is_dir():
+            raise ValueError("there is no such folder")
+        parts = load_with_languages(name, languages or made_by["languages"], device, dtype)
+    except ValueError as error:
+        raise ValueError(
+            f"The index {str(index)!r} was made by {name!r}, which cannot be loaded ({error}): say where it is now, "
+            f"{remedy}"
+        ) from error
+    return NrccrRetriever(*parts, opened)
+
+
+def read_hit(hit: Hit) -> tuple[Image.Image, str | None]:
+    """Return the picture of a hit, or the frame of a video that is most like the whole, and None; a grey field and the
+    reason where the file is gone, or cannot be read any more. Raises ValueError where the index names no file."""
     if "path" not in hit.metadata:
         raise ValueError(f"The gallery does not say which file {hit.id!r} is: leave out --output.")
     path, num_frames = hit.metadata["path"], hit.metadata.get("num_frames")
     try:
-        return load_image(path) if num_frames is None else read_frames(path, num_frames)[hit.metadata["frame"]]
+        if num_frames is None:
+            return load_image(path), None
+        from datasets_scripts.reading.videos import read_frames
+
+        return read_frames(path, num_frames)[hit.metadata["frame"]], None
     except Exception as error:  # decoders of broken files raise anything
-        print(f"cannot show {printable(path)}: {printable(str(error))}")
-        return Image.new("RGB", (64, 64), "lightgrey")
-
-
-def search(args: argparse.Namespace):
-    translations = args.translation or [None] * len(args.query)
-    if len(translations) != len(args.query):
-        raise ValueError(f"Got {len(args.query)} queries and {len(translations)} translations: give each query one.")
-    for option, texts in (("--query", args.query), ("--translation", args.translation or ())):
-        for text in texts:  # before the gallery is encoded
-            if problem := text_problem(text):
-                raise ValueError(f"{option} {problem}")
-    model, processor = load_with_languages(args.model, args.language)
-    if args.index:
-        options = {"collection": args.collection} if is_milvus(args.index) else {}
-        retriever, skipped = NrccrRetriever.load(args.index, model, processor, **options), []
-    else:
-        retriever = NrccrRetriever(model, processor)
-        skipped = retriever.add(args.gallery, strict=args.strict, batch_size=args.batch_size, show_progress=True)
-    size = len(retriever)
-    print(f"{size} pictures in {args.index or args.gallery}" + (f", {len(skipped)} skipped" if skipped else ""))
-    rows = []
-    for query, translation in zip(args.query, translations):
-        hits = retriever.search(query, args.k, None, translation, args.source_query_weight)
-        print(
-            f"\n{printable(query)}",
-            *(f"{i:4d}  {hit.score:.3f}  {printable(str(hit.id))}" for i, hit in enumerate(hits, 1)),
-            sep="\n",
-        )
-        if args.output:
-            rows.append(QueryRow(query, translation, [Result(read_hit(hit), hit.id, hit.score) for hit in hits]))
-    if args.output:
-        save_png(draw_sheet(f"{size} pictures", rows), args.output)
-        print(f"\nwrote {args.output}")
-
-
-if __name__ == "__main__":
-    main()
+        return Image.new("RGB", (64, 64), "lightgrey"), f"cannot show {path}: {error}"

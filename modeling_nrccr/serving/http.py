@@ -1,4 +1,4 @@
-"""What serve.py does about requests and answers as such, whatever they ask: bounds, refusals, clients that leave."""
+"""What the server does about requests and answers as such, whatever they ask: bounds, refusals, clients that leave."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ CLIENT_LEFT = 499  # as nginx calls it; nobody reads it
 
 class BodyLimit:
     """ASGI: refuses bodies that are too large (413), too slow (408) or, together, too many (503) as they arrive.
-    `limits`: as in serve.py."""
+    `limits`: a [`Limits`]."""
 
     def __init__(self, app: Callable, limits: Any):
         self.app, self.limits, self.held = app, limits, 0

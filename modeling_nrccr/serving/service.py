@@ -1,16 +1,10 @@
-"""Serves a model over HTTP: embeddings of texts and pictures, and the search of a gallery:
-
-    python examples/serve.py outputs/demo --index outputs/gallery
-
-    curl --json '{"texts": ["can correndo"]}' http://127.0.0.1:8000/embed
-    curl --json '{"text": "can correndo", "k": 5}' http://127.0.0.1:8000/search
+"""Serves a model over HTTP: embeddings of texts and pictures, and the search of a gallery.
 
 What arrives together is encoded in one batch. Everything is bounded: what one request may hold (4xx says what was
-wrong, and how to put it right) and what all of them may (503 with Retry-After). At Ctrl+C it answers what it has
-accepted. It has one model and no password: for more, put a proxy before several of it. See docs/serve.md.
+wrong, and how to put it right) and what all of them may (503 with Retry-After). When it is stopped it answers what it
+has accepted. It has one model and no password: for more, put a proxy before several of it. See docs/serve.md.
 """
 
-import argparse
 import asyncio
 import base64
 import binascii
@@ -19,25 +13,21 @@ import reprlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from PIL import UnidentifiedImageError
 
-from ..cli.common import command
 from ..loading.models import BASE, load_with_languages
 from ..media import IMAGE_FORMATS, count_pixels, load_image
 from ..modeling_nrccr import NrccrModel
 from ..processor_inputs import text_problem
-from ..recipes.limits import number
-from ..recipes.settings import option
 from ..retrieval.encoding import encode, encode_texts
 from ..retrieval.index import is_milvus
 from ..retrieval.metrics import fuse_query_embeds
 from ..retrieval.retriever import NrccrRetriever
-from ..retrieval.search import add_language_option
+from .limits import LOCAL, Limits
 
 
 try:
@@ -45,7 +35,7 @@ try:
     from fastapi import FastAPI, HTTPException, Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import Response
-    from pydantic import BaseModel, ConfigDict
+    from pydantic import BaseModel, ConfigDict, model_validator
     from starlette.exceptions import HTTPException as StarletteHTTPException
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -54,26 +44,8 @@ except ImportError as error:
     raise ImportError('a server needs fastapi and uvicorn: pip install "modeling_nrccr[serve]"') from error
 
 
-LOCAL = ("127.0.0.1", "localhost", "[::1]")
+RENAMED = {"source_query_weight": "translation_weight"}  # fields of a request
 DATA_URL = re.compile(r"data:[^,]{0,100};base64,", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one request may hold, and what all that are under way may."""
-
-    max_texts: int = option(64, "texts a request")
-    max_characters: int = option(1000, "characters a text; what the model does not read of them, it cuts off")
-    max_images: int = option(8, "pictures a request")
-    max_image_bytes: int = option(8 * 2**20, "bytes of a picture's file")
-    max_pixels: int = option(50_000_000, "pixels of a request's pictures; more is refused before any is decoded")
-    max_k: int = option(100, "hits of a search")
-    max_body_bytes: int = option(16 * 2**20, "bytes of a request")
-    max_held_bytes: int = option(128 * 2**20, "bytes of all requests that are under way")
-    max_waiting: int = option(512, "texts and pictures that were accepted and are not answered yet")
-    max_batch: int = option(32, "texts or pictures in a batch")
-    max_wait_ms: int = option(5, "milliseconds that a text or picture waits for others to share its batch")
-    max_body_seconds: int = option(30, "seconds that a request may take to arrive")
 
 
 class EmbedRequest(BaseModel):
@@ -94,9 +66,17 @@ class SearchRequest(BaseModel):
     image: str | None = None
     language: str | None = None
     translation: str | None = None
-    source_query_weight: float = 0.5
+    translation_weight: float = 0.5
     k: int = 10
     filter: dict[str, str | int | float | bool] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def say_new_words(cls, request: Any) -> Any:
+        for old, new in RENAMED.items():
+            if isinstance(request, dict) and old in request:
+                raise ValueError(f"{old} is now {new}")
+        return request
 
 
 class Batcher:
@@ -104,7 +84,7 @@ class Batcher:
     Encodes together what arrives together.
 
     Args:
-        encode: takes at most `max_batch` items, gives their embeddings of shape `(len(items), projection_dim)`.
+        encode: takes at most `batch_size` items, gives their embeddings of shape `(len(items), projection_dim)`.
         executor: of one thread, in which it runs: a model is used by one thread at a time.
     """
 
@@ -129,7 +109,7 @@ class Batcher:
             deadline = loop.time() + self.limits.max_wait_ms / 1000
             try:
                 async with asyncio.timeout_at(deadline):
-                    while len(batch) < self.limits.max_batch:
+                    while len(batch) < self.limits.batch_size:
                         batch.append(await self.next())
             except TimeoutError:
                 pass
@@ -299,8 +279,8 @@ class Service:
             raise HTTPException(422, "give either text or image, and not both")
         if not 1 <= request.k <= self.limits.max_k:
             raise HTTPException(422, f"k is {request.k}: from 1 to {self.limits.max_k} is taken")
-        if not 0 <= request.source_query_weight <= 1:
-            raise HTTPException(422, f"source_query_weight is {request.source_query_weight}: from 0 to 1 is taken")
+        if not 0 <= request.translation_weight <= 1:
+            raise HTTPException(422, f"translation_weight is {request.translation_weight}: from 0 to 1 is taken")
         if unknown := (request.filter or {}).keys() - set(self.filters):
             known = ", ".join(self.filters) or "none"
             name = reprlib.repr(min(unknown))
@@ -316,7 +296,7 @@ class Service:
                 embeds += await self.texts.embed(texts)
             embed = embeds[0]
             if request.translation is not None:
-                embed = fuse_query_embeds(*embeds, request.source_query_weight)
+                embed = fuse_query_embeds(*embeds, request.translation_weight)
             loop = asyncio.get_running_loop()
             try:
                 hits = await loop.run_in_executor(self.searcher, self.index.search, embed, request.k, request.filter)
@@ -364,7 +344,18 @@ def read_picture(field: str, read: Callable[[], Any]) -> Any:
 
 
 def build_app(service: Service, hosts: Sequence[str] = ("*",)) -> FastAPI:
-    """`hosts`: names that requests may call the server by, which pages of other sites cannot; "*": any."""
+    """
+    Build the web application of a service.
+
+    Args:
+        hosts: names that requests may call the server by, which pages of other sites cannot; "*": any.
+
+    Raises:
+        ValueError: a star stands for a part of a name.
+    """
+    for host in hosts:
+        if "*" in host.removeprefix("*.") and host != "*":
+            raise ValueError(f"the host {host!r}: a star stands for a whole name, as in *.example.org, or alone")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -398,49 +389,43 @@ def build_app(service: Service, hosts: Sequence[str] = ("*",)) -> FastAPI:
     return app
 
 
-@command("nothing is lost")
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("model", help="folder or hub id of a trained model, or of a dual encoder such as CLIP")
-    parser.add_argument("--index", help="what index_gallery.py made: folder, NAME.db, or the URI of a Milvus server")
-    parser.add_argument("--collection", default="gallery", help="name of the gallery within Milvus")
-    add_language_option(parser, "is the default of requests")
-    parser.add_argument("--filter_by", action="append", default=[], help="metadata that a search may filter by")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument(
-        "--allowed_host",
-        action="append",
-        help="name that requests may call the server by: search.example.org, "
-        f"*.example.org or *; may be given several times; default: {', '.join(LOCAL)}; any, where --host is another",
-    )
-    parser.add_argument("--port", type=number(0, 65535), default=8000, help="0: a free one")
-    for field in fields(Limits):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help=field.metadata["help"])
-    args = parser.parse_args(argv)
-    service = load_service(args)
-    hosts = args.allowed_host or (LOCAL if args.host in (*LOCAL, "::1") else ("*",))
-    uvicorn.run(build_app(service, hosts), host=args.host, port=args.port)
+def serve(
+    model: str,
+    index: str | None = None,
+    *,
+    languages: Sequence[str] = (),
+    collection: str = "gallery",
+    filters: Sequence[str] = (),
+    host: str = "127.0.0.1",
+    allowed_hosts: Sequence[str] | None = None,
+    port: int = 8000,
+    limits: Limits | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+):
+    """
+    Serve a model until the process is told to stop.
 
+    Args:
+        model: folder or hub id.
+        index: the gallery that is searched, of `nrccr index`.
+        languages: as `--language` takes them; the first is the default of requests.
+        collection: name of the gallery within Milvus.
+        filters: metadata that a search may filter by.
+        host: address to listen at.
+        allowed_hosts: names that requests may call the server by; default: those of this machine, or any where `host`
+            is another.
+        port: 0 is a free one.
+        device, dtype: of the model, as for [`load_model`].
 
-def load_service(args: argparse.Namespace) -> Service:
-    for host in args.allowed_host or ():
-        if "*" in host.removeprefix("*.") and host != "*":
-            raise ValueError(f"--allowed_host {host!r}: a star stands for a whole name, as in *.example.org, or alone")
-    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
-    for name, value in vars(limits).items():
-        if value < (name != "max_wait_ms"):
-            raise ValueError(f"{name} is {value}: it must be at least 1")
-    if limits.max_waiting < limits.max_texts + limits.max_images:
-        raise ValueError(f"max_waiting={limits.max_waiting} is less than one request may hold: raise it")
-    model, processor = load_with_languages(args.model, args.language)
-    index = None
-    if args.index:
-        options = {"collection": args.collection} if is_milvus(args.index) else {}
-        index = NrccrRetriever.load(args.index, model, processor, **options)
-    return Service(args.model, model, processor, index, limits, args.filter_by)
-
-
-if __name__ == "__main__":
-    main()
+    Raises:
+        ValueError: there is no such model, language or index, or a limit refuses everything.
+    """
+    hosts = allowed_hosts or (LOCAL if host in (*LOCAL, "::1") else ("*",))
+    loaded, processor = load_with_languages(model, languages, device, dtype)
+    gallery = None
+    if index is not None:
+        options = {"collection": collection} if is_milvus(index) else {}
+        gallery = NrccrRetriever.load(index, loaded, processor, **options)
+    service = Service(model, loaded, processor, gallery, limits, filters)
+    uvicorn.run(build_app(service, hosts), host=host, port=port)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from datasets_scripts.xm3600 import Xm3600
+from modeling_nrccr.cli import evaluate
 from modeling_nrccr.data.load import dataset_languages, load_caption_dataset
 from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
 from tests.retrieval.test_search_examples import checkpoint, picture  # noqa: F401
@@ -146,11 +147,16 @@ def test_evaluation_in_several_languages(checkpoint, folder, tmp_path, capsys, m
         "encode_images",
         lambda model, images, *rest: seen.append(len(images)) or encode(model, images, *rest),
     )
-    flags = ["--model", str(checkpoint), "--dataset", "xm3600", "--data_dir", str(folder), "--output"]
-    evaluate_retrieval.main([*flags, str(tmp_path / "all.json"), "--target", "en,sw,quz"])
+    flags = [str(checkpoint), "--data", "xm3600", "--data_dir", str(folder), "--output"]
+    asked = [part for code in WORDS for part in ("--query_language", code)]
+    evaluate.main([*flags, str(tmp_path / "all.json"), *asked])
     report, output = json.loads((tmp_path / "all.json").read_text()), capsys.readouterr().out
     assert seen == [3, 0, 0]  # the languages share the pictures
-    assert list(report["languages"]) == ["en", "sw", "quz"] and report["counts"]["sw"] == {"captions": 6, "images": 3}
+    assert list(report["languages"]) == ["en", "sw", "quz"] and report["counts"]["sw"] == {
+        "captions": 6,
+        "images": 3,
+        "groups": 3,
+    }
     sums = {language: metrics["sum_recall"] for language, metrics in report["languages"].items()}
     assert len(set(sums.values())) > 1
     assert report["mean"]["sum_recall"] == pytest.approx(sum(sums.values()) / 3)
@@ -158,7 +164,7 @@ def test_evaluation_in_several_languages(checkpoint, folder, tmp_path, capsys, m
     assert report["worst"]["sum_recall"] == min(sums.values())
     assert "mean of 3" in output and f"worst: {report['worst_language']}" in output
     for language in ("sw", "quz"):
-        evaluate_retrieval.main([*flags, str(tmp_path / "one.json"), "--target", language])
+        evaluate.main([*flags, str(tmp_path / "one.json"), "--query_language", language])
         alone = json.loads((tmp_path / "one.json").read_text())
         assert alone["test"] == pytest.approx(report["languages"][language])
     for path in (folder / "images").iterdir():
@@ -167,6 +173,6 @@ def test_evaluation_in_several_languages(checkpoint, folder, tmp_path, capsys, m
     with pytest.raises(
         SystemExit, match=rf"3 of 3 pictures are missing, the first is xm3600/{KEYS[0]}: put them into"
     ):
-        evaluate_retrieval.main([*flags, str(tmp_path / "none.json"), "--target", "sw"])
+        evaluate.main([*flags, str(tmp_path / "none.json"), "--query_language", "sw"])
     with pytest.raises(SystemExit, match="caption_files does not say which languages it has"):
-        evaluate_retrieval.main(["--model", str(checkpoint), "--dataset", "caption_files", "--target", "all"])
+        evaluate.main([str(checkpoint), "--data", "caption_files", "--query_language", "all"])

@@ -35,7 +35,7 @@ def test_it_is_the_packages_own(metric, dtype):
     expected = compute_retrieval_metrics(texts, images, owner)
     predictions = texts.float() if dtype == torch.bfloat16 else texts  # which NumPy does not know
     assert metric.compute(predictions=predictions, references=owner, image_embeds=images) == expected
-    fusion = {"source_text_embeds": sources, "source_query_weight": 0.4}
+    fusion = {"source_text_embeds": sources, "translation_weight": 0.4}
     got = metric.compute(predictions=predictions, references=owner, image_embeds=images, **fusion)
     assert got == compute_retrieval_metrics(texts, images, owner, sources, 0.4) != expected
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -15,16 +14,15 @@ from PIL import Image
 
 from datasets_scripts.reading.videos import read_frames
 from modeling_nrccr import NrccrRetriever
+from modeling_nrccr.cli import index as index_command
+from modeling_nrccr.cli import search
 from modeling_nrccr.files import writing
 from modeling_nrccr.loading.models import load_model
 from modeling_nrccr.media import Found
 from modeling_nrccr.retrieval import indexer as index_gallery
-from modeling_nrccr.retrieval import search
-from modeling_nrccr.retrieval.retriever import Skipped
+from modeling_nrccr.retrieval.gallery_media import Skipped
 from tests.retrieval.test_search_examples import checkpoint, picture  # noqa: F401
-
-
-EXAMPLES = Path(index_gallery.__file__).parent
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -41,7 +39,7 @@ def gallery(tmp_path, monkeypatch):
 
 
 def run(checkpoint, gallery, index, capsys, *more):  # noqa: F811
-    index_gallery.main(["--model", str(checkpoint), "--gallery", str(gallery), "--index", str(index), *more])
+    index_command.main([str(checkpoint), str(gallery), str(index), *more])
     return capsys.readouterr().out.splitlines()
 
 
@@ -50,16 +48,16 @@ def test_nothing_is_encoded_twice(checkpoint, gallery, tmp_path, capsys, name): 
     index = tmp_path / name
     model, processor = load_model(str(checkpoint))
     lines = run(checkpoint, gallery, index, capsys, "--num_frames", "3")
-    assert lines[0].startswith("skipped broken.jpg: ") and lines[1].startswith(f"{index} has 6 (")
-    assert lines[2].startswith("6 encoded; left out: 1 broken; see ") and lines[2].endswith("left_out.csv")
+    assert lines[0].startswith("skipped broken.jpg: ") and lines[2].startswith(f"{index} has 6: search it by nrccr ")
+    assert lines[1].startswith("6 encoded; left out: 1 broken; see ") and lines[1].endswith("left_out.csv")
     (gallery / "broken.jpg").unlink()
-    assert run(checkpoint, gallery, index, capsys)[-1] == "0 encoded; nothing left out"
+    assert run(checkpoint, gallery, index, capsys)[-2] == "0 encoded; nothing left out"
 
     (gallery / "more" / "0.png").rename(gallery / "moved.png")  # known by its content
     picture(0).save(gallery / "copy.png")
     picture(12).save(gallery / "more" / "1.png")  # changed
     (gallery / "more" / "2.png").unlink()
-    assert run(checkpoint, gallery, index, capsys, "--remove_missing")[-1].startswith("1 encoded; nothing left out")
+    assert run(checkpoint, gallery, index, capsys, "--remove_missing")[-2].startswith("1 encoded; nothing left out")
     retriever = NrccrRetriever.load(index, model, processor)
     found = {hit.id: hit for hit in retriever.search(picture(12), k=99)}
     assert set(found) == {"clip.webp", "copy.png", "moved.png", "more/1.png", "more/3.png", "more/4.png"}
@@ -80,10 +78,10 @@ def test_nothing_is_encoded_twice(checkpoint, gallery, tmp_path, capsys, name): 
 
     copied = tmp_path / f"copied-{name}"
     lines = run(checkpoint, gallery, copied, capsys, "--copy_from", str(index))
-    assert lines[1].startswith("0 encoded") and lines[0].startswith(f"{copied} has 6 (")
-    arguments = ["--model", str(checkpoint), "--query", "gato", "--translation", "can", "--k", "6"]
+    assert lines[0].startswith("0 encoded") and lines[1].startswith(f"{copied} has 6: ")
+    arguments = ["gato", "--translation", "can", "--k", "6"]
     (gallery / "copy.png").unlink()
-    search.main([*arguments, "--index", str(copied), "--output", str(tmp_path / "sheet.png")])
+    search.main([str(copied), *arguments, "--output", str(tmp_path / "sheet.png")])
     out = capsys.readouterr().out
     assert f"6 pictures in {copied}" in out and (tmp_path / "sheet.png").exists()
     assert out.count("cannot show") == 1 and f"cannot show {gallery / 'copy.png'}: " in out
@@ -100,7 +98,7 @@ def test_a_run_that_could_not_store_encodes_nothing_again(checkpoint, gallery, t
     shards = list((tmp_path / "cache" / "gallery").glob("*/*.safetensors"))
     assert len(shards) == 1
     shards[0].with_name("cut.safetensors").write_bytes(shards[0].read_bytes()[:200])
-    assert run(checkpoint, gallery, tmp_path / "index", capsys)[-1].startswith("0 encoded; left out: 1 broken")
+    assert run(checkpoint, gallery, tmp_path / "index", capsys)[-2].startswith("0 encoded; left out: 1 broken")
     assert len(NrccrRetriever.load(tmp_path / "index", *load_model(str(checkpoint)))) == 6
 
 
@@ -118,7 +116,7 @@ def test_what_is_left_out_is_remembered_and_tried_again(checkpoint, gallery, tmp
     os.mkdir(os.fsencode(gallery) + b"/\xe9t\xe9")
     picture(3).save(os.fsdecode(os.fsencode(gallery) + b"/\xe9t\xe9/1.png"))
     lines = run(checkpoint, gallery, index, capsys)
-    assert lines[-1] == (
+    assert lines[-2] == (
         "6 encoded; left out: 2 broken, 1 passed over, 3 of kinds that are not read (.raw 2, .tgx 1); "
         f"see {index / 'left_out.csv'}"
     )
@@ -162,12 +160,12 @@ def test_what_is_left_out_is_remembered_and_tried_again(checkpoint, gallery, tmp
         patched.setattr(index_gallery, "walk", lambda *_: Found(files, {}, [("more", "")]))
         run(checkpoint, gallery, index, capsys, "--remove_missing")
     lines = run(checkpoint, gallery, index, capsys, "--retry")
-    assert sorted(tried) == ["broken.jpg", "more/1.png"] and lines[-1].startswith(
+    assert sorted(tried) == ["broken.jpg", "more/1.png"] and lines[-2].startswith(
         "1 encoded; left out: 2 broken, 1 passed"
     )
     assert set(left_out(index)) == set(found)
     (index / "left_out.csv").write_text("changed,by\nhand,x\n")
-    assert run(checkpoint, gallery, index, capsys)[-1].startswith("0 encoded; left out: 2 broken, 1 passed")
+    assert run(checkpoint, gallery, index, capsys)[-2].startswith("0 encoded; left out: 2 broken, 1 passed")
 
 
 def test_a_second_run_on_an_index_is_refused_at_once(checkpoint, gallery, tmp_path, capsys):  # noqa: F811
@@ -178,7 +176,7 @@ def test_a_second_run_on_an_index_is_refused_at_once(checkpoint, gallery, tmp_pa
         with pytest.raises(SystemExit, match=f"error: another run is writing {index}: wait until it has ended"):
             run(checkpoint, gallery, index, capsys)
         other.submit(hold.__exit__, None, None, None).result()
-    assert run(checkpoint, gallery, index, capsys)[-1].startswith("6 encoded")
+    assert run(checkpoint, gallery, index, capsys)[-2].startswith("6 encoded")
 
 
 def test_what_is_wrong_is_said_in_a_line(checkpoint, tmp_path, capsys):  # noqa: F811
@@ -204,11 +202,11 @@ def test_two_processes_go_on_after_a_kill(checkpoint, gallery, tmp_path):  # noq
     for i in range(600):
         Image.new("RGB", (40, 30), (i % 256, i // 256, 99)).save(gallery / f"{i}.png")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(EXAMPLES / "index_gallery.py"), "--model", str(checkpoint), "--gallery", str(gallery)]
-    command += ["--index", str(tmp_path / "index"), "--shard_size", "4", "--batch_size", "1"]
+    command += ["-m", "modeling_nrccr", "index", str(checkpoint), str(gallery), str(tmp_path / "index")]
+    command += ["--shard_size", "4", "--batch_size", "1"]
     log = tmp_path / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     shards = tmp_path / "cache" / "gallery"
     deadline = time.monotonic() + 240
     while len(list(shards.glob("*/*.safetensors"))) < 5:
@@ -222,9 +220,9 @@ def test_two_processes_go_on_after_a_kill(checkpoint, gallery, tmp_path):  # noq
     known = 4 * len(list(shards.glob("*/*.safetensors")))
     assert 20 <= known < 606
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    encoded = int(done.stdout.splitlines()[-1].split()[0])
+    encoded = int(done.stdout.splitlines()[-2].split()[0])
     assert 0 < encoded <= 606 - known + 4  # a shard may be of a broken file, and smaller
     retriever = NrccrRetriever.load(tmp_path / "index", *load_model(str(checkpoint)))
     assert len(retriever) == 606

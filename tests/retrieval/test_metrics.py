@@ -193,9 +193,9 @@ def test_online_fusion_mixes_unit_vectors():
         ({"caption_to_image": torch.tensor([-1, 0])}, r"caption_to_image\[0\] is -1"),
         ({"caption_to_image": torch.tensor([0])}, r"must have shape \(2,\)"),
         ({"caption_to_image": torch.tensor([0.0, 1.0])}, "LongTensor"),
-        ({"source_query_weight": 0.5}, "needs source_text_embeds"),
+        ({"translation_weight": 0.5}, "needs source_text_embeds"),
         ({"source_text_embeds": torch.ones(1, 2)}, r"source_text_embeds has shape \(1, 2\)"),
-        ({"source_text_embeds": torch.ones(2, 2), "source_query_weight": 20}, "between 0 and 1, got 20"),
+        ({"source_text_embeds": torch.ones(2, 2), "translation_weight": 20}, "between 0 and 1, got 20"),
     ],
 )
 def test_bad_input_is_named(change, message):

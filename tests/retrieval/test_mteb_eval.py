@@ -1,4 +1,4 @@
-"""`examples/mteb_eval.py`: mteb's numbers of this model are this repository's."""
+"""`nrccr mteb`: mteb's numbers of this model are this repository's."""
 
 import json
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from tests.publishing.test_sentence_transformers import caption_rows
 
 mteb = pytest.importorskip("mteb", reason="needs the extra mteb")
 
+from modeling_nrccr.cli import mteb as command  # noqa: E402
 from modeling_nrccr.retrieval import mteb_tasks as mteb_eval  # noqa: E402
 
 
@@ -83,15 +84,16 @@ def test_from_the_command_line(folder, test_rows, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(mteb_eval, "load_caption_dataset", load)
     (folder / "metrics.json").write_text('{"settings": {"split_seed": 3}}')
     output = tmp_path / "mteb.json"
-    mteb_eval.main(["--model", str(folder), "--dataset", "toys", "--target", "gl,es", "--output", str(output)])
+    languages = ["--query_language", "gl", "--query_language", "es"]
+    command.main([str(folder), "--data", "toys", *languages, "--output", str(output)])
     assert asked == [("toys", "gl", 3), ("toys", "es", 3)]  # the split that the model was trained with
     assert "| toys gl | " in capsys.readouterr().out
     scores = json.loads(output.read_text())["scores"]
     assert scores["toysI2TRetrieval"]["es"]["languages"] == ["spa-Latn"]
     with pytest.raises(SystemExit, match="error: .*NoSuchTask"):
-        mteb_eval.main(["--model", str(folder), "--task", "NoSuchTask"])
+        command.main([str(folder), "--task", "NoSuchTask"])
     with pytest.raises(SystemExit, match="no such folder"):
-        mteb_eval.main(["--model", str(tmp_path / "none"), "--task", "XM3600T2IRetrieval"])
+        command.main([str(tmp_path / "none"), "--task", "XM3600T2IRetrieval"])
 
 
 def test_what_is_measured_is_the_language_that_is_named(folder, test_rows, monkeypatch, tmp_path, no_bars):
@@ -100,16 +102,17 @@ def test_what_is_measured_is_the_language_that_is_named(folder, test_rows, monke
     model.save_language("gl", tmp_path / "gl")
     monkeypatch.setattr(mteb_eval, "load_caption_dataset", lambda *_, **options: DatasetDict(test=test_rows["gl"]))
     arguments = [
-        "--model",
         str(folder),
-        "--dataset",
+        "--data",
         "toys",
-        "--target",
-        "gl,es",
+        "--query_language",
+        "gl",
+        "--query_language",
+        "es",
         "--output",
         str(tmp_path / "m.json"),
     ]
-    mteb_eval.main([*arguments, "--language", "base", "--language", f"gl={tmp_path / 'gl'}"])
+    command.main([*arguments, "--language", "base", "--language", f"gl={tmp_path / 'gl'}"])
     report = json.loads((tmp_path / "m.json").read_text())
     assert report["settings"]["read_by"] == {"gl": "gl", "es": "base"}
     found = mteb_eval.both_directions(report["scores"])

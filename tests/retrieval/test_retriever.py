@@ -221,7 +221,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
 
     for where, name in (
         ("modeling_nrccr.files.os", "replace"),
-        ("modeling_nrccr.index_faiss.pq", "write_table"),
+        ("modeling_nrccr.retrieval.index_faiss.pq", "write_table"),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(f"{where}.{name}", crash)
@@ -237,7 +237,7 @@ def test_a_crash_while_saving_leaves_the_index_that_was_there(retriever, gallery
 )
 def test_a_missing_extra_is_named(monkeypatch, module, index, hint):
     monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, f"modeling_nrccr.index_{'milvus' if index else 'faiss'}", raising=False)
+    monkeypatch.delitem(sys.modules, f"modeling_nrccr.retrieval.index_{'milvus' if index else 'faiss'}", raising=False)
     with pytest.raises(ImportError, match=f"pip install 'modeling_nrccr.{hint}.'"):
         NrccrRetriever(ColorModel(), ColorProcessor(), index)
 
@@ -254,7 +254,7 @@ def test_an_index_of_another_model_is_refused_and_another_text_side_is_not(retri
 def test_a_query_is_fused_with_its_translation(retriever, gallery):
     retriever.add(gallery)
     for weight, best in ((0.0, "more/blue.webp"), (0.4, "more/blue.webp"), (0.6, "red.png"), (1.0, "red.png")):
-        assert retriever.search("azul", 1, translation="vermello", source_query_weight=weight)[0].id == best
+        assert retriever.search("azul", 1, translation="vermello", translation_weight=weight)[0].id == best
     both = {hit.id: hit.score for hit in retriever.search("azul", 3, translation="vermello")}
     assert both["red.png"] == pytest.approx(both["more/blue.webp"], abs=1e-5) and both["more/GREEN.JPG"] < 0.2
     with pytest.raises(ValueError, match="' ': a text that is not blank"):

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 
 import datasets
@@ -12,13 +15,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
 from modeling_nrccr import EfficientNetLiteConfig, NrccrConfig, NrccrModel
+from modeling_nrccr.cli import evaluate, search
+from modeling_nrccr.cli import index as index_command
+from modeling_nrccr.loading.models import load_model, load_with_languages
 from modeling_nrccr.processing_nrccr import NrccrProcessor
 from modeling_nrccr.publishing import search_page
 from modeling_nrccr.publishing.search_page import QueryRow, Result, draw_sheet, render_html, write_search_page
 from modeling_nrccr.publishing.tables import format_table
 from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
-from modeling_nrccr.retrieval import search
+from modeling_nrccr.retrieval.index import open_index
 from modeling_nrccr.retrieval.metrics import chance_metrics, compute_retrieval_metrics
+from modeling_nrccr.retrieval.retriever import NrccrRetriever
+from modeling_nrccr.translation.base import Translator
+from tests.support import ROOT
 
 
 WORDS = ["<pad>", "<unk>", "can", "gato", "pato"]
@@ -85,11 +94,9 @@ def test_search_prints_the_best_pictures_and_draws_them(checkpoint, tmp_path, ca
     arguments = [
         "--model",
         str(checkpoint),
-        "--gallery",
+        "--folder",
         str(gallery),
-        "--query",
         "gato",
-        "--query",
         "un can",
         "--k",
         "3",
@@ -110,8 +117,8 @@ def test_search_prints_the_best_pictures_and_draws_them(checkpoint, tmp_path, ca
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"--gallery": "nowhere"}, "error: The gallery 'nowhere' is not a folder"),
-        ({"--query": " "}, "error: --query is ' ': a text that is not blank"),
+        ({"--folder": "nowhere"}, "error: The gallery 'nowhere' is not a folder"),
+        ({"--k": "1 "}, "error: The query is ' ': a text that is not blank"),
         ({"--translation": "\ud800"}, "error: --translation holds '.ud800' at character 0"),
         ({"--language": "xx"}, "error: no adapter for the language 'xx'"),
         (
@@ -122,15 +129,16 @@ def test_search_prints_the_best_pictures_and_draws_them(checkpoint, tmp_path, ca
 )
 def test_search_says_what_is_wrong_in_a_line(checkpoint, tmp_path, change, message):
     picture(0).save(tmp_path / "0.png")
-    arguments = {"--model": str(checkpoint), "--gallery": str(tmp_path), "--query": "gato"} | change
+    arguments = {"--model": str(checkpoint), "--folder": str(tmp_path)} | change
+    query = " " if "--k" in change else "gato"
     with pytest.raises(SystemExit, match=message):
-        search.main([part for pair in arguments.items() for part in pair])
+        search.main([query, *(part for pair in arguments.items() for part in pair)])
 
 
 def test_names_are_shown_without_what_a_terminal_obeys(checkpoint, tmp_path, capsys):
     evil = "a\x1b]0;title\x07\u202egnp.png"
     picture(0).save(tmp_path / evil)
-    search.main(["--model", str(checkpoint), "--gallery", str(tmp_path), "--query", "gato\x1b[2J"])
+    search.main(["--model", str(checkpoint), "--folder", str(tmp_path), "gato\x1b[2J"])
     shown = capsys.readouterr().out
     assert r"a\x1b]0;title\x07\u202egnp.png" in shown and r"gato\x1b[2J" in shown and "\x1b" not in shown
     chance = chance_metrics(2, 2)
@@ -144,10 +152,92 @@ def test_search_asks_in_the_language_that_is_named(checkpoint, language, tmp_pat
         picture(i).save(tmp_path / f"{i}.png")
     found = {}
     for spec in ("base", f"yy={language}", f"yy={language.parent}"):
-        search.main(["--model", str(checkpoint), "--gallery", str(tmp_path), "--query", "gato", "--language", spec])
+        search.main(["--model", str(checkpoint), "--folder", str(tmp_path), "gato", "--language", spec])
         found[spec] = re.findall(r"0\.\d{3}|-0\.\d{3}", capsys.readouterr().out)
     base, of_file, of_folder = found.values()
     assert len(base) == 3 and base != of_file == of_folder
+
+
+def index_of(checkpoint, tmp_path, *more) -> str:
+    for i in range(3):
+        picture(i).save(tmp_path / f"{i}.png")
+    index_command.main([str(checkpoint), str(tmp_path), str(tmp_path / "index"), *more])
+    return str(tmp_path / "index")
+
+
+def test_an_index_remembers_its_model_and_languages(checkpoint, language, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "model")
+    shutil.copytree(language.parent, "xx")
+    index = index_of("model", tmp_path, "--language", "xx=xx", "--language", "base")
+    made_by = json.loads((tmp_path / "index/index.json").read_text())["made_by"]
+    assert made_by == {"model": str(tmp_path / "model"), "languages": [f"xx={tmp_path / 'xx'}", "base"]}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def hits(*arguments):
+        capsys.readouterr()
+        search.main([index, "gato", *arguments])
+        return re.findall(r"-?0\.\d{3}", capsys.readouterr().out)
+
+    remembered = hits()
+    assert len(remembered) == 3 and remembered == hits("--model", str(checkpoint), "--language", f"xx={language}")
+    assert hits("--language", "base") == hits("--model", str(checkpoint)) != remembered
+    NrccrRetriever.load(index, *load_model(str(checkpoint))).save(tmp_path / "copy.db")
+    assert open_index(tmp_path / "copy.db", 0, create=False).made_by == made_by
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(
+        SystemExit, match=f"error: The index .* was made by '{tmp_path}/model', .*no such folder.*--model"
+    ):
+        hits()
+    assert hits("--model", str(tmp_path / "moved"), "--language", f"xx={language}") == remembered
+    written = NrccrRetriever(*load_model(str(checkpoint)))
+    written.add([picture(0)])
+    written.save(tmp_path / "index")  # from Python it says nothing, so that what is published names no folder
+    assert str(tmp_path) not in (tmp_path / "index/index.json").read_text()
+    with pytest.raises(SystemExit, match="does not say which model made it: name it, --model"):
+        hits()
+
+
+@pytest.mark.parametrize(
+    "made_by", [3, {"model": "a"}, {"model": 1, "languages": []}, {"model": "a", "languages": "b"}]
+)
+def test_an_index_that_says_nonsense_of_its_model_is_refused(checkpoint, tmp_path, made_by):
+    index = index_of(checkpoint, tmp_path)
+    content = json.loads((tmp_path / "index/index.json").read_text())
+    (tmp_path / "index/index.json").write_text(json.dumps(content | {"made_by": made_by}))
+    with pytest.raises(SystemExit, match="Cannot read the index .*its made_by is"):
+        search.main([index, "gato"])
+
+
+def test_a_search_imports_what_it_uses(checkpoint, tmp_path):
+    index = index_of(checkpoint, tmp_path)
+    script = "import json, sys; from modeling_nrccr.cli.main import main; main(sys.argv[1:]); print(json.dumps"
+    command = [sys.executable, "-c", f"{script}([*sys.modules]))", "search", index, "gato", "can"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    *lines, modules = result.stdout.splitlines()
+    assert lines[0] == f"3 pictures in {index}" and len(lines) == 11
+    heavy = ("datasets", "transformers.trainer", "peft", "gradio", "fastapi", "evaluate", "av", "pymilvus")
+    ours = tuple(f"modeling_nrccr.{name}" for name in ("training", "translation", "data", "publishing", "serving"))
+    assert not {name for name in json.loads(modules) if name in heavy or name.startswith(ours)}
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--gallery", "x", "gato"], "--gallery is now --folder"),
+        (["x", "--query", "gato"], "--query is now QUERY, as in nrccr search INDEX QUERY"),
+        (["x", "gato", "--source_query_weight", "0.5"], "--source_query_weight is now --translation_weight"),
+        (["x"], "give an index and queries: nrccr search INDEX QUERY"),
+        (["--folder", ".", "gato"], "A folder of pictures needs a model: --model NAME"),
+    ],
+)
+def test_old_words_and_lacking_ones_are_said_in_a_line(arguments, line, capsys):
+    with pytest.raises(SystemExit) as raised:
+        search.main(arguments)
+    error = capsys.readouterr().err
+    assert raised.value.code == 2 and line in error and error.count("\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -272,16 +362,15 @@ def splits(monkeypatch):
 
 def test_evaluation_writes_what_it_prints(checkpoint, splits, tmp_path, capsys):
     arguments = [
-        "--model",
         str(checkpoint),
-        "--dataset",
+        "--data",
         "a+b",
-        "--target",
+        "--query_language",
         "ca",
         "--output",
         str(tmp_path / "m.json"),
     ]
-    evaluate_retrieval.main(arguments + ["--seed", "3"])
+    evaluate.main(arguments + ["--split_seed", "3"])
     assert splits == [("a+b", "ca", 3)]
     report, output = json.loads((tmp_path / "m.json").read_text()), capsys.readouterr().out
     assert set(report) == {
@@ -291,26 +380,36 @@ def test_evaluation_writes_what_it_prints(checkpoint, splits, tmp_path, capsys):
         "chance",
         "chance_emoji",
         "chance_stamps",
+        "intervals",
+        "intervals_emoji",
+        "intervals_stamps",
         "counts",
         "settings",
     }
-    assert report["counts"]["all"] == {"captions": 4, "images": 3}
+    assert report["counts"]["all"] == {"captions": 4, "images": 3, "groups": 3}
     assert (
-        report["settings"] | {"dataset": "a+b", "target": "ca", "split": "test", "split_seed": 3} == report["settings"]
+        report["settings"] | {"data": "a+b", "query_languages": ["ca"], "split": "test", "split_seed": 3}
+        == report["settings"]
     )
     assert report["test_emoji"]["sum_recall"] == 600 and report["chance"]["v2t_recall@10"] == 100
-    assert f"{report['test']['sum_recall']:.1f}" in output.split("all: 4 captions, 3 pictures")[1].splitlines()[0]
+    low, high = report["intervals"]["sum_recall"]
+    assert low <= report["test"]["sum_recall"] <= high and low < high
+    assert (
+        f"{report['test']['sum_recall']:.1f} ({low:.1f} to {high:.1f})"
+        in output.split("all: 4 captions, 3 pictures")[1].splitlines()[0]
+    )
+    assert "4 captions: one is 25.0 points; intervals are of draws of 3 groups of pictures" in output
     with pytest.raises(SystemExit, match="error: No split 'dev'; there are test"):
-        evaluate_retrieval.main([*arguments, "--split", "dev"])
+        evaluate.main([*arguments, "--split", "dev"])
 
 
 def test_what_is_measured_is_the_language_that_is_named(checkpoint, language, splits, tmp_path, capsys):
     (test,) = evaluate_retrieval.load_caption_dataset("a", "ca", 0).values()
-    model, processor = search.load_with_languages(str(checkpoint), [f"ca={language}"])
+    model, processor = load_with_languages(str(checkpoint), [f"ca={language}"])
 
     def measure(*arguments):
         output = str(tmp_path / "m.json")
-        evaluate_retrieval.main(["--model", str(checkpoint), "--dataset", "a", "--output", output, *arguments])
+        evaluate.main([str(checkpoint), "--data", "a", "--output", output, *arguments])
         return json.loads((tmp_path / "m.json").read_text())
 
     def expected(reader):
@@ -318,22 +417,79 @@ def test_what_is_measured_is_the_language_that_is_named(checkpoint, language, sp
         return found["all"]["metrics"]
 
     assert expected("ca") != expected(None)
-    assert measure("--target", "ca", "--language", f"ca={language}")["test"] == expected("ca")
-    assert measure("--target", "gl", "--language", f"ca={language}")["test"] == expected("ca")  # the only one
-    assert measure("--target", "ca", "--language", "base", "--language", f"xx={language}")["test"] == expected(None)
-    several = measure("--target", "ca,gl", "--language", "base", "--language", f"ca={language}")
+    assert measure("--language", f"ca={language}")["test"] == expected("ca")
+    assert measure("--query_language", "gl", "--language", f"ca={language}")["test"] == expected("ca")  # the only one
+    found = measure("--query_language", "ca", "--language", "base", "--language", f"xx={language}")
+    assert found["test"] == expected(None)
+    several = measure(
+        "--query_language", "ca", "--query_language", "gl", "--language", "base", "--language", f"ca={language}"
+    )
     assert several["languages"] == {"ca": expected("ca"), "gl": expected(None)}
     assert several["settings"]["read_by"] == {"ca": "ca", "gl": "base"}
     assert "read by: ca ca, gl base" in capsys.readouterr().out
 
 
+class Reverser(Translator):
+    name = "reverser"
+
+    def supported_pairs(self):
+        return [("ca", "en")]
+
+    def _translate(self, texts, source, target):
+        return [{"can": "gato", "gato": "can"}.get(text, "pato") for text in texts]
+
+
+def test_the_translated_query_and_both_fused_stand_beside_it(
+    checkpoint, language, splits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("NRCCR_CACHE", str(tmp_path / "cache"))
+    report = {}
+    for weight in ("0", "0.5", "1"):
+        flags = ["--translator", f"{__name__}:Reverser", "--translation_weight", weight]
+        evaluate.main([str(checkpoint), "--language", f"ca={language}", *flags, "--output", str(tmp_path / "m.json")])
+        report[weight] = json.loads((tmp_path / "m.json").read_text())
+    output = capsys.readouterr().out
+    own, translated = report["0"]["test"], report["0"]["translated"]["metrics"]
+    assert report["0"]["fused"]["metrics"] == own != translated == report["1"]["fused"]["metrics"]
+    texts = ["gato", "can", "pato", "pato"]  # that the model reads without the language
+    model, processor = load_with_languages(str(checkpoint), [])
+    (test,) = evaluate_retrieval.load_caption_dataset("a", "ca", 0).values()
+    rows = test.remove_columns("target_caption").add_column("target_caption", texts)
+    found = evaluate_retrieval.evaluate_dataset(model, processor, rows, language=None, show_progress=False)
+    assert translated == found["all"]["metrics"]
+    assert (
+        report["0.5"]["settings"]["translator"] == "reverser"
+        and report["0.5"]["settings"]["translation_weight"] == 0.5
+    )
+    low, high = report["0.5"]["fused"]["intervals"]["sum_recall"]
+    lines = re.findall(r"^all: 4 captions, 3 pictures(: \w+ query)? ", output, re.MULTILINE)
+    assert lines == ["", ": translated query", ": fused query"] * 3
+    assert f"({low:.1f} to {high:.1f})" in output and "its share of a fused query: 0.5" in output
+    with pytest.raises(SystemExit, match="error: reverser has no pair gl-en"):
+        evaluate.main([str(checkpoint), "--query_language", "gl", "--translator", f"{__name__}:Reverser"])
+
+
+def test_the_language_of_the_queries_is_known_or_asked_for(checkpoint, splits, tmp_path):
+    with pytest.raises(SystemExit, match="error: the language of the queries is not known: name it, --query_language"):
+        evaluate.main([str(checkpoint)])
+    model = NrccrModel.from_pretrained(checkpoint)
+    model.add_language("ca")
+    assert evaluate_retrieval.languages_to_ask("a", [], [], model) == ["ca"]
+    assert evaluate_retrieval.languages_to_ask("a", ["gl"], [], model) == ["gl"]
+    assert evaluate_retrieval.languages_to_ask("a", [], ["base", "gl=x", "gl"], model) == ["gl"]
+    assert evaluate_retrieval.choose_split({"test_2016": 1}, None) == ("test_2016", 1)
+    assert evaluate_retrieval.choose_split({"dev": 1, "test": 2}, None) == ("test", 2)
+    with pytest.raises(ValueError, match="No split 'test'; there are dev, train"):
+        evaluate_retrieval.choose_split({"dev": 1, "train": 2}, None)
+
+
 def test_the_split_seed_is_that_of_the_training(tmp_path, capsys):
-    assert evaluate_retrieval.split_seed(str(tmp_path), None) == 0
+    assert evaluate_retrieval.seed_of(str(tmp_path), None) == 0
     assert "assuming" in capsys.readouterr().err
     (tmp_path / "metrics.json").write_text(json.dumps({"settings": {"seed": 1, "split_seed": 5}}))
-    assert evaluate_retrieval.split_seed(str(tmp_path), None) == evaluate_retrieval.split_seed(str(tmp_path), 5) == 5
+    assert evaluate_retrieval.seed_of(str(tmp_path), None) == evaluate_retrieval.seed_of(str(tmp_path), 5) == 5
     with pytest.raises(ValueError, match="trained with split seed 5: with .*seed 4"):
-        evaluate_retrieval.split_seed(str(tmp_path), 4)
+        evaluate_retrieval.seed_of(str(tmp_path), 4)
 
 
 def test_a_row_without_a_caption_is_named():

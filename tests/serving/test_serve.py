@@ -26,8 +26,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever, encode_images, encode_texts
+from modeling_nrccr.cli import serve as command
+from modeling_nrccr.loading.models import load_with_languages
 from modeling_nrccr.serving import service as serve
 from tests.model.test_hub import publish
+from tests.support import ROOT
 
 
 COLORS = {"red.png": (200, 30, 30), "green.png": (20, 220, 40), "blue.png": (30, 40, 210)}
@@ -105,14 +108,14 @@ def test_embeddings_are_the_models(start, parts):
     }
 
 
-@pytest.mark.parametrize("max_batch", [1, 4, 32])
-def test_what_shares_a_batch_changes_nothing(start, parts, max_batch):
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_what_shares_a_batch_changes_nothing(start, parts, batch_size):
     model, processor = parts
-    with start(max_batch=max_batch, max_wait_ms=500) as client, ThreadPoolExecutor(12) as pool:
+    with start(batch_size=batch_size, max_wait_ms=500) as client, ThreadPoolExecutor(12) as pool:
         requests = [{"texts": [text], "language": language} for text in TEXTS for language in ("gl", "base")]
         answers = list(pool.map(lambda request: client.post("/embed", json=request).json(), requests))
         assert client.service.texts.encoded == 12
-        assert (client.service.texts.batches < 12) == (max_batch > 1) and client.service.texts.largest <= max_batch
+        assert (client.service.texts.batches < 12) == (batch_size > 1) and client.service.texts.largest <= batch_size
     for request, answer in zip(requests, answers):
         with model.using_language("gl" if request["language"] == "gl" else None):
             expected = encode_texts(model, request["texts"], processor)
@@ -142,8 +145,8 @@ def test_search(start, parts, folder):
             return [(hit.id, pytest.approx(hit.score, abs=1e-5), hit.metadata) for hit in hits]
 
         assert ask(text="un can", k=2) == expected("un can", 2)
-        assert ask(text="un can", translation="a dog", source_query_weight=0.3) == expected(
-            "un can", 10, translation="a dog", source_query_weight=0.3
+        assert ask(text="un can", translation="a dog", translation_weight=0.3) == expected(
+            "un can", 10, translation="a dog", translation_weight=0.3
         )
         assert ask(text="dog", filter={"album": "cold"}) == expected("dog", 10, {"album": "cold"})
         with parts[0].using_language("gl"):
@@ -182,7 +185,8 @@ BAD = [
     ("search", {"text": "a", "translation": ""}, 422, "translation is ''"),
     ("search", {"text": "a", "k": 0}, 422, "k is 0: from 1 to 100"),
     ("search", {"text": "a", "k": "3"}, 422, "k: .* valid integer, got '3'"),
-    ("search", {"text": "a", "source_query_weight": float("nan")}, 422, "source_query_weight is nan: from 0 to 1"),
+    ("search", {"text": "a", "translation_weight": float("nan")}, 422, "translation_weight is nan: from 0 to 1"),
+    ("search", {"text": "a", "source_query_weight": 0.5}, 422, "source_query_weight is now translation_weight"),
     ("search", {"text": "a", "filter": {"path": "x"}}, 422, "filter by 'path' is not served \\(album\\)"),
     ("search", {"text": "a", "filter": {"album": "a\nb"}}, 422, "Cannot filter by 'album'"),
     ("search", {"image": "@"}, 422, "image is no base64"),
@@ -295,13 +299,13 @@ def test_what_clients_that_left_had_asked_is_not_done(start, monkeypatch):
             assert await ask({"texts": ["can"]}) == 200
         assert service.texts.encoded == 2 and read == ["images[0]"] and service.accepted == 0
 
-    with start(max_batch=1) as client:
+    with start(batch_size=1) as client:
         asyncio.run(requests(serve.Service("tiny", client.service.model, client.service.processor)))
 
 
 def test_a_full_queue_refuses_and_keeps_what_it_accepted(start, monkeypatch):
     begun, go = Event(), Event()
-    with start(max_waiting=6, max_batch=2) as client, ThreadPoolExecutor(3) as pool:
+    with start(max_waiting=6, max_texts=4, max_images=2, batch_size=2) as client, ThreadPoolExecutor(3) as pool:
         encode_texts = client.service.texts.encode
 
         def slow(items):
@@ -369,10 +373,10 @@ def test_bodies_are_bounded_as_they_arrive(limits, status):
 
 
 def test_loads_languages_and_says_what_is_wrong(folder, capsys):
-    model, _ = serve.load_with_languages(str(folder / "model"), [f"gl={folder / 'gl'}"])
+    model, _ = load_with_languages(str(folder / "model"), [f"gl={folder / 'gl'}"])
     assert model.language == "gl"
     file = folder / "gl/language_adapter.safetensors"
-    model, _ = serve.load_with_languages(str(folder / "model"), ["base", f"pt={file}"])
+    model, _ = load_with_languages(str(folder / "model"), ["base", f"pt={file}"])
     assert model.language is None and set(model.language_adapters) == {"gl", "pt"}
     for arguments, reason in (
         (["--max_k", "0"], "max_k is 0: it must be at least 1"),
@@ -380,10 +384,11 @@ def test_loads_languages_and_says_what_is_wrong(folder, capsys):
         (["--index", "nowhere"], "Cannot read the index"),
         (["--language", "pt"], "no adapter for the language 'pt'"),
         (["--language", "pt="], "--language 'pt=': give CODE"),
-        (["--allowed_host", "a*.org"], "--allowed_host 'a.*.org': a star stands for a whole name"),
+        (["--max_batch", "8"], "--max_batch is now --batch_size"),
+        (["--allowed_host", "a*.org"], "the host 'a.*.org': a star stands for a whole name"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{reason}"):
-            serve.main([str(folder / "model"), *arguments])
+            command.main([str(folder / "model"), *arguments])
 
 
 # ------------------------------------------------------------------------------------------------------ real process
@@ -405,10 +410,10 @@ def ask(url: str, request: dict, timeout: float = 60) -> dict:
 @contextmanager
 def server(log: Path, *arguments: str):
     """A real process on a free port, which writes to `log`; gives its URL and the process."""
-    command = [sys.executable, serve.__file__, *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "modeling_nrccr", "serve", *arguments, "--port", "0"]
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
     try:
         deadline = time.monotonic() + 120
@@ -484,6 +489,6 @@ def test_what_was_accepted_is_answered_before_it_stops(folder, parts, tmp_path):
 
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.delitem(sys.modules, "serve")
+    monkeypatch.delitem(sys.modules, "modeling_nrccr.serving.service")
     with pytest.raises(ImportError, match='pip install "modeling_nrccr.serve."'):
-        importlib.import_module("serve")
+        importlib.import_module("modeling_nrccr.serving.service")

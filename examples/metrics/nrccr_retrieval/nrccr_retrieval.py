@@ -23,7 +23,7 @@ Args:
     predictions: embeddings of the captions, of shape (num_captions, embed_dim).
     references: for each caption, the row of its picture in image_embeds.
     image_embeds: embeddings of the pictures, of shape (num_images, embed_dim).
-    source_text_embeds, source_query_weight: translated queries and their weight, see compute_retrieval_metrics.
+    source_text_embeds, translation_weight: translated queries and their weight, see compute_retrieval_metrics.
 Returns:
     A dict of floats, see compute_retrieval_metrics.
 Examples:
@@ -61,7 +61,7 @@ class NrccrRetrieval(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, image_embeds, source_text_embeds=None, source_query_weight=0.0):
+    def _compute(self, predictions, references, image_embeds, source_text_embeds=None, translation_weight=0.0):
         image_embeds = torch.as_tensor(image_embeds)
         if source_text_embeds is not None:
             source_text_embeds = torch.as_tensor(source_text_embeds)
@@ -70,5 +70,5 @@ class NrccrRetrieval(evaluate.Metric):
             image_embeds,
             torch.tensor(references),
             source_text_embeds,
-            source_query_weight,
+            translation_weight,
         )
