@@ -33,9 +33,26 @@ def mistakes() -> tuple[type[Exception], ...]:
     return (ValueError, OSError, ImportError, FetchError, *engines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with the options, as `command` does of everything else."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}; `{self.prog} --help` lists the options")
+
+
+class _Renamed(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise ValueError(f"{option_string} is now {self.const}")
+
+
+def renamed(options: argparse.ArgumentParser, old: str, new: str):
+    """Let an old flag answer in one line what it is called now: `renamed(options, "--gallery", "--folder")`."""
+    options.add_argument(old, action=_Renamed, const=new, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
 def parser(name: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of `nrccr name`; the default of each option is shown by `--help`."""
-    return argparse.ArgumentParser(
+    return Parser(
         prog=f"nrccr {name}",
         description=description,
         epilog=epilog,
