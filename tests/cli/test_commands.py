@@ -1,25 +1,27 @@
-"""How scripts end that cannot go on: one line, an exit code, and nothing lost."""
+"""How commands end that cannot go on: one line, an exit code, and nothing lost."""
 
+import importlib
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 from transformers import TrainingArguments
 
-from modeling_nrccr.cli.common import command
+from modeling_nrccr.cli.common import command, parser, renamed
+from modeling_nrccr.cli.main import COMMANDS
+from modeling_nrccr.cli.main import main as cli
 from modeling_nrccr.recipes.settings import as_flags, given_flags
 from modeling_nrccr.training.experiment import ModelArguments, parse_arguments
+from tests.support import ROOT
 
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
-from datasets_scripts.commands import command
+sys.argv[0] = "nrccr"  # which imports what it needs and no more
+from modeling_nrccr.cli.common import command
 
 @command("shards are kept: the same command goes on")
 def main():
@@ -75,32 +77,80 @@ def test_a_main_function_that_is_called_raises_the_line(capsys):
     assert raised.value.code == 2 and capsys.readouterr().err == "error: no caption\n"
 
 
-def test_every_script_ends_so():
-    scripts = [
-        *ROOT.glob("examples/*.py"),
-        ROOT / "examples/space/build_space.py",
-        *ROOT.glob("datasets_scripts/*.py"),
-    ]
-    scripts = {path: text for path in scripts if '__name__ == "__main__"' in (text := path.read_text())}
-    assert len(scripts) > 15
-    for path, text in scripts.items():
-        first = re.search(r"^(from|import) .*", text, re.MULTILINE).group()
-        assert first.endswith("commands import command") and re.search(r"command\(.*\)(\(|\ndef )", text), path
-        assert 'sys.exit(f"error' not in text, path  # there is one handler
+def commands() -> dict[str, str]:
+    """Of each command that is there, its module."""
+    folder = ROOT / "modeling_nrccr/cli"
+    return {name: module for name, (module, _) in COMMANDS.items() if (folder / f"{module}.py").is_file()}
+
+
+@pytest.mark.parametrize("name", commands())
+def test_every_command_ends_so(name, capsys):
+    main = importlib.import_module(f"modeling_nrccr.cli.{commands()[name]}").main
+    assert hasattr(main, "__wrapped__")  # by `command`
+    with pytest.raises(SystemExit) as raised:
+        main(["--no_such_option"])
+    error = capsys.readouterr().err
+    assert raised.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_waits_for_nothing():
+    """`nrccr --help` and that of each command, in a process that has imported nothing else."""
+    script = (
+        "import sys; sys.argv = ['nrccr']\n"
+        "from modeling_nrccr.cli.main import main\n"
+        f"for words in {[[], *([name] for name in commands())]}:\n"
+        "    try: main([*words, '--help'])\n"
+        "    except SystemExit as ended: assert not ended.code, words\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'pandas'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("usage: nrccr") == len(commands()) + 1
+    assert all(name in result.stdout for name in COMMANDS)
+
+
+def test_a_command_that_is_not_there_gets_the_nearest(capsys):
+    for word, hint in (("trian", "do you mean nrccr train?"), ("zzz", "`nrccr --help` lists")):
+        with pytest.raises(SystemExit) as raised:
+            cli([word])
+        assert raised.value.code == 2 and hint in capsys.readouterr().err
+
+
+def test_debug_shows_where_it_was(monkeypatch):
+    def run(module, argv):
+        raise ValueError(f"{module} {argv}")
+
+    monkeypatch.setattr("modeling_nrccr.cli.main.run", run)
+    for arguments in (["train", "--debug", "--recipe", "demo"], ["--debug", "train", "--recipe", "demo"]):
+        monkeypatch.setenv("NRCCR_DEBUG", "")
+        with pytest.raises(ValueError, match="train .'--recipe', 'demo'."):
+            cli(arguments)
+
+
+def test_an_old_flag_says_its_new_name(capsys):
+    options = parser("toy", "A toy.")
+    options.add_argument("--data", required=True)
+    renamed(options, "--dataset", "--data")
+    for arguments in (["--dataset", "tuxpaint"], ["--dataset=tuxpaint"], ["--dataset"]):
+        with pytest.raises(ValueError, match="^--dataset is now --data$"):
+            options.parse_args(arguments)
+    assert (
+        "dataset" not in vars(options.parse_args(["--data", "tuxpaint"])) and "--dataset" not in options.format_help()
+    )
 
 
 @pytest.mark.slow
-def test_while_a_script_is_being_imported(tmp_path):
+def test_while_a_command_is_being_imported(tmp_path):
     """Ctrl+C, and a working folder that has been deleted."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    search = [sys.executable, str(ROOT / "examples/search.py"), "--gallery", "x", "--query", "y"]
+    search = [sys.executable, "-m", "modeling_nrccr", "search", "x", "--query", "y"]
     process = subprocess.Popen(search, env=environment, stderr=subprocess.PIPE)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    assert (
-        process.communicate(timeout=60)[1] == b"stopped by Ctrl+C; nothing had begun\n" and process.returncode == 130
-    )
-    gone = ["sh", "-c", f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} {' '.join(search[1:])}"]
+    error = process.communicate(timeout=60)[1]
+    assert error.startswith(b"stopped by Ctrl+C; noth") and error.count(b"\n") == 1 and process.returncode == 130
+    gone = ["sh", "-c", f"cd {tmp_path}/gone && rmdir ../gone && exec {' '.join(search)}"]
     (tmp_path / "gone").mkdir()
     result = subprocess.run(gone, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "has been deleted" in result.stderr
