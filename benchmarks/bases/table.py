@@ -1,7 +1,9 @@
 """Walks the whole path on each base of the bench, from captions to an answered query, and writes docs/bases.md.
 
     python -m benchmarks.bases.table                       # all of it; goes on where it was stopped
+    python -m benchmarks.bases.table clip siglip           # these; the others' rows stay
     python -m benchmarks.bases.table clip siglip --steps linear lora --report bases.json
+    python -m benchmarks.bases.table --page                # docs/bases.md alone, from docs/bases.json
 
 Each step is a run of `nrccr add-language`; before the first one the base indexes the held-out pictures by `nrccr
 index`. Then a process of its own (`benchmarks/bases/checks.py`) opens what was written and checks it.
@@ -207,13 +209,28 @@ def write_page(report: dict[str, dict]):
     )
 
 
-def main():
+def merged(before: dict[str, dict], report: dict[str, dict]) -> dict[str, dict]:
+    """Return `before` with what was walked now in its place; other bases stay, and other steps of the same one."""
+    found = dict(before)
+    for name, of_base in report.items():
+        old, recall = before.get(name), of_base["training"]["sum_recall"]
+        kept = old["steps"] if old and old["training"]["sum_recall"] == recall else {}  # else it was trained anew
+        steps = kept | of_base["steps"]
+        found[name] = of_base | {"steps": {step: steps[step] for step in STEPS if step in steps}}
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help=", ".join(NAMES))
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
     parser.add_argument("--again", action="store_true", help="remove what earlier runs of these bases made")
     parser.add_argument("--report", type=Path, help="JSON of this run, in the place of docs/bases.json and .md")
-    args = parser.parse_args()
+    parser.add_argument("--page", action="store_true", help="only write docs/bases.md, from docs/bases.json")
+    args = parser.parse_args(argv)
+    committed = json.loads(REPORT.read_text(encoding="utf-8"))["bases"] if REPORT.exists() else {}
+    if args.page:
+        return write_page(committed)
     torch.set_num_threads(1)
     report = {}
     for name in args.names:
@@ -223,6 +240,8 @@ def main():
         report[name] = walk(name, args.steps)
         for line in failures({name: report[name]}):
             print(line, flush=True)
+    if args.report is None:
+        report = merged(committed, report)
     write_file(args.report or REPORT, json.dumps({"machine": machine(), "bases": report}, indent=2) + "\n")
     if args.report is None:
         write_page(report)

@@ -12,6 +12,7 @@ English captions of real pictures. Each row is a run of `nrccr add-language`, al
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def run(row: str, split: int) -> dict:
         add_language.Examination = own
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     np.savez(
-        WORK / f"{row}-{split}.npz",
+        draws({"row": row, "split_seed": split}),
         **{f"{language}|{name}": sums for language, exam in zip(LANGUAGES, exams) for name, sums in exam.sums.items()},
     )
     found = {
@@ -142,6 +143,11 @@ def run(row: str, split: int) -> dict:
     }
 
 
+def draws(result: dict) -> Path:
+    """Return the file of every draw's SumR of a run."""
+    return WORK / f"{result['row']}-{result['split_seed']}.npz"
+
+
 def means(results: list[dict], row: str, name: str, language: str, other: tuple | None = None) -> np.ndarray:
     """Return the mean SumR over splits, then of every draw, `(1 + DRAWS,)`; with `other`, a row and what it asked,
     the difference to that."""
@@ -149,10 +155,9 @@ def means(results: list[dict], row: str, name: str, language: str, other: tuple 
     for result in results:
         if result["row"] != row:
             continue
-        drawn = np.load(WORK / f"{row}-{result['split_seed']}.npz")
-        value = drawn[f"{language}|{name}"]
+        value = np.load(draws(result))[f"{language}|{name}"]
         if other:
-            value = value - np.load(WORK / f"{other[0]}-{result['split_seed']}.npz")[f"{language}|{other[1]}"]
+            value = value - np.load(draws(result | {"row": other[0]}))[f"{language}|{other[1]}"]
         sums.append(value)
     return np.mean(sums, 0)
 
@@ -209,20 +214,21 @@ def write_page(results: list[dict]):
     fill(PAGE, {"found": "\n".join(table) + "\n", "differences": "\n".join(differences) + "\n"})
 
 
-def main():
+def main(argv: list[str] | None = None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--page", action="store_true", help="only write the page, from what was run")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--splits", nargs="+", type=int, default=SPLITS)
-    args = parser.parse_args()
-    results = [
-        result for result in records.read(RESULTS) if (WORK / f"{result['row']}-{result['split_seed']}.npz").exists()
-    ]
+    args = parser.parse_args(argv)
+    found = records.read(RESULTS)
+    done = {(result["row"], result["split_seed"]) for result in found if draws(result).exists()}
     for row in () if args.page else args.rows:
         for split in args.splits:
-            if not any((result["row"], result["split_seed"]) == (row, split) for result in results):
-                results.append(run(row, split))
-                records.put(RESULTS, results[-1], ("row", "split_seed"))
+            if (row, split) not in done:
+                records.put(RESULTS, run(row, split), ("row", "split_seed"))
+    results = records.read(RESULTS)
+    if missing := [draws(result).stem for result in results if not draws(result).exists()]:
+        sys.exit(f"{PAGE} stays as it was, for want of draws in {WORK}: run again {', '.join(missing)}")
     write_page(results)
 
 

@@ -29,7 +29,7 @@ class Row:
         teacher, start_from: Rows whose model of the same split and seed teaches, or gives the first weights.
         new_text_side: From `start_from` the visual side alone is taken.
         adapter: Of the model alone this language's adapter is trained (`NrccrModel.add_language`).
-        rival: Trained in its place: a function of examples/rivals.py.
+        rival: Trained in its place: a function of modeling_nrccr/training/baselines.py.
         english_text_only: English captions stand where the target captions would, in training.
         learns_from: Languages, each with its translators, whose training captions stand where the target language's
             would, as many of each: transfer, or where the target language is one of them, several at once.

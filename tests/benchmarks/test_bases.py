@@ -9,8 +9,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from benchmarks.bases import build as bases
+from benchmarks.bases import table
 from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.dual_encoders import FAMILIES
+from tests.support import ROOT
 
 
 CAPTIONS = [
@@ -74,3 +76,24 @@ def test_a_base_was_really_trained():
     which takes ten minutes."""
     record = bases.read_record(bases.base_folder("clip"))
     assert record["sum_recall"] > bases.FAR * record["chance"]
+
+
+def test_a_walk_of_one_base_keeps_what_is_known_of_others():
+    def of_base(recall: float, **steps) -> dict:
+        return {"training": {"sum_recall": recall}, "steps": steps}
+
+    before = {"siglip": of_base(7, linear=1), "clip": of_base(5, lora=2, linear=1)}
+    assert list(table.merged(before, {"altclip": of_base(3)})) == ["clip", "altclip", "siglip"]
+    found = table.merged(before, {"clip": of_base(5, lora=9)})
+    assert found == {"clip": of_base(5, linear=1, lora=9), "siglip": before["siglip"]}
+    assert list(found["clip"]["steps"]) == ["linear", "lora"]
+    # trained anew: what was added to the old one says nothing of it
+    assert table.merged(before, {"clip": of_base(6, lora=9)})["clip"] == of_base(6, lora=9)
+
+
+def test_the_page_of_bases_is_written_from_the_committed_report(monkeypatch, tmp_path):
+    page = tmp_path / "bases.md"
+    page.write_bytes(table.PAGE.read_bytes())
+    monkeypatch.setattr(table, "PAGE", page)
+    table.main(["--page"])
+    assert page.read_bytes() == (ROOT / "docs/bases.md").read_bytes()

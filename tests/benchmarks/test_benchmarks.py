@@ -1,5 +1,7 @@
 """The benchmarks' own arithmetic; what they measure is measured by hand."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import check, machine, records
+from benchmarks.study import english_text_encoder
 from tests.support import ROOT
 
 
@@ -67,3 +70,17 @@ def test_reports_of_speed_stand_side_by_side(tmp_path):
     assert machine.load_report(file, machine.on_device("encode")) == {"ratio": 0.6}
     with pytest.raises(LookupError, match="no report 'search'"):
         machine.load_report(file, "search")
+
+
+def test_a_page_is_not_written_from_a_part_of_the_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(english_text_encoder, "WORK", tmp_path)
+    monkeypatch.setattr(english_text_encoder, "PAGE", tmp_path / "page.md")
+    with pytest.raises(SystemExit, match="stays as it was.*run again new_linear-100"):
+        english_text_encoder.main(["--page"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.stem)
+def test_every_command_that_a_docstring_names_is_there(path):
+    for name in re.findall(r"python -m (benchmarks[.\w]*)", path.read_text(encoding="utf-8")):
+        assert importlib.util.find_spec(name), f"{path}: {name}"
