@@ -3,50 +3,33 @@
 The model turns inputs into embeddings and nothing else: losses are in `losses.py`, training is in `trainer.py`.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.hub import resolve_revision
 
+from .assembly import NrccrAssemblyMixin
 from .configuration_nrccr import NrccrConfig
-from .dual_encoders import (
-    dual_encoder_settings,
-    load_dual_encoder,
-    read_config,
-    read_dual_encoder,
-    read_encoder_config,
-)
 from .files import writing_weights
 from .heads import NrccrAttentionHead, NrccrPoolingHead, NrccrProjection, clip_loss
 from .language_adapters import NrccrLanguageAdapter
 from .languages import NrccrLanguagesMixin
-from .length_groups import length_groups, pad_right, pass_tokens, row_lengths, up_to_end_of_text
-from .open_clip import folder_of
-from .towers import NrccrTextTower, NrccrVisualTower, load_encoder
-from .weights import EVERYWHERE, HUB_OPTIONS, PLACE_OPTIONS, load_weights, of_hub, place, split_options
+from .length_groups import length_groups, row_lengths
+from .text_passes import NrccrTextPassesMixin
+from .towers import NrccrTextTower, NrccrVisualTower
 
 
 VIEWS = ("source", "target", "back_translation")
-END_OF_TEXT = ("clip_text_model", "metaclip_2_text_model")  # they look for that token, and want no mask
-# what a call may say of the model's config; precision is an option of loading
-SETTINGS = {*NrccrConfig.__dataclass_fields__, "attn_implementation"} - {"dtype"}
 
 
 # ------------------------------------------------------------------------------------------------------- outputs
@@ -84,11 +67,6 @@ class NrccrOutput(ModelOutput):
     target_text_hidden_states: torch.FloatTensor | None = None
 
 
-def own_fields(settings: dict) -> dict:
-    """Of what a config says, the fields of [`NrccrConfig`] itself."""
-    return {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
-
-
 # --------------------------------------------------------------------------------------------------------- model
 
 
@@ -116,7 +94,7 @@ class NrccrPreTrainedModel(PreTrainedModel):
             super().save_pretrained(save_directory, *args, **kwargs)
 
 
-class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
+class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, NrccrPreTrainedModel):
     """A text tower and a visual tower, each with a head and a projection into one space.
 
     Views of a caption travel under their own names: `input_ids` (source), `target_input_ids`,
@@ -177,139 +155,6 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
         self.recompute_passes, self.checkpoint_every = False, 0  # see `run_tower`
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, name, *args, config: NrccrConfig | str | None = None, **options):
-        """As of every model of transformers; a folder that cannot be right is refused first (`load_weights`)."""
-        if name is None or options.get("state_dict") is not None or options.get("gguf_file"):
-            return super().from_pretrained(name, *args, config=config, **options)
-        settings = {key: options.pop(key) for key in list(options) if key in SETTINGS}
-        if not isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_pretrained(config or name, **of_hub(options), **settings)
-        else:
-            options |= settings
-        return load_weights(super().from_pretrained, cls, name, *args, config=config, **options)
-
-    @classmethod
-    def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **options) -> "NrccrModel":
-        """Two pretrained encoders (hub ids or folders) and new heads.
-
-        Args:
-            options: Of loading, for both encoders (`token`, `dtype`, `device_map`, ...), and settings of
-                [`NrccrConfig`]. Without `dtype` the model is in float32; "auto": as the encoders are stored.
-        """
-        loading, settings = split_options(options, SETTINGS, "from_encoders")
-        files = of_hub(loading, (*HUB_OPTIONS, "variant", "dtype"))
-        names = [text_encoder] + ([vision_encoder] if vision_encoder else [])
-        configs = [read_encoder_config(name, **of_hub(loading)) for name in names]
-        model = cls(NrccrConfig(text_config=configs[0], vision_config=(configs + [None])[1], **settings))
-        towers = [model.text_tower] + ([model.visual_tower] if vision_encoder else [])
-        read = [load_encoder(*parts, **files) for parts in zip(towers, names, configs)]
-        return place(model.to(functools.reduce(torch.promote_types, read)), **of_hub(loading, PLACE_OPTIONS))
-
-    @classmethod
-    def from_dual_encoder(
-        cls, name: str, text_encoder: str | None = None, revision: str | None = None, **options
-    ) -> "NrccrModel":
-        """A dual encoder that is aligned already (CLIP, SigLIP 2, ..., or a model of this class; a hub id or a folder
-        of config and weights, or `open_clip:` and one in open_clip's files), to add languages to.
-
-        Args:
-            text_encoder: Hub id or folder of another text encoder, in the place of its own. The projection after it
-                is new: the dual encoder's English text embeddings teach it.
-            options: Of loading (`token`, `dtype`, `device_map`, ...), and settings of [`NrccrConfig`]. Without `dtype`
-                the model is in float32; "auto": as `name` is stored.
-
-        Raises:
-            ValueError: for a model that is no dual encoder, or whose text side is of an unknown kind, and as
-                `load_weights`.
-        """
-        loading, settings = split_options(options, SETTINGS, "from_dual_encoder")
-        files = {"dtype": torch.float32} | of_hub(loading, (*HUB_OPTIONS, "variant", "dtype"))
-        own = of_hub(loading, EVERYWHERE)
-        revision = resolve_revision(
-            folder_of(name), revision, **of_hub(own, ("token", "local_files_only", "cache_dir"))
-        )
-        files |= {"revision": revision} if revision else {}
-        config = read_config(name, **of_hub(files))
-        if config.model_type == cls.config_class.model_type:
-            model = cls.from_pretrained(name, **files, **settings)
-        else:
-            dual = read_dual_encoder(name, config, **files)
-            model = cls(NrccrConfig(**(dual_encoder_settings(config) | settings))).to(dual.dtype)
-            load_dual_encoder(model, dual)
-        model.config.dual_encoder = {"name": str(name), "revision": getattr(revision, "resolved", None)}
-        if text_encoder is not None:
-            model = model.with_new_text_side(text_encoder, **own)
-        return place(model.eval(), **of_hub(loading, PLACE_OPTIONS))
-
-    def with_new_text_side(self, text_encoder: str, **hub) -> "NrccrModel":
-        """The same picture side, which it shares, beside another text encoder and a new projection after it."""
-        settings = self.config.to_dict() | {
-            "text_config": read_encoder_config(text_encoder, **hub),
-            "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
-            "text_feat_dim": None,
-            "text_length": None,
-            "text_head": "pooling",
-            "text_pooling": "mean",
-            "text_projection": "linear",
-            "teacher_view": "source",
-            "languages": None,
-            "language": None,
-            "source_text_side": None,
-        }
-        config = NrccrConfig(**own_fields(settings))
-        towers = SimpleNamespace(text_tower=NrccrTextTower(config), visual_tower=self.visual_tower)
-        load_encoder(towers.text_tower, text_encoder, settings["text_config"], **hub)
-        model = type(self)(config, towers=towers).to(self.dtype)
-        model.visual_head = self.visual_head
-        model.visual_projection = self.visual_projection
-        model.logit_scale, model.logit_bias = self.logit_scale, self.logit_bias
-        return model.eval()
-
-    def with_source_text_side(self, base: "NrccrModel") -> "NrccrModel":
-        """Let the text side of `base`, which it shares, read the texts that are in no added language, bit for bit as
-        it reads them there; this model's own reads the languages. Both are one model, of one index.
-
-        Raises:
-            ValueError: where the two embed into different spaces, or `base` has languages inside its text tower.
-        """
-        if base.config.projection_dim != self.config.projection_dim:
-            raise ValueError(
-                f"embeddings of width {base.config.projection_dim} and {self.config.projection_dim} are of two "
-                "spaces: take the base that this text side was made for"
-            )
-        if inside := [language for language in base.language_adapters if base.has_lora(language)]:
-            raise ValueError(f"the base has {', '.join(inside)} inside its text tower: remove_language first")
-        settings = base.config.to_dict() | {
-            "vision_config": None,
-            "visual_feat_dim": None,
-            "languages": None,
-            "language": None,
-            "dual_encoder": None,
-            "source_text_side": None,
-        }
-        config = NrccrConfig(**own_fields(settings))
-        side = type(self)(config, towers=SimpleNamespace(text_tower=base.text_tower)).to(base.dtype)
-        side.text_head, side.text_projection = base.text_head, base.text_projection
-        self.source_text_side, self.config.source_text_side = side.eval(), own_fields(config.to_dict())
-        return self
-
-    def language_side(self) -> "NrccrModel":
-        """This model without its `source_text_side`, all else shared: what languages are trained in."""
-        if self.source_text_side is None:
-            return self
-        # not a new model: that would draw the weights of LoRA again, in the tower that it shares
-        side = self.unwrapped()
-        side._modules, side.config = self._modules | {"source_text_side": None}, deepcopy(self.config)
-        side.config.source_text_side = None
-        return side
-
-    def with_new_heads(self, **config_kwargs) -> "NrccrModel":
-        """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
-        # copies: a new config resets the attention implementation of those that it is given; the towers keep theirs
-        encoders = {name: deepcopy(getattr(self.config, name)) for name in ("text_config", "vision_config")}
-        return type(self)(NrccrConfig(**encoders, **config_kwargs), towers=self)
-
     def set_trained_layers(
         self,
         text_layers: int | None = None,
@@ -359,152 +204,6 @@ class NrccrModel(NrccrLanguagesMixin, NrccrPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module):
         self.text_tower.encoder.set_input_embeddings(value)
-
-    def encode_text(
-        self,
-        views: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
-        languages: list[str | None],
-    ) -> list[torch.Tensor]:
-        """One pass of the text encoder for several views, each `(input_ids, attention_mask, boundary_states)` and each
-        padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`.
-        `languages`: of all rows of all views."""
-        ids, masks, states = zip(*views)
-        sizes = [mask.shape for mask in masks]
-        longest = max(length for _, length in sizes)
-
-        def stack(parts: tuple[torch.Tensor, ...], value: int = 0) -> torch.Tensor:
-            padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
-            return torch.cat([F.pad(part, pad, value=value) for part, pad in zip(parts, padding)])
-
-        inputs = {}
-        if states[0] is not None:
-            inputs["boundary_states"] = stack(states)
-        if ids[0] is not None:
-            inputs["input_ids"] = stack(ids, self.pad_token_id)
-        encoded = self.encode_by_language(inputs, stack(masks), languages)
-        parts = encoded.split([batch for batch, _ in sizes])
-        return [part[:, :length] for part, (_, length) in zip(parts, sizes)]
-
-    def encode_by_language(
-        self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, languages: list[str | None]
-    ) -> torch.Tensor:
-        """[`encode_by_length`] once, or for the rows of each language that has LoRA inside the text tower."""
-        inside = [language if self.has_lora(language) else None for language in languages]
-        groups = {language: [i for i, of in enumerate(inside) if of == language] for language in dict.fromkeys(inside)}
-        if len(groups) == 1:
-            return self.encode_by_length(inputs, mask, inside[0])
-        parts = []
-        for language, rows in groups.items():
-            at = torch.tensor(rows, device=mask.device)
-            part = {name: value[at] for name, value in inputs.items()}
-            parts.append(self.encode_by_length(part, mask[at], language))
-        return torch.cat(parts)[torch.tensor(sum(groups.values(), [])).argsort()]
-
-    def encode_by_length(
-        self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, language: str | None
-    ) -> torch.Tensor:
-        """Run the text tower over rows of like length, of shape `(batch_size, sequence_length, hidden_size)`; what it
-        gives for cut-off padding is 0. `language`: whose LoRA is in it."""
-        # published: states of padding are pooled, so none is cut off; nothing is computed from the boundary at k = 0;
-        # a graph that is exported has no look at its values
-        whole = self.config.pool_padding or torch.compiler.is_compiling()
-        whole = whole or ("boundary_states" in inputs and self.text_tower.num_trained_layers == 0)
-        if whole:
-            return self.run_tower(inputs, mask, language)
-        lengths = row_lengths(mask)
-        recompute = self.recompute_passes and torch.is_grad_enabled()
-        groups = length_groups(lengths, max_tokens=pass_tokens(mask.device) if recompute else None)
-        if len(groups) < 2:
-            return self.run_tower(inputs, mask, language)
-        parts = []
-        for rows in groups:
-            length = max(1, int(lengths[rows].max()))
-            part = {name: value[rows, :length] for name, value in inputs.items()}
-            states = self.run_tower(part, mask[rows, :length], language)
-            parts.append(F.pad(states, (0, 0, 0, mask.shape[1] - length)))
-        return torch.cat(parts)[torch.cat(groups).argsort()]
-
-    def run_tower(self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, language: str | None) -> torch.Tensor:
-        """One pass of the text tower; with `recompute_passes` its states alone are kept for the backward pass, which
-        computes the rest again with the same dropout."""
-
-        def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            with self.lora(language), self.checkpointed_layers("boundary_states" in inputs, language):
-                return self.text_tower(attention_mask=mask, **inputs)
-
-        if self.recompute_passes and torch.is_grad_enabled():
-            return checkpoint(run, inputs, use_reentrant=False)
-        return run(inputs)
-
-    @contextmanager
-    def checkpointed_layers(self, resumed: bool, language: str | None) -> Iterator:
-        """Keep of every `checkpoint_every`-th layer of the text tower its input alone: the backward pass computes the
-        rest again, by this language's LoRA. (That of transformers would leave out layers that are frozen but for
-        LoRA, and compute them again by whatever LoRA is in them then.) `resumed`: from the boundary."""
-        layers, tower = [], self.text_tower
-        if self.checkpoint_every and torch.is_grad_enabled():
-            frozen = len(tower.layers()) - tower.num_trained_layers if resumed else 0
-            layers = getattr(*tower.layer_list())[frozen :: self.checkpoint_every]
-
-        def checkpointed(forward: Callable) -> Callable:
-            def again(*args, **kwargs):
-                with self.lora(language):
-                    return forward(*args, **kwargs)
-
-            return functools.partial(checkpoint, again, use_reentrant=False)
-
-        for layer in layers:
-            layer.forward = checkpointed(layer.forward)
-        try:
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ):
-        """As in transformers: trains in less memory, and computes each layer twice. Raises ValueError for an option
-        that would have no effect on the text tower."""
-        if gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}) or offload:
-            given = (gradient_checkpointing_kwargs or {}) | {"offload": offload}
-            raise ValueError(f"activation_checkpointing_kwargs {given}: every_n_layers alone has an effect here")
-        self.checkpoint_every = every_n_layers
-        tower = self.visual_tower
-        if tower is not None and any(parameter.requires_grad for parameter in tower.parameters()):
-            tower.encoder.activation_checkpointing_enable(every_n_layers=every_n_layers)
-
-    def gradient_checkpointing_disable(self):
-        """As in transformers."""
-        self.checkpoint_every = 0
-
-    def text_inputs(
-        self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-        """Return ids, mask and states as the text encoder reads them, each `(batch_size, sequence_length, ...)`:
-        padded on the right, so that a text's positions are those that it has alone."""
-        if ids is None and states is None:
-            raise ValueError("texts are read from input_ids (or, of frozen layers, boundary_states): got neither")
-        if mask is None:
-            of = states if ids is None else ids
-            mask = torch.ones(of.shape[:2], dtype=torch.long, device=of.device)
-            if ids is not None and self.config.text_config.model_type in END_OF_TEXT:
-                mask = up_to_end_of_text(ids, self.config.text_config.eos_token_id)
-        if ids is not None and not self.config.pool_padding:
-            ids, mask = pad_right(ids, mask)
-        length = self.config.text_length
-        if length is None or ids is None:
-            return ids, mask, states
-        if ids.shape[1] > length:
-            raise ValueError(f"{ids.shape[1]} tokens, but this model reads {length} (NrccrConfig.text_length)")
-        if missing := length - ids.shape[1]:
-            padding = ids[mask == 0]  # of the tokenizer, whose config often says another
-            ids = F.pad(ids, (0, missing), value=int(padding[0]) if len(padding) else self.pad_token_id)
-        return ids, torch.ones_like(ids), states
-
-    @property
-    def pad_token_id(self) -> int:
-        return getattr(self.config.text_config, "pad_token_id", None) or 0
 
     @can_return_tuple
     def get_text_features(

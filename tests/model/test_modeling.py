@@ -87,19 +87,8 @@ def test_save_and_load_keeps_the_embeddings(tmp_path):
     loaded = NrccrModel.from_pretrained(tmp_path)
     batch = tiny_batch(model)
     torch.testing.assert_close(loaded(**batch).text_embeds, model(**batch).text_embeds, atol=1e-6, rtol=0)
-    code = {f"{name}.py" for name in ("configuration_nrccr", "modeling_nrccr", "modeling_efficientnet_lite")}
-    code |= {
-        "dual_encoders.py",
-        "language_adapters.py",
-        "languages.py",
-        "length_groups.py",
-        "loading.py",
-        "heads.py",
-        "towers.py",
-        "open_clip.py",
-        "files.py",
-    }
-    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"} | code
+    kinds = {path.suffix for path in tmp_path.iterdir()}
+    assert kinds == {".json", ".safetensors", ".py"}  # which code: tests/house/test_hub_set.py
 
 
 def test_vision_tower_gives_the_features_of_one_frame():

@@ -120,6 +120,7 @@ def test_new_heads_share_the_towers():
 def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
     from modeling_nrccr import length_groups as length_groups_module
     from modeling_nrccr import modeling_nrccr as module
+    from modeling_nrccr import text_passes
 
     model = tiny_model(**HEADS[heads]).eval()
     generator = torch.Generator().manual_seed(0)
@@ -135,7 +136,8 @@ def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
     assert len(groups) > 4 and torch.cat(groups).sort().values.equal(torch.arange(len(lengths)))
     assert all(lengths[rows].max() * len(rows) <= 60 for rows in groups)
     grouped = model(**batch)
-    monkeypatch.setattr(module, "length_groups", lambda lengths, **_: [torch.arange(len(lengths))])
+    for of in (module, text_passes):
+        monkeypatch.setattr(of, "length_groups", lambda lengths, **_: [torch.arange(len(lengths))])
     whole = model(**batch)
     for name, value in whole.items():
         if name.endswith("_embeds"):
@@ -147,10 +149,10 @@ def test_grouping_by_length_changes_nothing(heads, side, monkeypatch):
 def test_a_gradient_cache_gives_the_same_gradients(heads, lora, monkeypatch):
     """With dropout on, a BatchNorm that sees the whole batch, and in the memory of a pass."""
     from modeling_nrccr import length_groups as length_groups_module
-    from modeling_nrccr import modeling_nrccr
+    from modeling_nrccr import text_passes
 
     monkeypatch.setattr(length_groups_module, "pass_tokens", lambda device: 40)
-    monkeypatch.setattr(modeling_nrccr, "pass_tokens", lambda device: 40)
+    monkeypatch.setattr(text_passes, "pass_tokens", lambda device: 40)
     torch.manual_seed(0)
     model = tiny_model(**HEADS[heads], projection_norm="batch_norm", projection_dropout=0.2)
     if lora:
