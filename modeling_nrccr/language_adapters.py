@@ -1,12 +1,14 @@
 """What a language adds to a text side that stays as it is: a small residual that starts as the identity."""
 
-import math
+import sys
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+
+from .adapter_settings import ADAPTERS, DEFAULTS, check_adapter
 
 
 class NrccrLanguageAdapter(nn.Module):
@@ -15,61 +17,36 @@ class NrccrLanguageAdapter(nn.Module):
 
     Args:
         width (`int`): Of the pooled states.
-        kind (`str`):
-            "linear": one Linear, which can do all that another projection could;
-            "bottleneck": two with a GELU between (arXiv 1902.00751);
-            "dynamic": DASD's, whose middle matrix is made for each caption (see [`DynamicUpdate`]);
-            "lora": low-rank updates (arXiv 2106.09685, by `peft`) inside the text encoder's layers, and the Linear;
-            "none": the shift alone.
+        kind (`str`): Of those in `ADAPTERS`, by default "linear"; or one of your own, `my_module:MyUpdate`: an
+            `nn.Module` that is built as `MyUpdate(width, rank)` and maps `(batch_size, width)` to the same. At first
+            its last Linear is zero, or what its method `reset` makes so. A file that names it is read where
+            `my_module` has been imported, and nowhere else.
         center (`bool`): Training begins by moving the language's mean state to the base language's.
         noise (`float`): In training, Gaussian noise on the states, in units of their standard deviation.
         rank (`int`): Width of the bottleneck, of the dynamic matrix, or rank of LoRA.
         layers (`int`): How many of the encoder's top layers have LoRA; -1: all.
     """
 
-    SETTINGS = ("kind", "center", "noise", "rank", "layers")
-    KINDS = ("linear", "bottleneck", "dynamic", "lora", "none")
-
-    def __init__(
-        self,
-        width: int,
-        kind: str = "linear",
-        center: bool = True,
-        noise: float = 0.0,
-        rank: int = 64,
-        layers: int = 2,
-    ):
+    def __init__(self, width: int, **settings: Any):
         super().__init__()
-        if kind not in self.KINDS:
-            raise ValueError(f"kind={kind!r} of a language adapter: one of {', '.join(self.KINDS)}")
-        for name, number, least in (("rank", rank, 1), ("layers", layers, -1)):
-            if type(number) is not int or number < least:
-                raise ValueError(f"{name}={number!r} of a language adapter: an integer, {least} or more")
-        if isinstance(noise, bool) or not isinstance(noise, (int, float)) or not 0 <= noise < math.inf:
-            raise ValueError(f"noise={noise!r} of a language adapter: a number, 0 or more")
-        if type(center) is not bool:
-            raise ValueError(f"center={center!r} of a language adapter: true or false")
-        self.kind, self.center, self.noise, self.rank, self.layers = kind, center, noise, rank, layers
+        for name, value in check_adapter(settings).items():
+            setattr(self, name, value)
         self.register_buffer("shift", torch.zeros(width))
         self.register_buffer("deviation", torch.zeros(width))
-        self.update = None
-        if kind in ("linear", "lora"):
-            self.update = nn.Linear(width, width)
-        elif kind == "bottleneck":
-            self.update = nn.Sequential(nn.Linear(width, rank), nn.GELU(), nn.Linear(rank, width))
-        elif kind == "dynamic":
-            self.update = DynamicUpdate(width, rank)
+        self.update = make_update(self.kind, width, self.rank)
 
     def settings(self) -> dict[str, Any]:
-        """What builds it again."""
-        return {name: getattr(self, name) for name in self.SETTINGS}
+        """Return what builds it again."""
+        return {name: getattr(self, name) for name in DEFAULTS}
 
     def reset(self):
-        """The identity again."""
+        """Make it the identity again."""
         init.zeros_(self.shift)
         init.zeros_(self.deviation)
-        if self.update is not None:
-            last = [module for module in self.update.modules() if isinstance(module, nn.Linear)][-1]
+        if hasattr(self.update, "reset"):
+            self.update.reset()
+        elif self.update is not None:
+            last = linears(self.update)[-1]
             init.zeros_(last.weight)
             init.zeros_(last.bias)
 
@@ -86,6 +63,53 @@ class NrccrLanguageAdapter(nn.Module):
             states = states + self.noise * self.deviation * torch.randn_like(states)
         states = states + self.shift
         return states if self.update is None else states + self.update(states)
+
+
+def make_update(kind: str, width: int, rank: int) -> nn.Module | None:
+    """
+    Return what is added to the states.
+
+    Raises:
+        ImportError: for one of others whose module nobody has imported: a file must not choose what is.
+        ValueError: for what cannot be an update.
+    """
+    module = kind.partition(":")[0]
+    if kind not in ADAPTERS.entries and module not in sys.modules:
+        raise ImportError(
+            f"the adapter is of the kind {kind!r}, which others wrote: import {module} first, if you trust it"
+        )
+    build = ADAPTERS[kind]
+    if kind in ADAPTERS.entries:
+        return build(width, rank)
+    if not (isinstance(build, type) and issubclass(build, nn.Module)):
+        raise ValueError(f"kind={kind!r} of a language adapter: no subclass of nn.Module")
+    update = build(width, rank)
+    if not hasattr(update, "reset") and not linears(update):
+        raise ValueError(f"kind={kind!r} of a language adapter: it has no Linear, so it needs a method reset")
+    return update
+
+
+def linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
+def linear(width: int, rank: int) -> nn.Module:
+    """One Linear, which can do all that another projection could."""
+    return nn.Linear(width, width)
+
+
+def bottleneck(width: int, rank: int) -> nn.Module:
+    """Two Linears, `rank` wide between, with a GELU (arXiv 1902.00751)."""
+    return nn.Sequential(nn.Linear(width, rank), nn.GELU(), nn.Linear(rank, width))
+
+
+def lora(width: int, rank: int) -> nn.Module:
+    """Low-rank updates inside the text encoder's layers (arXiv 2106.09685, by `peft`), and one Linear."""
+    return nn.Linear(width, width)
+
+
+def none(width: int, rank: int) -> None:
+    """The shift alone."""
 
 
 class DynamicUpdate(nn.Module):

@@ -16,6 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.utils import ModelOutput, cached_file
 
+from .adapter_settings import ADAPTERS
 from .files import write_file
 from .language_adapters import NrccrLanguageAdapter
 
@@ -115,6 +116,8 @@ class NrccrLanguagesMixin:
             ValueError: a code or a setting that cannot be, before anything changes.
         """
         self.check_code(language)
+        if ":" in str(settings.get("kind")):
+            ADAPTERS[settings["kind"]]  # imported: whoever calls this chooses it
         adapter = NrccrLanguageAdapter(self.text_head.output_size, **settings)
         if adapter.kind == "lora":
             load_peft()
@@ -361,6 +364,7 @@ class NrccrLanguagesMixin:
 
         Raises:
             ValueError: for a file that is damaged, or was made for another model or another revision of this one.
+            ImportError: for a kind of adapter that others wrote, whose module has not been imported.
         """
         path = cached_file(str(directory), LANGUAGE_FILE, **hub_options)
         about, weights = read_language_file(path)
@@ -390,6 +394,8 @@ class NrccrLanguagesMixin:
             with torch.device("meta"):  # nothing is allocated, whatever the file asks for
                 adapter = NrccrLanguageAdapter(self.text_head.output_size, **settings)
             targets = self.lora_targets(adapter) if adapter.kind == "lora" else {}
+        except ImportError as error:
+            raise ImportError(f"{path}: {error}") from error
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{path} has settings that cannot be ({error}): it is damaged, get it again") from error
         shapes = {name: value.shape for name, value in adapter.state_dict().items()}

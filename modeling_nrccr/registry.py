@@ -35,6 +35,15 @@ class Registry(Mapping):
             raise UnknownName(self.describe(name))
         return self.load(entry) if isinstance(entry, str) else entry
 
+    def split(self, spec: str) -> tuple[str, str]:
+        """Return the name of `name:argument`, or `my_module:MyClass` of `my_module:MyClass:argument`; and the
+        argument, which may be empty."""
+        name, _, argument = spec.partition(":")
+        attribute, _, rest = argument.partition(":")
+        if name not in self.entries and attribute.isidentifier():
+            return f"{name}:{attribute}", rest
+        return name, argument
+
     def load(self, entry: str) -> Any:
         """Import what `module:attribute` names. Raises UnknownName where there is none."""
         module, _, attribute = entry.partition(":")

@@ -37,8 +37,7 @@ STEPS = {
     "lora": [f"--config={CONFIGS / 'recommended.yaml'}", "--lexicon=none"],
     "pictures": [
         f"--config={CONFIGS / 'add_language_pictures.yaml'}",
-        "--kind=lora",
-        "--rank=32",
+        "--adapter=kind=lora,rank=32",
         "--num_train_epochs=3",
     ],
     "several": ["--target_language=gl,ca"],

@@ -76,8 +76,7 @@ def measure(
 
 
 def run(model: str | None, count: int, rounds: int, beams: list[int]) -> dict:
-    from modeling_nrccr.translation.engines import load_translator
-    from modeling_nrccr.translation.packages import prepare_translator
+    from modeling_nrccr.translation.engines import load_translator, prepare_translator
 
     captions = stamp_captions(count)
     engines = {}

@@ -9,21 +9,12 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
-from datasets_scripts.animated_emoji import AnimatedEmoji
-from datasets_scripts.caption_files import CaptionFiles
-from datasets_scripts.cldr_emoji import CldrEmoji
-from datasets_scripts.mscoco import Mscoco
-from datasets_scripts.msrvtt_cn import MsrvttCn
-from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.reading.columns import CAPTION_FEATURES
 from datasets_scripts.reading.debian import FetchError, find_data
 from datasets_scripts.reading.splits import check_ids
-from datasets_scripts.scenes import Scenes
-from datasets_scripts.tuxpaint import Tuxpaint
-from datasets_scripts.vatex import Vatex
-from datasets_scripts.xm3600 import Xm3600
 
 from ..media import load_image
+from ..registry import Registry
 from ..translation.base import Translator
 from ..translation.cache import load_engine
 from ..translation.columns import add_translations
@@ -31,18 +22,22 @@ from ..translation.engines import split_engines
 from .collator import MEDIA_COLUMNS
 
 
-BUILDERS = {
-    "tuxpaint": Tuxpaint,
-    "cldr_emoji": CldrEmoji,
-    "caption_files": CaptionFiles,
-    "multi30k": Multi30k,
-    "xm3600": Xm3600,
-    "msrvtt_cn": MsrvttCn,
-    "vatex": Vatex,
-    "mscoco": Mscoco,
-    "animated_emoji": AnimatedEmoji,
-    "scenes": Scenes,
-}
+BUILDERS = Registry(
+    "data set",
+    {
+        "tuxpaint": "datasets_scripts.tuxpaint:Tuxpaint",
+        "cldr_emoji": "datasets_scripts.cldr_emoji:CldrEmoji",
+        "caption_files": "datasets_scripts.caption_files:CaptionFiles",
+        "multi30k": "datasets_scripts.multi30k:Multi30k",
+        "xm3600": "datasets_scripts.xm3600:Xm3600",
+        "msrvtt_cn": "datasets_scripts.msrvtt_cn:MsrvttCn",
+        "vatex": "datasets_scripts.vatex:Vatex",
+        "mscoco": "datasets_scripts.mscoco:Mscoco",
+        "animated_emoji": "datasets_scripts.animated_emoji:AnimatedEmoji",
+        "scenes": "datasets_scripts.scenes:Scenes",
+    },
+)
+PARQUET = "parquet"  # no builder: what was translated before
 
 TRANSLATION_RECORD = "translation.json"  # beside the Parquet files: what was translated, by which engines
 
@@ -81,35 +76,33 @@ def load_caption_dataset(
     missing: str = "error",
     dataset_options: dict | None = None,
 ) -> datasets.DatasetDict:
-    """Splits `train`, `validation`, `test` (and others) of one or several builders, joined by "+", with the builders'
-    columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`; and
-    which file of a folder with several is meant: `caption_files:captions.csv`.
-    `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
-    `parquet`: what `translate.py` wrote into `data_dir`.
+    """Return splits `train`, `validation`, `test` (and others) of one or several of `BUILDERS`, joined by "+", with
+    the builders' columns; `my_module:MyBuilder` is one of your own. What stands before the language in a
+    configuration's name comes after a colon: `multi30k:task1`; and which file of a folder with several is meant:
+    `caption_files:captions.csv`. `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`:
+    more options of the builder. `parquet`: what `translate.py` wrote into `data_dir`.
 
     Raises ValueError for an unknown name or language, and where [`check_ids`] does.
     """
     parts = []
     for part in name.split("+"):
-        part, _, variant = part.partition(":")
-        if part == "parquet":
+        part, variant = BUILDERS.split(part)
+        if part == PARQUET:
             parts.append(read_translated(data_dir, source_language, target_language, seed, target))
             continue
-        if part not in BUILDERS:
-            known = ", ".join((*BUILDERS, "parquet"))
-            raise ValueError(f"unknown data set {part!r} in {name!r}: known are {known}, joined by '+'")
+        builder_class = BUILDERS[part]
         options = {"seed": seed, "target": target, "source_language": source_language}
         options["target_language"] = target_language
         options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
         options |= {"missing": missing} | (dataset_options or {})
-        known = BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
+        known = builder_class.BUILDER_CONFIG_CLASS.__dataclass_fields__
         options = {key: value for key, value in options.items() if key in known}
         # a builder of any two languages takes them as options, the others as the name of a configuration
         language = None if "target_language" in options else target_language
         if variant and "caption_file" in known:
             options["caption_file"], variant = variant, ""
         config = "-".join(filter(None, (variant, language))) or None
-        builder = BUILDERS[part](config_name=config, data_dir=data_dir, **options)
+        builder = builder_class(config_name=config, data_dir=data_dir, **options)
         builder.download_and_prepare()
         parts.append(builder.as_dataset())
     splits = dict.fromkeys(split for part in parts for split in part)
@@ -153,9 +146,10 @@ def dataset_languages(name: str) -> list[str]:
     where a part leaves them to the user."""
     languages = None
     for part in name.split("+"):
-        part, _, variant = part.partition(":")
-        is_open = part not in BUILDERS or "target_language" in BUILDERS[part].BUILDER_CONFIG_CLASS.__dataclass_fields__
-        configs = [] if is_open else BUILDERS[part].builder_configs
+        part, variant = BUILDERS.split(part)
+        builder = None if part == PARQUET else BUILDERS[part]
+        is_open = builder is None or "target_language" in builder.BUILDER_CONFIG_CLASS.__dataclass_fields__
+        configs = [] if is_open else builder.builder_configs
         prefix = f"{variant}-" if variant else ""
         found = [config.removeprefix(prefix) for config in configs if config.startswith(prefix)]
         languages = found if languages is None else [language for language in languages if language in found]

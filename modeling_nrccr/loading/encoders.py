@@ -6,31 +6,38 @@ from pathlib import Path
 from huggingface_hub import constants, model_info, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+from ..registry import Registry
 from ..weights import CONFIG_FILES, OPEN_CLIP, check_name, nearest
-from .image_encoder import build_image_encoder
-from .text_encoder import build_minilm, build_text_encoder
 from .wheels import cache_folder
 
 
-BUILT = {
-    "multilingual-e5-small": build_text_encoder,
-    "all-MiniLM-L6-v2": build_minilm,
-    "efficientnet-lite0": build_image_encoder,
-}
+ENCODERS = Registry(
+    "encoder",
+    {
+        "multilingual-e5-small": ".text_encoder:build_text_encoder",
+        "all-MiniLM-L6-v2": ".text_encoder:build_minilm",
+        "efficientnet-lite0": ".image_encoder:build_image_encoder",
+    },
+    __package__,
+)
 SECONDS = 10  # within which a hub answers
 
 
 def find_encoder(name: str) -> str:
     """
     Gives `name` as it is where it is a folder (after `open_clip:` one in open_clip's files), or is on the hub or in
-    its cache; else the folder that was built for it. The hub is asked once, so that a typing error costs no minute.
+    its cache; else the folder that was built for it. `my_module:build` is built by a function of your own, which takes
+    the folder to write and returns it. The hub is asked once, so that a typing error costs no minute.
 
     Raises:
         ValueError: for a folder that holds no model, and a name that is neither; it names what is like it.
     """
     bare = name.removeprefix(OPEN_CLIP)
     config_file = CONFIG_FILES[bare != name]
-    build = BUILT.get(name.split("/")[-1])
+    if bare == name and ":" in name and not os.path.exists(name):
+        return str(ENCODERS[name](cache_folder() / "encoders" / name.replace(":", ".")))
+    built = name.split("/")[-1]
+    build = ENCODERS[built] if built in ENCODERS.entries else None
     if build is None or os.path.isdir(name):
         check_name(bare, config_file)
     if os.path.isdir(bare):
@@ -40,9 +47,9 @@ def find_encoder(name: str) -> str:
         if reason is None:
             return name
         if build is None:
-            raise ValueError(f"there is no such folder as {bare}, and {reason}{nearest(name, BUILT)}")
+            raise ValueError(f"there is no such folder as {bare}, and {reason}{nearest(name, ENCODERS)}")
         print(f"{reason}: building {name} from PyPI wheels instead")
-    return str(build(cache_folder() / "encoders" / name.split("/")[-1]))
+    return str(build(cache_folder() / "encoders" / built))
 
 
 def why_not_on_hub(name: str, config_file: str) -> str | None:

@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from .limits import check_numbers
+from .mappings import read_mapping
 
 
 RECIPES = Path(__file__).parent
@@ -33,7 +34,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The fields of a YAML file, over those of the file beside it that it names under `extends`."""
     settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     extended = settings.pop("extends", None)
-    return (read_settings(path.parent / extended) if extended else {}) | settings
+    return merge(read_settings(path.parent / extended) if extended else {}, settings)
+
+
+def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of `own` over those of `base`. Losses that are not named are off; what is not said of the
+    adapter is as it was."""
+    both = [settings["adapter"] for settings in (base, own) if settings.get("adapter")]
+    return base | own | ({"adapter": both[0] | both[-1]} if both else {})
 
 
 def parse_fields(classes: Sequence[type], arguments: list[str], default_config: Path, **settings) -> tuple:
@@ -46,8 +54,13 @@ def parse_fields(classes: Sequence[type], arguments: list[str], default_config: 
     parser = HfArgumentParser(tuple(classes))
     named = ArgumentParser(add_help=False, allow_abbrev=False)
     named.add_argument("--config", type=Path, default=default_config)
-    path = named.parse_known_args(arguments)[0].config
-    settings = read_settings(path) | settings
+    named.add_argument("--adapter")
+    given = named.parse_known_args(arguments)[0]
+    path = given.config
+    settings = merge(read_settings(path), settings)
+    if given.adapter:
+        adapter = merge(settings, {"adapter": read_mapping(given.adapter, "adapter")})
+        arguments = [*arguments, *as_flags({"adapter": adapter["adapter"]})]
     flags = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     renamed = {old: new for part in classes for old, new in getattr(part, "RENAMED", {}).items()}
     for old in (*settings, *flags):

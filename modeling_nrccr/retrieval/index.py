@@ -1,14 +1,24 @@
 """Where a gallery's embeddings are kept and ranked: one small interface, and which engine an address means."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from ..registry import Registry
+
+
+INDEXES = Registry("index", {"faiss": ".index_faiss:FaissIndex", "milvus": ".index_milvus:MilvusIndex"}, __package__)
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(:.*)?")
+
 
 class GalleryIndex(Protocol):
     """
+    What an index has. One of your own is asked for by the address `my_module:MyIndex:ADDRESS`; it is made as
+    `MyIndex(ADDRESS, dim, create=True)`, or passed to [`NrccrRetriever`] as it is.
+
     Rows of an id, an L2-normalised embedding and metadata. Scores are inner products.
 
     Attributes:
@@ -51,18 +61,27 @@ def is_milvus(address: str | Path) -> bool:
     return "://" in str(address) or str(address).endswith(".db")
 
 
+def split_address(address: str | Path | None) -> tuple[str, str | Path | None]:
+    """Return the kind of index that an address means, of `INDEXES` or one's own, and what it is the address of."""
+    if address is not None and is_milvus(address):
+        return "milvus", str(address)
+    if isinstance(address, str) and OWN.fullmatch(address) and not Path(address).exists():
+        return INDEXES.split(address)
+    return "faiss", address
+
+
 def open_index(address: str | Path | None, dim: int, create: bool = True, **options) -> GalleryIndex:
     """
-    The engine that `address` means: None is faiss in memory, a folder is faiss, `NAME.db` or a URI is Milvus.
+    Open the index that `address` means: None is faiss in memory, a folder is faiss, `NAME.db` or a URI is Milvus,
+    `my_module:MyIndex:ADDRESS` is your own.
 
     Args:
         create: begin a new one where there is none.
         options: of [`FaissIndex`] or [`MilvusIndex`].
     """
-    if address is not None and is_milvus(address):
-        from .index_milvus import MilvusIndex
-
-        return MilvusIndex(str(address), dim, create=create, **options)
+    kind, address = split_address(address)
+    if kind != "faiss":
+        return INDEXES[kind](address, dim, create=create, **options)
     from .index_faiss import INDEX_FILE, FaissIndex
 
     if address is None or create and not (Path(address) / INDEX_FILE).exists():

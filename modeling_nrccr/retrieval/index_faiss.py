@@ -57,6 +57,8 @@ class FaissIndex:
         nprobe: lists that are looked through for a query. A filtered search looks through all of them and is exact.
     """
 
+    takes_folder = True  # `save` may name another than its own
+
     def __init__(self, dim: int, ivf_above: int = 100_000, nprobe: int = 64):
         self.dim, self.ivf_above, self.nprobe = dim, ivf_above, nprobe
         self.location: Path | None = None

@@ -34,7 +34,7 @@ from ..loading.models import load_with_languages
 from ..loading.wheels import cache_folder
 from ..media import IMAGE_SUFFIXES, Found, describe_others, is_clip, list_images, walk
 from .gallery_media import NOT_UTF8, Skipped
-from .index import is_milvus
+from .index import is_milvus, split_address
 from .made_by import remember
 from .retriever import NrccrRetriever
 
@@ -76,7 +76,7 @@ def local_folder(name: str, index: str, collection: str) -> Path:
 
 def home_folder(index: str, collection: str) -> Path:
     """The folder of `left_out.csv` and of the lock."""
-    return local_folder("indexes", index, collection) if is_milvus(index) else Path(index)
+    return Path(index) if split_address(index)[0] == "faiss" else local_folder("indexes", index, collection)
 
 
 def read_left_out(path: Path) -> dict[str, str]:

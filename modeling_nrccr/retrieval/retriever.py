@@ -31,7 +31,7 @@ from ..modeling_nrccr import NrccrModel
 from ..processor_inputs import text_problem
 from .encoding import ACTIVE, Language, ahead, encode, encode_images, encode_texts
 from .gallery_media import NOUNS, MediaReader, Skipped, find_media
-from .index import GalleryIndex, is_milvus, open_index
+from .index import GalleryIndex, open_index, split_address
 from .metrics import fuse_query_embeds
 
 
@@ -317,10 +317,10 @@ class NrccrRetriever:
             raise ValueError("This gallery is in memory only: name the folder or the URI to save it to.")
         if self.index.fingerprint is None:
             self.index.fingerprint = self.fingerprint().numpy()
-        if not is_milvus(target) and not is_milvus(here or ""):
-            self.index.save(target)
-        elif str(target) == str(here) and not options:
+        if str(target) == str(here) and not options:
             self.index.save()
+        elif split_address(target)[0] == "faiss" and getattr(self.index, "takes_folder", False):
+            self.index.save(target)
         else:
             other = open_index(target, self.index.dim, **options)
             self._check_model(other)

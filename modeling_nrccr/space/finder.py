@@ -18,8 +18,7 @@ from ..retrieval.encoding import encode_images, encode_texts
 from ..retrieval.metrics import fuse_query_embeds
 from ..retrieval.retriever import Hit, NrccrRetriever
 from ..translation.base import TranslationError
-from ..translation.engines import load_translator
-from ..translation.packages import prepare_translator
+from ..translation.engines import load_translator, prepare_translator
 from .cards import data_uri
 from .gallery import Gallery
 

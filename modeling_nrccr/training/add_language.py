@@ -29,6 +29,8 @@ from transformers import AutoTokenizer, set_seed
 from datasets_scripts.reading.debian import FetchError
 from datasets_scripts.reading.splits import group_key, split_of
 
+from ..adapter_settings import DEFAULTS as ADAPTER_DEFAULTS
+from ..adapter_settings import check_adapter
 from ..cli.common import command
 from ..data.captions import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
 from ..data.collator import DataCollatorForCrossLingualRetrieval
@@ -36,13 +38,13 @@ from ..data.lexicon import check_lexicon, lexicon_rows
 from ..data.load import balance, load_caption_dataset
 from ..data.trained_split import check_unseen, split_seed, write_trained_split
 from ..files import write_file, writing
-from ..language_adapters import NrccrLanguageAdapter
 from ..loading.encoders import encoder_label, find_encoder
 from ..media import load_image
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
 from ..publishing.card import PARALLEL, describe_reading, language_card
 from ..publishing.tables import format_table
+from ..recipes.mappings import read_mapping
 from ..recipes.settings import RECIPES, option, parse_fields
 from ..translation.base import TranslationError
 from ..translation.cache import load_engine
@@ -73,8 +75,6 @@ READ = 2000  # captions that the tokenizer is tried on, where there are no human
 class LanguageArguments:
     """What is added to what."""
 
-    LEAST = {"layers": -1}
-
     config: str = option(str(CONFIG), "YAML file with any of these fields.")
     base: str = option("outputs/demo", "Folder or hub id: CLIP, SigLIP 2, ..., open_clip:NAME, or a model of ours.")
     text_encoder: str | None = option(None, "Another text encoder in the place of the base's own, e.g. multilingual.")
@@ -97,14 +97,14 @@ class LanguageArguments:
     )
     lexicon: str = option("none", "Words that are translated too: wordnet:5000, or a file, a word a line; or none.")
     rivals: str = option("none", f"Trained and tested beside it: none, all, or some of {', '.join(RIVALS)}.")
-    kind: str = option("linear", "Of the adapter: linear, bottleneck, dynamic, or lora.")
-    center: bool = option(True, "Moves the language's mean state to that of the captions.")
-    noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
-    rank: int = option(64, "Of bottleneck, dynamic and lora.")
-    layers: int = option(2, "Top layers that lora is in; -1: all.")
+    adapter: dict | str | None = option(
+        None, "kind=lora,rank=32; also center, noise, layers. `nrccr list adapters` has the kinds."
+    )
 
-    def adapter_settings(self) -> dict:
-        return {name: getattr(self, name) for name in NrccrLanguageAdapter.SETTINGS}
+    RENAMED = {name: f"adapter: {{{name}: ...}}" for name in ADAPTER_DEFAULTS}
+
+    def __post_init__(self):
+        self.adapter = check_adapter(read_mapping(self.adapter, "adapter"))
 
 
 def training_rows(
@@ -166,7 +166,7 @@ def run_fingerprint(script: LanguageArguments, args: NrccrTrainingArguments, row
     )
     recipe = [getattr(args, name) for name in names] + [NrccrLoss.from_arguments(args).settings]
     texts = [(row["source_caption"], row["target_caption"]) for part in rows.values() for row in part]
-    return fingerprint(script.base, script.text_encoder, script.adapter_settings(), recipe, texts)
+    return fingerprint(script.base, script.text_encoder, script.adapter, recipe, texts)
 
 
 def train(model: NrccrModel, cache: FeatureCache, rows: dict, args: NrccrTrainingArguments) -> NrccrTrainer:
@@ -242,11 +242,13 @@ def run(script: LanguageArguments, args: NrccrTrainingArguments):
     model, processor = base, base_processor
     if script.text_encoder:
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
-    elif script.kind == "lora" and args.text_only:  # else every step reads the source captions, through all layers
+    elif (
+        script.adapter["kind"] == "lora" and args.text_only
+    ):  # else every step reads the source captions, through all layers
         teach(rows["train"], base, base_processor)
     side, side_processor = model.language_side(), processor.language_side()
     set_seed(args.seed)
-    side.add_language(name, **script.adapter_settings())
+    side.add_language(name, **script.adapter)
     cache = frozen_cache(side.train_language(name), side_processor, rows["train"] + rows["validation"], work)
     args.output_dir = str(work / f"language-{run_fingerprint(script, args, rows)}")
     trainer = train(side, cache, rows, args)
@@ -264,7 +266,7 @@ def run(script: LanguageArguments, args: NrccrTrainingArguments):
         "translator": engines,
         "data": script.dataset or data_name(script.captions, languages),
         "split_seed": script.split_seed,
-        "adapter": script.adapter_settings(),
+        "adapter": script.adapter,
         "captions": len(texts),
         "seed": args.seed,
         "steps": trainer.state.global_step,

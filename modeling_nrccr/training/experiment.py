@@ -32,6 +32,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from datasets_scripts.reading.videos import read_frames
 
+from ..adapter_settings import DEFAULTS as ADAPTER_DEFAULTS
+from ..adapter_settings import check_adapter
 from ..cli.common import command
 from ..configuration_nrccr import NrccrConfig
 from ..data.collator import COLUMNS, MEDIA_COLUMNS, DataCollatorForCrossLingualRetrieval
@@ -40,7 +42,6 @@ from ..data.load import find_font, load_translated_dataset, query_origin
 from ..data.names import language_name
 from ..data.trained_split import split_seed, write_trained_split
 from ..files import write_file, writing
-from ..language_adapters import NrccrLanguageAdapter
 from ..loading.encoders import encoder_label, find_encoder
 from ..loading.models import load_model
 from ..modeling_nrccr import NrccrModel
@@ -49,6 +50,7 @@ from ..publishing.card import training_settings, write_model_card
 from ..publishing.search_page import QueryRow, Result, write_search_page
 from ..publishing.sentence_transformers_files import write_sentence_transformers_files
 from ..publishing.tables import format_table
+from ..recipes.mappings import read_mapping
 from ..recipes.settings import RECIPES, as_flags, given_flags, option, parse_fields
 from ..retrieval.encoding import picture_rows
 from ..retrieval.evaluation import metrics_by_source
@@ -129,8 +131,6 @@ class ScriptArguments:
 class ModelArguments:
     """Fields of NrccrConfig, and the encoders."""
 
-    LEAST = {"adapter_layers": -1}
-
     text_encoder: str = option("multilingual-e5-small", "Hub id, folder, or multilingual-e5-small (built from PyPI).")
     vision_encoder: str = option(
         "efficientnet-lite0", "Hub id, folder, efficientnet-lite0 (built from PyPI), or none: rows bring visual_feats."
@@ -161,14 +161,14 @@ class ModelArguments:
     visual_dropout: float = option(0.0, "The same of the visual head.")
     head_dropout: float = option(0.1, "Dropout inside attention heads.")
     teacher_view: str = option("cross", "cross (source words attend to the target's) or source.")
-    adapter_kind: str = option("linear", "Of train_language: linear, bottleneck, dynamic, lora or none.")
-    adapter_center: bool = option(True, "Moves the language's mean state to the source language's.")
-    adapter_noise: float = option(0.0, "Gaussian noise on its states in training, in their standard deviations.")
-    adapter_rank: int = option(64, "Of bottleneck, dynamic and lora.")
-    adapter_layers: int = option(2, "Top layers that lora is in; -1: all.")
+    adapter: dict | str | None = option(
+        None, "Of train_language: kind=lora,rank=32; also center, noise, layers. `nrccr list adapters` has the kinds."
+    )
 
-    def adapter_settings(self) -> dict:
-        return {name: getattr(self, f"adapter_{name}") for name in NrccrLanguageAdapter.SETTINGS}
+    RENAMED = {f"adapter_{name}": f"adapter: {{{name}: ...}}" for name in ADAPTER_DEFAULTS}
+
+    def __post_init__(self):
+        self.adapter = check_adapter(read_mapping(self.adapter, "adapter"))
 
     def build(self, encoders: NrccrModel | None = None) -> tuple[NrccrModel, NrccrProcessor]:
         """The model and its processor; over the towers of `encoders` where they are given."""
@@ -394,7 +394,7 @@ class Experiment:
         if self.encoders is None:
             self.encoders, _ = self.model.build()
         frozen = args.trained_text_layers == 0 and not args.train_vision_tower
-        frozen = frozen and (args.train_language is None or self.model.adapter_kind != "lora")
+        frozen = frozen and (args.train_language is None or self.model.adapter["kind"] != "lora")
         encoders = self.encoders if frozen else deepcopy(self.encoders)
         set_seed(args.seed)
         model, processor = self.model.build(encoders)
@@ -404,7 +404,7 @@ class Experiment:
         """With the adapter of `args.train_language`, which alone is then trained; on its device."""
         if args.train_language is None:
             return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device)
-        model.add_language(args.train_language, **self.model.adapter_settings())
+        model.add_language(args.train_language, **self.model.adapter)
         return model.train_language(args.train_language).to(args.device)
 
     def trainer(self, args: NrccrTrainingArguments, **kwargs) -> NrccrTrainer:
@@ -575,7 +575,7 @@ def run(script: ScriptArguments, model_arguments: ModelArguments, args: NrccrTra
             "human_captions": script.human_captions,
             "lexicon": script.lexicon,
             "base": script.base and Path(script.base).name,
-            "adapter": model_arguments.adapter_settings() if args.train_language else None,
+            "adapter": model_arguments.adapter if args.train_language else None,
             "note": script.note,
             "queries": query_origin(experiment.rows["test"]),
             "views": args.needed_views(),

@@ -11,8 +11,7 @@ from accelerate import PartialState
 from datasets_scripts.reading.debian import cache_folder
 
 from .base import TranslationError, Translator
-from .engines import load_translator
-from .packages import prepare_translator
+from .engines import load_translator, prepare_translator
 
 
 FORMAT = 1  # of the file, as `PRAGMA user_version`

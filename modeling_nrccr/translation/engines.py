@@ -2,9 +2,11 @@
 
 import inspect
 import re
+from pathlib import Path
 
 from ..registry import Registry, UnknownName
 from .base import Translator
+from .packages import apertium_root, freedict_index
 
 
 ENGINES = Registry(
@@ -19,6 +21,7 @@ ENGINES = Registry(
     },
     __package__,
 )
+OF_PAPERS = {"google": "Google's", "baidu": "Baidu's"}  # named by recipes and data sets, never asked here
 _FORMS = (
     "apertium, seq2seq:ID_OR_FOLDER, ctranslate2:FOLDER, dictionary:PAIR_OR_FILE, chat:MODEL@URL, file:PATH, and "
     'A+es+B for two in a row; what holds a "," or "+es+" of its own is put in double quotes: file:"a,b.tsv"'
@@ -55,19 +58,48 @@ def find_engine(spec: str) -> tuple[type[Translator], str]:
     Raises:
         ValueError: no engine is called so; the message lists them.
     """
-    kind, _, argument = spec.partition(":")
-    if kind not in ENGINES:
-        name, _, argument = argument.partition(":")
-        kind = f"{kind}:{name}" if name.isidentifier() else kind
+    kind, argument = ENGINES.split(spec)
     try:
         return ENGINES[kind], argument.replace('"', "")
     except UnknownName as error:
+        if kind in OF_PAPERS:
+            raise UnknownName(
+                f"the paper used {OF_PAPERS[kind]} translations, which its data brought and these rows lack; no "
+                f"engine here is called {kind}: name one with --translator (apertium, seq2seq:FOLDER, ...), or bring "
+                "translations by file:PATH"
+            ) from None
         raise UnknownName(f"{error}. Forms: {_FORMS}") from None
 
 
-def load_translator(spec: "str | Translator", **kwargs) -> Translator:
+def prepare_translator(
+    spec: str, source: str, target: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> tuple[str, dict]:
     """
-    A translator by its description; one that is already made is returned.
+    Fetch what the engines of `spec` need of Debian for `source` to `target` and back, and return what
+    `load_translator` takes: the spec, in which `dictionary` has become `dictionary:FILE`, and `root` if Apertium needs
+    it. Other engines are left alone.
+    """
+
+    engines, pivots = split_spec(spec)
+    codes = [source, *pivots, target]
+    pairs = []
+    for i, engine in enumerate(engines):
+        if engine == "apertium":
+            pairs += [(codes[i], codes[i + 1]), (codes[i + 1], codes[i])]
+        elif engine == "dictionary":
+            engines[i] = f"dictionary:{freedict_index(codes[i], codes[i + 1], data_dir, cache_dir)}"
+    root = apertium_root(pairs, data_dir, cache_dir) if pairs else None
+    spec = engines[0] + "".join(f"+{code}+{engine}" for code, engine in zip(pivots, engines[1:]))
+    return spec, {"root": root} if root is not None else {}
+
+
+def load_translator(
+    spec: "str | Translator", source: str | None = None, target: str | None = None, **kwargs
+) -> Translator:
+    """
+    Return a translator by its description; one that is already made is returned as it is. With `source` and `target`
+    it does what `--translator` does: what `apertium` and `dictionary` need of Debian is fetched, and `dictionary`
+    alone is that of the two languages.
 
     - `apertium`, `apertium:ROOT`: rules, on the PATH or below a folder.
     - `seq2seq:Helsinki-NLP/opus-mt-en-gl`, `seq2seq:FOLDER`: a Transformers model.
@@ -80,6 +112,7 @@ def load_translator(spec: "str | Translator", **kwargs) -> Translator:
     - `file:"a,b.tsv"`: a path with what parts engines stands in double quotes.
 
     Args:
+        source, target: ISO 639-1 codes of the languages that it is to translate between, both ways.
         kwargs: for the engine; of several in a row each gets those that it knows.
 
     Raises:
@@ -89,6 +122,9 @@ def load_translator(spec: "str | Translator", **kwargs) -> Translator:
     """
     if isinstance(spec, Translator):
         return spec
+    if source and target:
+        spec, options = prepare_translator(spec, source, target)
+        kwargs = options | kwargs
     parts, pivots = split_spec(spec)
     engines: dict[str, Translator] = {}
     unused = set(kwargs)
@@ -96,7 +132,8 @@ def load_translator(spec: "str | Translator", **kwargs) -> Translator:
         engine, argument = find_engine(part)
         parameters = inspect.signature(engine).parameters
         if not argument and any(parameter.default is parameter.empty for parameter in list(parameters.values())[:1]):
-            raise ValueError(f"{part!r} does not say which; known: {_FORMS}")
+            hint = ", nor between which languages (source=, target=)" if part == "dictionary" else ""
+            raise ValueError(f"{part!r} does not say which{hint}; known: {_FORMS}")
         accepted = kwargs.keys() & parameters if len(parts) > 1 else kwargs.keys()
         unused -= accepted
         engines[part] = engine(*filter(None, [argument]), **{key: kwargs[key] for key in accepted})

@@ -8,7 +8,6 @@ from datasets_scripts.reading.debian import FetchError, fetch_packages, find_dat
 
 from .apertium import ApertiumTranslator, debian_package
 from .dictionary import dictionary_package
-from .engines import split_spec
 
 
 def apertium_root(
@@ -49,25 +48,3 @@ def freedict_index(
         except FetchError as error:
             problems.append(error)
     raise problems[0]
-
-
-def prepare_translator(
-    spec: str, source: str, target: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
-) -> tuple[str, dict]:
-    """
-    Fetch what the engines of `spec` need of Debian for `source` to `target` and back, and return what
-    `load_translator` takes: the spec, in which `dictionary` has become `dictionary:FILE`, and `root` if Apertium needs
-    it. Other engines are left alone.
-    """
-
-    engines, pivots = split_spec(spec)
-    codes = [source, *pivots, target]
-    pairs = []
-    for i, engine in enumerate(engines):
-        if engine == "apertium":
-            pairs += [(codes[i], codes[i + 1]), (codes[i + 1], codes[i])]
-        elif engine == "dictionary":
-            engines[i] = f"dictionary:{freedict_index(codes[i], codes[i + 1], data_dir, cache_dir)}"
-    root = apertium_root(pairs, data_dir, cache_dir) if pairs else None
-    spec = engines[0] + "".join(f"+{code}+{engine}" for code, engine in zip(pivots, engines[1:]))
-    return spec, {"root": root} if root is not None else {}

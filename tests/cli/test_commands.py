@@ -162,7 +162,7 @@ def test_while_a_command_is_being_imported(tmp_path):
         ("--per_device_train_batch_size 0", "per_device_train_batch_size=0: it must be at least 1"),
         ("--projection_dim 0", "projection_dim=0"),
         ("--num_frames -1", "num_frames=-1"),
-        ("--adapter_layers -2", "-2"),
+        ("--adapter layers=-2", "layers=-2"),
         ("--head_dropout -0.1", "head_dropout=-0.1"),
         ("--human_captions -2", "human_captions=-2"),
     ],
@@ -179,4 +179,4 @@ def test_flags_that_are_given_and_false_means_false():
     assert given_flags([TrainingArguments], as_flags(given)) == given
     for word, resumed in (("false", None), ("False", None), ("true", "true"), ("folder", "folder")):
         assert parse_arguments(["--resume_from_checkpoint", word])[2].resume_from_checkpoint == resumed
-    assert isinstance(parse_arguments(["--adapter_layers", "-1"])[1], ModelArguments)
+    assert isinstance(parse_arguments(["--adapter", "layers=-1"])[1], ModelArguments)

@@ -278,7 +278,7 @@ def test_a_built_encoder_of_another_size_is_not_taken(image_wheel, tmp_path):
 
 def test_a_name_is_found_or_refused_at_once(monkeypatch, tmp_path):
     built = []
-    monkeypatch.setitem(encoders.BUILT, "efficientnet-lite0", lambda folder: built.append(folder) or folder)
+    monkeypatch.setitem(encoders.ENCODERS.entries, "efficientnet-lite0", lambda folder: built.append(folder) or folder)
     BertConfig().save_pretrained(tmp_path / "here" / "bert")
     (tmp_path / "here" / "of_open_clip").mkdir()
     (tmp_path / "here" / "of_open_clip" / "open_clip_config.json").touch()

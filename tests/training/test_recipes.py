@@ -78,7 +78,7 @@ def test_neighbours_say_what_is_theirs_and_are_read(path):
     )
     if path.stem != "cl2cm_teacher":  # it is told of in cl2cm.yaml
         assert all(word in path.read_text() for word in ("arXiv", "Theirs:", "Ours:", "Left out:"))
-    assert args.needed_views() and model.adapter_settings()
+    assert args.needed_views() and model.adapter
     assert args.needs_teacher() or script.teacher is None
 
 
@@ -192,9 +192,30 @@ def test_a_tokenizer_that_ignores_lower_casing_is_refused(encoders, tmp_path):
         (["--triplet_loss_weight", "1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
         (["--triplet_loss_weight=1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
         ([], {"triplet_loss_weight": 1.0}, "triplet_loss_weight is now losses: {triplet: ...}"),
+        (["--adapter_kind", "lora"], {}, "--adapter_kind is now adapter: {kind: ...}"),
         (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now discriminator_weight"),
     ],
 )
 def test_an_old_field_answers_with_the_new_one(arguments, settings, answer):
     with pytest.raises(ValueError, match=f"^{re.escape(answer)}$"):
         parse_arguments(arguments, **settings)
+
+
+def test_an_adapter_is_said_over_the_one_that_a_recipe_has():
+    demo = ["--config", str(ROOT / "modeling_nrccr/recipes/demo.yaml")]
+    lora = {"kind": "lora", "center": True, "noise": 0.0, "rank": 32, "layers": -1}
+    assert parse_arguments(demo)[1].adapter == lora
+    assert parse_arguments([*demo, "--adapter", "rank=8,center=false"])[1].adapter == lora | {
+        "rank": 8,
+        "center": False,
+    }
+    assert parse_arguments(['--adapter={"kind": "dynamic"}'])[1].adapter["kind"] == "dynamic"
+    for adapter, reason in (
+        ("kind=liner", "do you mean linear"),
+        ("width=8", "unknown width; its settings are kind, center, noise, rank, layers"),
+        ("noise=-1", "noise=-1"),
+        ("rank=2.5", "rank=2.5"),
+        ("lora", "write it as a=1,b=2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            parse_arguments(["--adapter", adapter])

@@ -300,7 +300,7 @@ def test_the_recipes_learn_from_few_captions_and_from_many(recipe, count, tmp_pa
     classes = (add_language.LanguageArguments, NrccrTrainingArguments)
     script, args = parse_fields(classes, list(map(str, flags)), None)
     model, rows = tiny_model(**HEADS["pooling"]), toy_rows(count)
-    model.add_language("gl", **script.adapter_settings())
+    model.add_language("gl", **script.adapter)
     args.train_language = "gl"
     collator = DataCollatorForCrossLingualRetrieval(WordProcessor())
     trainer = NrccrTrainer(model, args, rows[: -count // 10], rows[-count // 10 :], data_collator=collator)

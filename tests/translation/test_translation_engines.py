@@ -38,8 +38,8 @@ from modeling_nrccr.translation import seq2seq as translation_seq2seq
 from modeling_nrccr.translation.base import TranslationError
 from modeling_nrccr.translation.chat import read_answer
 from modeling_nrccr.translation.dictionary import DictionaryTranslator, dictionary_package, read_dictd
-from modeling_nrccr.translation.engines import load_translator, split_engines, split_spec
-from modeling_nrccr.translation.packages import freedict_index, prepare_translator
+from modeling_nrccr.translation.engines import load_translator, prepare_translator, split_engines, split_spec
+from modeling_nrccr.translation.packages import freedict_index
 
 
 sentencepiece = pytest.importorskip("sentencepiece")
@@ -450,6 +450,13 @@ def test_dictionary(dictd):
         translator.translate(["dog"], "en", "gl")
     index = dictd / "usr/share/dictd/freedict-eng-ces.index"
     assert load_translator(f"dictionary:{index}").version == translator.version
+
+
+def test_in_python_a_dictionary_is_found_as_the_commands_find_it(dictd, monkeypatch):
+    index = dictd / "usr/share/dictd/freedict-eng-ces.index"
+    monkeypatch.setattr("modeling_nrccr.translation.packages.find_data", lambda names, **kwargs: [index])
+    translator = load_translator("dictionary", source="en", target="cs")
+    assert translator.translate(["dog"], "en", "cs") == ["pes"]
 
 
 def test_dictionary_of_data_dir(dictd, tmp_path):
