@@ -19,6 +19,7 @@ from datasets_scripts import multi30k
 from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.reading.debian import FetchError
 from datasets_scripts.tools.verify import verify
+from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.training import experiment as train
 from modeling_nrccr.translation import base as translation
 from tests.training.test_recipes import encoders  # noqa: F401
@@ -185,6 +186,22 @@ def test_the_folder_may_be_the_upstream_repository(folder, tmp_path):
     (tmp_path / "repository/data/task1/raw/val.de.gz").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks 1 of 18 files of task1-de, the first task1/raw/val\.de\.gz"):
         build(tmp_path / "repository")
+
+
+def test_a_folder_of_one_test_set_alone(folder, tmp_path):
+    for path in [*folder.glob("task1/raw/*"), *folder.glob("task1/image_splits/*")]:
+        if not path.name.startswith("test_2016"):
+            path.unlink()
+    assert {name: len(rows) for name, rows in build(folder).items() if len(rows)} == {"test": 4}
+    found = load_caption_dataset("multi30k:task1", "de", data_dir=str(folder))
+    assert len(found["train"]) == 0 and found["test"]["target_caption"][1] == "red de test_2016_flickr 1"
+    (folder / "task1/image_splits/test_2016_flickr.txt").unlink()  # of a split that is there in part
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 3 files of task1-de, the first task1/image_splits/test"):
+        build(folder)
+    for path in folder.glob("task1/raw/*.gz"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 18 of 18 files of task1-de"):
+        build(folder)
 
 
 def broken_caption_files():

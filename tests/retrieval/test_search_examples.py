@@ -477,10 +477,10 @@ def test_the_language_of_the_queries_is_known_or_asked_for(checkpoint, splits, t
     assert evaluate_retrieval.languages_to_ask("a", [], [], model) == ["ca"]
     assert evaluate_retrieval.languages_to_ask("a", ["gl"], [], model) == ["gl"]
     assert evaluate_retrieval.languages_to_ask("a", [], ["base", "gl=x", "gl"], model) == ["gl"]
-    assert evaluate_retrieval.choose_split({"test_2016": 1}, None) == ("test_2016", 1)
-    assert evaluate_retrieval.choose_split({"dev": 1, "test": 2}, None) == ("test", 2)
+    assert evaluate_retrieval.choose_split({"test": "", "test_2016": "a"}, None) == ("test_2016", "a")
+    assert evaluate_retrieval.choose_split({"dev": "a", "test": "b"}, None) == ("test", "b")
     with pytest.raises(ValueError, match="No split 'test'; there are dev, train"):
-        evaluate_retrieval.choose_split({"dev": 1, "train": 2}, None)
+        evaluate_retrieval.choose_split({"dev": "a", "train": "b", "test": ""}, None)
 
 
 def test_the_split_seed_is_that_of_the_training(tmp_path, capsys):
