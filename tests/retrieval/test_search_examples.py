@@ -212,8 +212,8 @@ def test_an_index_that_says_nonsense_of_its_model_is_refused(checkpoint, tmp_pat
 
 def test_a_search_imports_what_it_uses(checkpoint, tmp_path):
     index = index_of(checkpoint, tmp_path)
-    script = "import json, sys; from modeling_nrccr.cli.main import main; main(sys.argv[1:]); print(json.dumps"
-    command = [sys.executable, "-c", f"{script}([*sys.modules]))", "search", index, "gato", "can"]
+    script = "import json, sys; sys.argv[0] = 'nrccr'; from modeling_nrccr.cli.main import main; main(sys.argv[1:]); "
+    command = [sys.executable, "-c", f"{script}print(json.dumps([*sys.modules]))", "search", index, "gato", "can"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     *lines, modules = result.stdout.splitlines()

@@ -100,7 +100,7 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     assert report["settings"]["media"] == "video" and (tmp_path / "out/search.png").exists()
     assert "videos=[[Image.new" in (tmp_path / "out/README.md").read_text()
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
-        tower = {"vision_encoder": encoders / "vision", "visual_encoder_output": "projected"}
+        tower = {"vision_encoder": str(encoders / "vision"), "visual_encoder_output": "projected"}
         for more in (["--visual_feature", "none"], ["--visual_feature", "clip"]):
             arguments = [tmp_path / "out", "--data_dir", tmp_path, "--output", tmp_path / "again.json"]
             arguments += ["--data", "vatex", "--query_language", "zh", "--num_frames", 3, *more]
