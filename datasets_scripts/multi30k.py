@@ -78,8 +78,11 @@ class Multi30k(TextFilesBuilder):
     def _read(self, dl_manager) -> dict[str, list[dict]]:
         task, language = self.config.name.removeprefix("task").split("-")
         parts = {split: self._files(split, int(task), language) for split in expected_splits(self.config.name)}
-        names = [name for pictures, source, human in parts.values() for name in (pictures, *source, *human)]
-        find = self._local(names) if self.config.data_dir else self._download(names, dl_manager)
+        if self.config.data_dir:
+            parts, find = self._local(parts)
+        else:
+            names = [name for pictures, source, human in parts.values() for name in (pictures, *source, *human)]
+            find = self._download(names, dl_manager)
         return {split: self._rows_of(split, language, *files, find) for split, files in parts.items()}
 
     def _files(self, split: str, task: int, language: str) -> tuple[str, list[str], list[str]]:
@@ -102,15 +105,22 @@ class Multi30k(TextFilesBuilder):
             )
         return pictures, source, []
 
-    def _local(self, names: list[str]) -> Callable[[str], Path]:
+    def _local(self, parts: dict[str, tuple]) -> tuple[dict[str, tuple], Callable[[str], Path]]:
+        """The splits that the folder has any captions of, whose other files must be there too; and what finds them."""
         root = Path(self.config.data_dir)
         root = root if (root / "task1").is_dir() or (root / "task2").is_dir() else root / "data"
+        held = {
+            split: (pictures, source, human)
+            for split, (pictures, source, human) in parts.items()
+            if any((root / name).is_file() for name in (*source, *human))
+        }
+        names = [name for pictures, *others in (held or parts).values() for name in (pictures, *sum(others, []))]
         if missing := [name for name in names if not (root / name).is_file()]:
             raise FileNotFoundError(
                 f"{self.config.data_dir} lacks {len(missing)} of {len(names)} files of {self.config.name}, the first "
                 f"{missing[0]}: name the folder that holds task1 and task2 (upstream: {self.HOMEPAGE})"
             )
-        return lambda name: root / name
+        return held, lambda name: root / name
 
     def _download(self, names: list[str], dl_manager) -> Callable[[str], Path]:
         if (

@@ -26,9 +26,9 @@ from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrRetrie
 from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.export import onnx as export_onnx
 from modeling_nrccr.publishing.sentence_transformers_files import write_sentence_transformers_files
-from modeling_nrccr.retrieval import search
 from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
 from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
+from modeling_nrccr.retrieval.search import search
 from modeling_nrccr.serving import service as serve
 
 
@@ -175,9 +175,8 @@ class Examined:
 
     def served(self) -> float:
         """Embeddings over HTTP; and the hits of a search in the index that the base made before."""
-        arguments = [self.folder, f"--language={LANGUAGE}={self.step}", f"--index={self.index}"]
         with mock.patch.object(serve.uvicorn, "run") as run:  # as it is typed, but for the socket
-            serve.main(arguments)
+            serve.serve(self.folder, str(self.index), languages=[f"{LANGUAGE}={self.step}"])
         with TestClient(run.call_args.args[0], base_url="http://127.0.0.1") as client:
             answer = client.post("/embed", json={"texts": self.sample}).raise_for_status().json()
             hits = client.post("/search", json={"text": self.sample[0], "k": 5}).raise_for_status().json()["hits"]
@@ -190,7 +189,7 @@ class Examined:
         return [hit.id for hit in index.search(query, k)]
 
     def searched(self, images: torch.Tensor, ids: list[str]) -> float:
-        """The index that the base made before, against a product of embeddings; and search.py on it."""
+        """The index that the base made before, against a product of embeddings; and a search of it."""
         retriever, worst = NrccrRetriever.load(self.index, self.model, self.processor), 0.0
         row = {name: number for number, name in enumerate(ids)}
         for text, embed in zip(self.sample, self.embeds):
@@ -198,7 +197,7 @@ class Examined:
             worst = max(worst, *(abs(hit.score - float(scores[row[hit.id]])) for hit in hits))
             worst = max(worst, abs(hits[0].score - float(scores.max())))
         with self.saved() as folder:
-            search.main(["--model", folder, "--index", str(self.index), "--query", self.sample[0]])
+            search(self.sample[:1], self.index, model=folder)
         return worst
 
 

@@ -82,11 +82,11 @@ def write_captions(path: Path):
 
 def index_pictures(name: str, pictures: Path, index: Path):
     from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrRetriever
-    from modeling_nrccr.retrieval import indexer as index_gallery
+    from modeling_nrccr.retrieval.indexer import index_folder
 
     base = str(base_folder(name))
     if name != "embedding_gemma2":
-        return index_gallery.main(["--model", base, "--gallery", str(pictures), "--index", str(index)])
+        return index_folder(base, pictures, index)
     retriever = NrccrRetriever(NrccrModel.from_dual_encoder(base), NrccrProcessor.from_dual_encoder(base))
     names = sorted(path.name for path in pictures.iterdir())
     retriever.add_embeds(pictures_of_nrccr("test"), names)

@@ -93,7 +93,8 @@ def load_caption_dataset(
     the builders' columns; `my_module:MyBuilder` is one of your own. What stands before the language in a
     configuration's name comes after a colon: `multi30k:task1`; and which file of a folder with several is meant:
     `caption_files:captions.csv`. `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`:
-    more options of the builder. `parquet`: what `nrccr translate` wrote into `data_dir`. A file of captions, or the folder of either: its path.
+    more options of the builder. `parquet`: what `nrccr translate` wrote into `data_dir`. A file of captions, or the
+    folder of either: its path.
 
     Raises ValueError for an unknown name or language, and where [`check_ids`] does.
     """

@@ -320,10 +320,12 @@ def languages_to_ask(
 
 
 def choose_split(splits: dict[str, "Dataset"], split: str | None) -> tuple[str, "Dataset"]:
-    """Return a split and its rows: the one that is named, else the test, else the only one."""
-    name = split or ("test" if "test" in splits or len(splits) != 1 else next(iter(splits)))
-    if name not in splits:
-        raise ValueError(f"No split {name!r}; there are {', '.join(splits)}.")
+    """Return a split and its rows: the one that is named, else the test, else the only one. Raises ValueError where
+    that one is not there, or empty."""
+    held = [name for name, rows in splits.items() if len(rows)]
+    name = split or ("test" if "test" in held or len(held) != 1 else held[0])
+    if name not in held:
+        raise ValueError(f"No split {name!r}; there are {', '.join(held) or 'none with rows'}.")
     return name, splits[name]
 
 

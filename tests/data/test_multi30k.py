@@ -19,6 +19,7 @@ from datasets_scripts import multi30k
 from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.reading.debian import FetchError
 from datasets_scripts.tools.verify import verify
+from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.training import run as train
 from modeling_nrccr.translation.base import Translator
 from modeling_nrccr.translation.engines import ENGINES
@@ -188,6 +189,22 @@ def test_the_folder_may_be_the_upstream_repository(folder, tmp_path):
         build(tmp_path / "repository")
 
 
+def test_a_folder_of_one_test_set_alone(folder, tmp_path):
+    for path in [*folder.glob("task1/raw/*"), *folder.glob("task1/image_splits/*")]:
+        if not path.name.startswith("test_2016"):
+            path.unlink()
+    assert {name: len(rows) for name, rows in build(folder).items() if len(rows)} == {"test": 4}
+    found = load_caption_dataset("multi30k:task1", "de", data_dir=str(folder))
+    assert len(found["train"]) == 0 and found["test"]["target_caption"][1] == "red de test_2016_flickr 1"
+    (folder / "task1/image_splits/test_2016_flickr.txt").unlink()  # of a split that is there in part
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 3 files of task1-de, the first task1/image_splits/test"):
+        build(folder)
+    for path in folder.glob("task1/raw/*.gz"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks 18 of 18 files of task1-de"):
+        build(folder)
+
+
 def broken_caption_files():
     whole = gzip.compress("".join(f"eins {i}\n" for i in range(9)).encode(), mtime=0)
     yield "truncated", whole[:-12], r"train\.de\.gz: damaged after line \d"
@@ -333,9 +350,9 @@ def test_the_numbers_in_the_docs_are_those_of_the_run():
 
 
 @real
-def test_the_real_text(capsys):
-    assert not verify("multi30k", str(REAL), ["task1-cs"])[1]
-    assert "29000 of 29000    29000 of 29000" in capsys.readouterr().out
+def test_the_real_text():
+    table, problems = verify("multi30k", str(REAL), ["task1-cs"])
+    assert not problems and "29000 of 29000    29000 of 29000" in "\n".join(table)
     row = next(iter(Multi30k(config_name="task1-cs", data_dir=REAL).as_streaming_dataset()["test"]))
     assert row["image_id"] == "flickr30k/1007129816" and row["source_caption"] is None
     assert row["target_caption"] == "Muž v oranžovém klobouku na něco zírá."

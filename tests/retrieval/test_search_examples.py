@@ -212,8 +212,8 @@ def test_an_index_that_says_nonsense_of_its_model_is_refused(checkpoint, tmp_pat
 
 def test_a_search_imports_what_it_uses(checkpoint, tmp_path):
     index = index_of(checkpoint, tmp_path)
-    script = "import json, sys; from modeling_nrccr.cli.main import main; main(sys.argv[1:]); print(json.dumps"
-    command = [sys.executable, "-c", f"{script}([*sys.modules]))", "search", index, "gato", "can"]
+    script = "import json, sys; sys.argv[0] = 'nrccr'; from modeling_nrccr.cli.main import main; main(sys.argv[1:]); "
+    command = [sys.executable, "-c", f"{script}print(json.dumps([*sys.modules]))", "search", index, "gato", "can"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     *lines, modules = result.stdout.splitlines()
@@ -477,10 +477,10 @@ def test_the_language_of_the_queries_is_known_or_asked_for(checkpoint, splits, t
     assert evaluate_retrieval.languages_to_ask("a", [], [], model) == ["ca"]
     assert evaluate_retrieval.languages_to_ask("a", ["gl"], [], model) == ["gl"]
     assert evaluate_retrieval.languages_to_ask("a", [], ["base", "gl=x", "gl"], model) == ["gl"]
-    assert evaluate_retrieval.choose_split({"test_2016": 1}, None) == ("test_2016", 1)
-    assert evaluate_retrieval.choose_split({"dev": 1, "test": 2}, None) == ("test", 2)
+    assert evaluate_retrieval.choose_split({"test": "", "test_2016": "a"}, None) == ("test_2016", "a")
+    assert evaluate_retrieval.choose_split({"dev": "a", "test": "b"}, None) == ("test", "b")
     with pytest.raises(ValueError, match="No split 'test'; there are dev, train"):
-        evaluate_retrieval.choose_split({"dev": 1, "train": 2}, None)
+        evaluate_retrieval.choose_split({"dev": "a", "train": "b", "test": ""}, None)
 
 
 def test_the_split_seed_is_that_of_the_training(tmp_path, capsys):

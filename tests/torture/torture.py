@@ -31,7 +31,7 @@ from accelerate import PartialState
 from modeling_nrccr import FeatureCache
 from modeling_nrccr.export import onnx as export_onnx
 from modeling_nrccr.languages import LANGUAGE_FILE
-from modeling_nrccr.retrieval import indexer as index_gallery
+from modeling_nrccr.retrieval import indexer
 from modeling_nrccr.retrieval.index_faiss import FaissIndex
 from modeling_nrccr.translation.cache import CachedTranslator
 from tests.retrieval.test_retriever import ColorModel, ColorProcessor
@@ -107,7 +107,7 @@ class Activity:
 
 
 class Indexing(Activity):
-    """`index_gallery.py`: what the index holds of each file."""
+    """`nrccr index`: what the index holds of each file."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -120,11 +120,10 @@ class Indexing(Activity):
             self.drawn += 1
             write_picture(self.gallery / f"{self.drawn}.png", self.drawn)
         write_picture(self.gallery / "1.png", 10**6 + number)  # changed
-        self.new = {path.name: index_gallery.content_hash(path) for path in self.gallery.iterdir()}
+        self.new = {path.name: indexer.content_hash(path) for path in self.gallery.iterdir()}
 
     def run(self):
-        arguments = ["--gallery", str(self.gallery), "--index", str(self.index)]
-        index_gallery.main([*arguments, "--shard_size", "3", "--batch_size", "2"])
+        indexer.index_folder("colours", self.gallery, self.index, shard_size=3, batch_size=2)
 
     def state(self) -> dict[str, str] | None:
         if not (self.index / "index.json").exists():
@@ -308,7 +307,7 @@ def drawn_index(name: str, count: int) -> FaissIndex:
 
 
 def writer_rounds(folder: Path, generator: random.Random, rounds: int, log: Path) -> Counter:
-    """Two processes that save into one index folder, and two runs of `index_gallery.py` on one index."""
+    """Two processes that save into one index folder, and two runs of `nrccr index` on one index."""
     found = Counter()
     indexing = Indexing(folder / "gallery", generator)
     for number in range(rounds):
@@ -365,7 +364,7 @@ def main():
     faiss.omp_set_num_threads(1)
     PartialState(cpu=True)
     model, processor = ColorModel(), ColorProcessor()
-    index_gallery.load_model = lambda name: (model, processor)
+    indexer.load_with_languages = lambda *_: (model, processor)
     ok = True
     with tempfile.TemporaryDirectory() as work:
         work, log = Path(work), Path(work, "log")

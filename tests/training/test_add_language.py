@@ -15,14 +15,14 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrTrainer, encode_images, encode_texts
+from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.cli import add_language as command
 from modeling_nrccr.data.captions import read_captions
 from modeling_nrccr.data.trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split
 from modeling_nrccr.languages import LANGUAGE_FILE
 from modeling_nrccr.publishing import push as push_to_hub
 from modeling_nrccr.publishing.verdicts import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED
-from modeling_nrccr.training import add_language
+from modeling_nrccr.training import add_language, losses
 from modeling_nrccr.training.examination import merge_reports, verdict
 from tests.support import tiny_model
 
@@ -296,8 +296,8 @@ def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, 
 
 def test_a_language_that_learned_nothing_is_an_error(files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = NrccrTrainer.feature_distillation
-    monkeypatch.setattr(NrccrTrainer, "feature_distillation", lambda *args: 0 * whole(*args))
+    whole = losses.FeatureDistillation.forward
+    monkeypatch.setattr(losses.FeatureDistillation, "forward", lambda *args: 0 * whole(*args))
     with pytest.raises(ValueError, match="nothing was learnt"):
         run(files, tmp_path / "gl")
     assert not (tmp_path / "gl").exists()

@@ -190,7 +190,7 @@ def test_a_tokenizer_that_ignores_lower_casing_is_refused(encoders, tmp_path):
         (["--triplet_loss_weight=1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
         ([], {"triplet_loss_weight": 1.0}, "triplet_loss_weight is now losses: {triplet: ...}"),
         (["--adapter_kind", "lora"], {}, "--adapter_kind is now adapter: {kind: ...}"),
-        (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now discriminator_weight"),
+        (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now --discriminator_weight"),
     ],
 )
 def test_an_old_field_answers_with_the_new_one(arguments, settings, answer):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
+from modeling_nrccr.cli import evaluate
 from modeling_nrccr.training import run as train
 from modeling_nrccr.training.extract_features import extract_features
 from tests.support.upstream_formats import write_binary_features, write_lines, write_webp
@@ -100,12 +100,11 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     assert report["settings"]["media"] == "video" and (tmp_path / "out/search.png").exists()
     assert "videos=[[Image.new" in (tmp_path / "out/README.md").read_text()
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
-        tower = {"vision_encoder": encoders / "vision", "visual_encoder_output": "projected"}
+        tower = {"vision_encoder": str(encoders / "vision"), "visual_encoder_output": "projected"}
         for more in (["--visual_feature", "none"], ["--visual_feature", "clip"]):
-            names = {"model": "out", "data_dir": "", "output": "again.json"}
-            arguments = [part for key, value in names.items() for part in (f"--{key}", tmp_path / value)]
-            arguments += ["--dataset", "vatex", "--target", "zh", "--num_frames", 3, *more]
-            evaluate_retrieval.main(list(map(str, arguments)))
+            arguments = [tmp_path / "out", "--data_dir", tmp_path, "--output", tmp_path / "again.json"]
+            arguments += ["--data", "vatex", "--query_language", "zh", "--num_frames", 3, *more]
+            evaluate.main(list(map(str, arguments)))
             assert json.loads((tmp_path / "again.json").read_text())["test"] == pytest.approx(report["test"])
             if not (tmp_path / "FeatureData").exists():
                 extract_features(tmp_path / "videos", tmp_path / "FeatureData/clip", num_frames=3, **tower)
