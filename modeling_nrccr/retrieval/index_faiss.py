@@ -48,7 +48,8 @@ POINTS_A_LIST = 64  # for k-means; faiss warns below 39, and its own limit of 25
 
 class FaissIndex:
     """
-    Rows of an id, an L2-normalised embedding and metadata; see [`GalleryIndex`] for the methods.
+    An index in memory or in a folder, by faiss. Rows of an id, an L2-normalised embedding and metadata;
+    see [`GalleryIndex`] for the methods.
 
     Args:
         dim: width of the embeddings.

@@ -34,8 +34,8 @@ LOADING_SECONDS = 60  # a server that was started again builds what it had not f
 
 class MilvusIndex:
     """
-    Rows of an id, an L2-normalised embedding and metadata; see [`GalleryIndex`] for the methods. What is added is
-    stored at once.
+    An index in Milvus, a server or a file. Rows of an id, an L2-normalised embedding and metadata; see
+    [`GalleryIndex`] for the methods. What is added is stored at once.
 
     Args:
         uri: `FOLDER.db` (Milvus Lite; one process at a time), or the address of a server.

@@ -11,23 +11,12 @@ from pathlib import Path
 
 from .base import TranslationError, Translator, file_fingerprint
 from .language_codes import standard_code
-
-
-# Apertium's data in Debian: a package is named by its two languages.
-_DEBIAN_PACKAGES = [
-    f"apertium-{pair}"
-    for pair in (
-        "afr-nld arg-cat bel-rus br-fr cat-ita cat-srd en-gl eng-cat eng-spa eo-ca eo-en eo-es eo-fr es-gl es-pt "
-        "es-ro eu-en eu-es fr-es fra-cat fra-frp hbs-eng hbs-mkd hbs-slv ind-zlm isl-eng isl-swe mkd-bul mkd-eng "
-        "nno-nob oc-ca oc-es oci-fra pol-szl por-cat pt-gl rus-ukr spa-arg spa-ast spa-cat spa-ita srd-ita swe-dan "
-        "urd-hin"
-    ).split()
-]
+from .pairs import APERTIUM
 
 
 def debian_package(source: str, target: str) -> str:
     """The Debian package of an Apertium pair, given as ISO 639-1 codes."""
-    packages = {frozenset(map(standard_code, name.split("-")[1:])): name for name in _DEBIAN_PACKAGES}
+    packages = {frozenset(map(standard_code, pair.split("-"))): f"apertium-{pair}" for pair in APERTIUM}
     pair = frozenset(map(standard_code, (source, target)))
     if pair not in packages:
         known = ", ".join(sorted("-".join(sorted(other)) for other in packages if other & pair)) or "none with either"
