@@ -5,8 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint install clean
 
 demo: $(VENV)/installed  ## nothing -> a trained picture search in outputs/demo
-	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
-		--dynamo_backend no --num_cpu_threads_per_process $$(nproc) examples/train.py --config examples/configs/demo.yaml
+	OMP_NUM_THREADS=$$(nproc) $(BIN)/nrccr train --recipe demo
 
 test: $(VENV)/installed  ## the fast suite
 	$(BIN)/python -m pytest

@@ -15,7 +15,7 @@ BLOCK = block("results")
 def results(report: dict) -> str:
     """The table and the sentence above it."""
     from modeling_nrccr.publishing.tables import format_markdown
-    from modeling_nrccr.training.experiment import report_rows
+    from modeling_nrccr.training.run import report_rows
 
     s, pictures = report["settings"], report["settings"]["pictures"]
     table = format_markdown(report_rows(report))

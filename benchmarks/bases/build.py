@@ -43,7 +43,6 @@ from transformers import (
     set_seed,
 )
 
-from benchmarks import ROOT
 from benchmarks.bases import tokenizers as kinds
 from modeling_nrccr import NrccrModel, NrccrProcessor
 from modeling_nrccr.data.load import load_caption_dataset
@@ -318,10 +317,9 @@ def english_sum_recall(model: PreTrainedModel, tokenizer, image_processor) -> fl
 
 def build_nrccr(folder: Path, seed: int) -> float:
     """Runs the recipe of our own English base."""
-    from modeling_nrccr.training import experiment as recipe
+    from modeling_nrccr.training.run import train_recipe
 
-    config = ROOT / "modeling_nrccr/recipes/english.yaml"
-    recipe.main([f"--config={config}", f"--output_dir={folder}", f"--seed={seed}", "--disable_tqdm=true"])
+    train_recipe("english", output_dir=folder, seed=seed, disable_tqdm=True)
     model, processor = NrccrModel.from_pretrained(folder).eval(), NrccrProcessor.from_pretrained(folder)
     captions, pictures = captioned("test")
     texts, images = encode_texts(model, captions, processor), encode_images(model, pictures, processor)

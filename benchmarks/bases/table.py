@@ -29,17 +29,16 @@ from modeling_nrccr.publishing.tables import markdown_table
 
 WORK, PAGE, REPORT = ROOT / "outputs/bases", ROOT / "docs/bases.md", ROOT / "docs/bases.json"
 FOUND = "found.json"  # in the folder of a base
-CONFIGS = ROOT / "modeling_nrccr/recipes"
 STEPS = {
     "linear": [],
-    "lora": [f"--config={CONFIGS / 'recommended.yaml'}", "--lexicon=none"],
+    "lora": ["--recipe=recommended", "--lexicon=none"],
     "pictures": [
-        f"--config={CONFIGS / 'add_language_pictures.yaml'}",
+        "--recipe=pictures",
         "--kind=lora",
         "--rank=32",
         "--num_train_epochs=3",
     ],
-    "several": ["--target_language=gl,ca"],
+    "several": ["--language=gl,ca"],
     "text_encoder": ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "],
 }
 HEADS = {
@@ -97,11 +96,12 @@ def add(name: str, step: str, work: Path):
     """One run of add_language.py, as it is typed."""
     from modeling_nrccr.training import add_language
 
-    data = [f"--dataset={DATASET}"]
+    data = [f"--data={DATASET}"]
     if name == "embedding_gemma2":
-        data = [f"--captions={work.parent / 'captions.txt'}"]
-    given = ["--target_language=gl", f"--base={base_folder(name)}", f"--output_dir={work / step}"]
-    add_language.main([*data, *given, "--disable_tqdm=true", *STEPS[step]])
+        data = [f"--data={work.parent / 'captions.txt'}"]
+    given = [str(base_folder(name)), "--language=gl", f"--output_dir={work / step}"]
+    flags = [*data, *given, "--disable_tqdm=true", *STEPS[step]]
+    add_language.run(*add_language.parse_arguments(flags))
 
 
 def attempt(call: Callable, log: Path) -> str | None:

@@ -28,12 +28,11 @@ DATASET, LANGUAGES, SPLITS = "tuxpaint+cldr_emoji", ("gl", "ca", "es", "cs"), (1
 NAMES = {"gl": "Galician", "ca": "Catalan", "es": "Spanish", "cs": "Czech"}
 WORK = ROOT / "outputs/english_text_encoder"
 RESULTS, PAGE = records.RESULTS / "english_text_encoder.jsonl", ROOT / "docs/english_text_encoders.md"
-CONFIGS = ROOT / "modeling_nrccr/recipes"
 ENGINES = (
     "gl=apertium,apertium+es+apertium;ca=apertium,apertium+es+apertium;es=apertium,apertium+ca+apertium;cs=dictionary"
 )
 # four languages in one adapter: an epoch shows it as many pairs as three of one language
-RECOMMENDED = [f"--config={CONFIGS / 'recommended.yaml'}", "--num_train_epochs=1"]
+RECOMMENDED = ["--recipe=recommended", "--num_train_epochs=1"]
 NEW_SIDE = ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "]
 ROWS = {
     "new_linear": ("another text encoder beside it (e5), linear adapter", [*NEW_SIDE, f"--translator={ENGINES}"]),
@@ -55,19 +54,17 @@ ROWS = {
 
 def train_base(split: int) -> Path:
     """Return the folder of the English-only base of a split, trained where it is not there."""
-    from modeling_nrccr.training import experiment as train
+    from modeling_nrccr.training.run import train_recipe
 
     folder = WORK / f"base-{split}"
     if not (folder / "metrics.json").exists():
-        train.main(
-            [
-                f"--config={CONFIGS / 'english.yaml'}",
-                "--text_encoder=all-MiniLM-L6-v2",
-                "--text_prefix=",
-                f"--split_seed={split}",
-                f"--output_dir={folder}",
-                "--overwrite=true",
-            ]
+        train_recipe(
+            "english",
+            text_encoder="all-MiniLM-L6-v2",
+            text_prefix="",
+            split_seed=split,
+            output_dir=folder,
+            overwrite=True,
         )
     return folder
 
@@ -105,15 +102,8 @@ def run(row: str, split: int) -> dict:
     folder, own = WORK / f"{row}-{split}", add_language.Examination
     add_language.Examination = Examination
     try:
-        add_language.main(
-            [
-                *arguments,
-                f"--base={train_base(split)}",
-                f"--dataset={DATASET}",
-                f"--output_dir={folder}",
-                f"--target_language={','.join(LANGUAGES)}",
-            ]
-        )
+        given = [f"--output_dir={folder}", f"--data={DATASET}", f"--language={','.join(LANGUAGES)}"]
+        add_language.run(*add_language.parse_arguments([str(train_base(split)), *arguments, *given]))
     finally:
         add_language.Examination = own
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))

@@ -69,7 +69,7 @@ class Runner:
         import transformers
         from safetensors.torch import load_file, save_file
 
-        from modeling_nrccr.training.experiment import parse_arguments
+        from modeling_nrccr.training.run import parse_arguments
 
         start, row = time.perf_counter(), self.study.rows[run.row]
         fixed = {
@@ -84,7 +84,7 @@ class Runner:
             "logging_strategy": "no",
             "use_cpu": not torch.accelerator.is_available(),
         }
-        experiment = self.experiment(parse_arguments(["--config", str(ROOT / self.study.config)], **settings | fixed))
+        experiment = self.experiment(parse_arguments(["--recipe", str(ROOT / self.study.config)], **settings | fixed))
         args = experiment.args
         teacher = None
         if row.teacher:
@@ -178,22 +178,23 @@ class Runner:
         """Training captions (and words) in the languages of `row.learns_from`, by their translators, as many of each;
         and captions to choose by: of these languages where the run's is one of them, else its own."""
         from modeling_nrccr.data.load import balance
-        from modeling_nrccr.training.experiment import parse_arguments
+        from modeling_nrccr.training.run import parse_arguments
 
         train, held_out = [], []
         for language, translator in row.learns_from.items():
-            of_language = settings | {"target_language": language, "translator": translator}
-            experiment = self.experiment(parse_arguments(["--config", str(ROOT / self.study.config)], **of_language))
+            of_language = settings | {"language": language, "translator": translator}
+            experiment = self.experiment(parse_arguments(["--recipe", str(ROOT / self.study.config)], **of_language))
             train.append(experiment.rows["train"].to_list() + experiment.lexicon)
             held_out += experiment.rows["validation"].to_list()
         return balance(train, run.seed), held_out if run.language in row.learns_from else validation
 
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
         """Rows with the base's embeddings of their source captions, which no step then computes again."""
+        from modeling_nrccr.training.experiment import build_model
         from modeling_nrccr.training.teacher import add_teacher_embeds as teach
 
         model = self.trained(experiment, run, base)
-        cache = experiment.cached(model, experiment.model.build(experiment.encoders)[1])
+        cache = experiment.cached(model, build_model(experiment.model, experiment.encoders)[1])
         cache.add_texts(row["source_caption"] for row in rows)
         return teach([dict(row) for row in rows], model, cache)
 
@@ -208,11 +209,11 @@ class Runner:
         """The model of another row's run, for use as a teacher."""
         from safetensors.torch import load_file
 
-        from modeling_nrccr.training.experiment import parse_arguments
+        from modeling_nrccr.training.run import parse_arguments
 
         path = self.needed(run, row)
         settings = self.study.run_settings(replace(run, row=row, point=None))
-        model = parse_arguments(["--config", str(ROOT / self.study.config)], **settings)[1]
+        model = parse_arguments(["--recipe", str(ROOT / self.study.config)], **settings)[1]
         own, experiment.model = experiment.model, model
         teacher, _ = experiment.build(experiment.args)
         experiment.model, self.encoders = own, experiment.encoders

@@ -193,7 +193,7 @@ class Study:
         row = self.rows[run.row]
         point = self.grid[self.chosen(run.row) if run.point is None else run.point]
         adapter = {"train_language": row.trained_in or run.language} if row.adapter else {}
-        own = adapter | {"target_language": run.language, "split_seed": run.split_seed, "seed": run.seed}
+        own = adapter | {"language": run.language, "split_seed": run.split_seed, "seed": run.seed}
         settings = self.settings | point | row.settings | self.conditions[run.condition] | own
         return {
             key: value[run.language] if isinstance(value, dict) and key not in MAPPINGS else value

@@ -7,15 +7,18 @@ Ctrl+C, 141 where nobody reads the output any more.
 
 import argparse
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 
 from datasets_scripts.reading.debian import FetchError
 
 from ..recipes.limits import number
+from ..training.launch import WORKER
 
 
 class Stopped(SystemExit):
@@ -45,6 +48,43 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
+class RecipeParser(Parser):
+    """
+    Reads what a command has beside the fields of its recipe, which `parse_fields` reads (`parse_known_args` leaves
+    them); `--help` lists the fields of the dataclasses.
+    """
+
+    def __init__(self, name: str, description: str, *classes: type, usage: str | None = None, epilog: str = ""):
+        everything = "Every field of transformers.TrainingArguments is an option too: --help_all lists all."
+        super().__init__(
+            prog=f"nrccr {name}",
+            description=description,
+            epilog=f"{epilog} {everything}".strip(),
+            usage=usage or f"nrccr {name} [options]",
+            formatter_class=Help,
+            allow_abbrev=False,
+        )
+        self.classes = classes
+        self.add_argument("--help_all", action="store_true", help="list those of training too")
+
+    def format_help(self) -> str:
+        for part in self.classes:
+            group = self.add_argument_group(part.__doc__.rstrip("."))
+            for field in fields(part):
+                if field.init:
+                    default = argparse.SUPPRESS if field.default in (None, "") else field.default
+                    text = field.metadata["help"].replace("%", "%%")
+                    group.add_argument(f"--{field.name}", metavar=_kind(field.type), default=default, help=text)
+        self.classes = ()
+        return super().format_help()
+
+
+def _kind(annotation: object) -> str:
+    """Return how `--help` calls the values of a field."""
+    names = {"bool": "true|false", "int": "N", "float": "X", "str": "TEXT"}
+    return next(word for name, word in names.items() if name in str(annotation))
 
 
 class _Renamed(argparse.Action):
@@ -100,6 +140,7 @@ def command(kept: str = "nothing was kept: run it again to begin anew") -> Calla
         def wrapped(*args, **kwargs):
             sys.excepthook = sys.__excepthook__
             show_what_can_be()
+            show_progress()
             try:
                 try:
                     return main(*args, **kwargs)
@@ -124,9 +165,9 @@ def stopped(error: BaseException, kept: str) -> Stopped:
         line, code = f"stopped, because nobody reads the output any more; {kept}", 141
     else:
         line, code = f"error: {error}", 2
-    if sys.stderr:
+    if sys.stderr and not os.environ.get(WORKER):
         print(line, file=sys.stderr, flush=True)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last, and `start_processes` alone
         Path(report).write_text(json.dumps({"message": line}), encoding="utf-8")
     return Stopped(line, code)
 
@@ -139,6 +180,22 @@ def nobody_reads() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
     return False
+
+
+class _Progress(logging.Handler):
+    """Shows what the package says while it works, beside what a command prints: on standard error as it is now."""
+
+    def emit(self, record: logging.LogRecord):
+        if sys.stderr:
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_progress():
+    """Show what the package says, once in all processes of a run; its warnings are shown of each."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    logger.setLevel(logging.WARNING if int(os.environ.get("RANK", 0)) else logging.INFO)
+    if not any(isinstance(handler, _Progress) for handler in logger.handlers):
+        logger.addHandler(_Progress())
 
 
 def show_what_can_be():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
+from transformers.utils import logging
 
 from datasets_scripts.animated_emoji import AnimatedEmoji
 from datasets_scripts.caption_files import CaptionFiles
@@ -31,6 +32,7 @@ from ..translation.engines import split_engines
 from .collator import MEDIA_COLUMNS
 
 
+logger = logging.get_logger(__name__)
 BUILDERS = {
     "tuxpaint": Tuxpaint,
     "cldr_emoji": CldrEmoji,
@@ -54,7 +56,7 @@ def find_font(data_dir: str | None = None) -> Path | None:
     try:
         (folder,) = find_data({"fonts-dejavu-core": "usr/share/fonts/truetype/dejavu"}, data_dir)
     except (FetchError, FileNotFoundError) as error:
-        print(f"search.png will lack accents: {error}")
+        logger.warning(f"search.png will lack accents: {error}")
         return None
     return folder / "DejaVuSans.ttf"
 
@@ -67,6 +69,17 @@ class StillPicture(datasets.Image):
 
     def __eq__(self, other) -> bool:  # a column like any of pictures, to what compares or joins data sets
         return isinstance(other, datasets.Image) and vars(self) == vars(other)
+
+
+def find_source(name: str, data_dir: str | None) -> tuple[str, str | None]:
+    """Return the name and the folder of a data set: of a file of captions, or of a folder that has one or that
+    `nrccr translate` wrote, as of names that are known."""
+    path = Path(name)
+    if name.partition("+")[0].partition(":")[0] in (*BUILDERS, "parquet") or not path.exists():
+        return name, data_dir
+    if path.is_file():
+        return f"caption_files:{path.name}", str(path.parent)
+    return "parquet" if (path / TRANSLATION_RECORD).is_file() else "caption_files", name
 
 
 def load_caption_dataset(
@@ -85,11 +98,11 @@ def load_caption_dataset(
     columns. What stands before the language in a configuration's name comes after a colon: `multi30k:task1`; and
     which file of a folder with several is meant: `caption_files:captions.csv`.
     `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`: more options of the builder.
-    `parquet`: what `translate.py` wrote into `data_dir`.
+    `parquet`: what `nrccr translate` wrote into `data_dir`. A file of captions, or the folder of either: its path.
 
     Raises ValueError for an unknown name or language, and where [`check_ids`] does.
     """
-    parts = []
+    parts, (name, data_dir) = [], find_source(name, data_dir)
     for part in name.split("+"):
         part, _, variant = part.partition(":")
         if part == "parquet":
@@ -126,9 +139,11 @@ def load_caption_dataset(
 def read_translated(
     data_dir: str | None, source_language: str, target_language: str, seed: int, target: str
 ) -> datasets.DatasetDict:
-    """The folder that `translate.py` wrote. Raises ValueError if it was asked for other languages or another split."""
+    """Return what `nrccr translate` wrote into a folder. Raises ValueError for other languages or another split."""
     if data_dir is None or not list(Path(data_dir).glob("data/*.parquet")):
-        raise ValueError(f"parquet needs data_dir, a folder that translate.py wrote; {data_dir} has no data/*.parquet")
+        raise ValueError(
+            f"parquet needs data_dir, a folder that `nrccr translate` wrote; {data_dir} has no data/*.parquet"
+        )
     if target != "translated":
         raise ValueError(f"{data_dir} is translated; {target} captions are in the data that it was made of")
     files = {}
@@ -210,9 +225,9 @@ def load_translated_dataset(
     if empty := [split for split in ("train", "validation", "test") if not len(dataset.get(split, ()))]:
         raise ValueError(f"{name} has no {' and no '.join(empty)} split here: see docs/datasets.md")
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.items())
-    print(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
+    logger.info(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
     if engine := translated_by(dataset, translator):
-        print(f"not translated here; the data came with translations by {engine.name}")
+        logger.info(f"not translated here; the data came with translations by {engine.name}")
         return dataset, engine
     start = time.perf_counter()
     pairs = [(source_language, target_language), (target_language, source_language)]
@@ -223,7 +238,7 @@ def load_translated_dataset(
         more = add_translations(train, other, source_language, target_language)
         dataset["train"] = datasets.concatenate_datasets([dataset["train"], more["train"]])
     engines[0].name = ", ".join(engine.name for engine in engines)
-    print(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")
+    logger.info(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")
     return dataset, engines[0]
 
 

@@ -218,7 +218,8 @@ def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, flo
     recipe = yaml.safe_load(STUDY_CONFIG.read_text(encoding="utf-8"))
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     own = settings | {name: config.get(name) for name in ("text_head", "visual_head", "projection_dim")}
-    same = ("dataset", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
+    own["data"] = settings["dataset"]
+    same = ("data", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
     what = "the same"

@@ -16,7 +16,6 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -38,7 +37,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..cli.common import command
 from ..data.load import load_caption_dataset
 from ..files import write_file, writing_weights
-from ..recipes.settings import RECIPES, option, parse_fields
+from ..recipes.fields import TranslatorArguments
+from ..recipes.settings import parse_fields
 from ..translation.base import Translator, one_line
 from ..translation.seq2seq import Seq2SeqTranslator
 from .checkpoints import checkpoint_directory, last_complete_checkpoint, mark_complete
@@ -54,7 +54,6 @@ except ImportError as error:
     ) from error
 
 
-CONFIG = RECIPES / "marian_en_cs.yaml"
 MAX_POSITIONS = 512
 SAMPLES = 5
 REPORTED = (
@@ -74,30 +73,9 @@ COSTS = "costs.json"  # in a checkpoint: seconds so far
 TRAINING = "training.json"  # what a run was and cost
 
 
-@dataclass
-class ScriptArguments:
-    """What is translated, and by how large a model."""
-
-    config: str = option(str(CONFIG), "YAML file with any of these fields.")
-    dataset: str = option("multi30k:task1", "Builders of datasets_scripts that have human captions in both languages.")
-    data_dir: str | None = option(None, "Folder of the data; fetched where it is not given.")
-    also_test_on: str | None = option(None, "More builders, whose test split is translated too.")
-    source_language: str = option("en", "Language of the captions that exist.")
-    target_language: str = option("cs", "Language that they are translated into.")
-    both_directions: bool = option(True, "One model for both ways; a source then begins with a tag such as '>>cs<<'.")
-    plain_rate: float = option(0.0, "Share of pairs without capital and full stop, as names and queries are written.")
-    vocab_size: int = option(6000, "Pieces of the vocabulary that both languages share.")
-    d_model: int = option(256, "Width of the model.")
-    layers: int = option(3, "Layers of the encoder, and of the decoder.")
-    ffn_dim: int = option(1024, "Width inside the feed-forward blocks.")
-    attention_heads: int = option(4, "Heads of each attention block.")
-    dropout: float = option(0.1, "Dropout on embeddings and after each block.")
-    overwrite: bool = option(False, "Replaces the checkpoints of an earlier run in the same output_dir.")
-
-
-def parse_arguments(arguments: list[str]) -> tuple[ScriptArguments, Seq2SeqTrainingArguments]:
+def parse_arguments(arguments: list[str]) -> tuple[TranslatorArguments, Seq2SeqTrainingArguments]:
     """The YAML file's fields, then the flags. Raises ValueError for a field that nobody knows."""
-    return parse_fields((ScriptArguments, Seq2SeqTrainingArguments), arguments, CONFIG, do_train=True)
+    return parse_fields((TranslatorArguments, Seq2SeqTrainingArguments), arguments, do_train=True)
 
 
 def write_json(path: Path, content: dict):
@@ -109,10 +87,10 @@ def language_tag(language: str) -> str:
     return f">>{language}<<"
 
 
-def caption_pairs(name: str, script: ScriptArguments, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
+def caption_pairs(name: str, script: TranslatorArguments, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
     """Human captions of each split, `(source, target)`. Raises ValueError for a caption that is no person's."""
     dataset = load_caption_dataset(
-        name, script.target_language, target="human", data_dir=data_dir, source_language=script.source_language
+        name, script.language, target="human", data_dir=data_dir, source_language=script.source_language
     )
     pairs = {}
     for split, rows in dataset.items():
@@ -139,15 +117,15 @@ def with_plain_forms(pairs: list[tuple[str, str]], rate: float, seed: int) -> li
     return [tuple(map(plain_caption, pair)) if generator.random() < rate else pair for pair in pairs]
 
 
-def directed(pairs: list[tuple[str, str]], script: ScriptArguments) -> list[tuple[str, str]]:
+def directed(pairs: list[tuple[str, str]], script: TranslatorArguments) -> list[tuple[str, str]]:
     """What the model reads and what it answers, in one direction or in both."""
     if not script.both_directions:
         return pairs
-    forth, back = language_tag(script.target_language), language_tag(script.source_language)
+    forth, back = language_tag(script.language), language_tag(script.source_language)
     return [(f"{forth} {a}", b) for a, b in pairs] + [(f"{back} {b}", a) for a, b in pairs]
 
 
-def train_tokenizer(texts: list[str], script: ScriptArguments) -> MarianTokenizer:
+def train_tokenizer(texts: list[str], script: TranslatorArguments) -> MarianTokenizer:
     """
     A sentencepiece model of both languages, in the layout of OPUS-MT: `</s>` is 0, `<unk>` is 1, tags follow the
     pieces, `<pad>` is last (CTranslate2's converter counts on that).
@@ -171,7 +149,7 @@ def train_tokenizer(texts: list[str], script: ScriptArguments) -> MarianTokenize
     except (RuntimeError, OSError) as error:
         raise ValueError(f"vocab_size={script.vocab_size} does not fit {len(texts)} captions: {error}") from error
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    tags = [script.target_language, script.source_language] if script.both_directions else []
+    tags = [script.language, script.source_language] if script.both_directions else []
     vocabulary = ["</s>", "<unk>", *(pieces.id_to_piece(i) for i in range(1, len(pieces)))]
     vocabulary += [*map(language_tag, tags), "<pad>"]
     with tempfile.TemporaryDirectory() as folder:
@@ -183,12 +161,12 @@ def train_tokenizer(texts: list[str], script: ScriptArguments) -> MarianTokenize
             Path(folder, "target.spm").as_posix(),
             Path(folder, "vocab.json").as_posix(),
             source_lang=script.source_language,
-            target_lang=script.target_language,
+            target_lang=script.language,
             model_max_length=MAX_POSITIONS,
         )
 
 
-def build_model(tokenizer: MarianTokenizer, script: ScriptArguments) -> MarianMTModel:
+def build_model(tokenizer: MarianTokenizer, script: TranslatorArguments) -> MarianMTModel:
     """A random model; its `generation_config` has beam 4 and never answers padding, as OPUS-MT's."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     layers = {
@@ -286,7 +264,7 @@ def find_checkpoint(args: Seq2SeqTrainingArguments, overwrite: bool) -> str | No
     return None
 
 
-def train(script: ScriptArguments, args: Seq2SeqTrainingArguments, pairs: dict) -> dict:
+def train(script: TranslatorArguments, args: Seq2SeqTrainingArguments, pairs: dict) -> dict:
     """Trains, saves the model with the best loss on validation into `output_dir`; what the run was and cost."""
     output_dir = Path(args.output_dir)
     args.output_dir = f"{output_dir}-checkpoints"
@@ -325,7 +303,7 @@ def train(script: ScriptArguments, args: Seq2SeqTrainingArguments, pairs: dict) 
     with writing_weights(output_dir):
         model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    hidden = {"config", "data_dir", "overwrite"}
+    hidden = {"recipe", "data_dir", "overwrite"}
     return {
         "parameters": model.num_parameters(),
         "pairs": {split: len(of_split) for split, of_split in pairs.items()},
@@ -361,7 +339,9 @@ def translate_all(engine: Translator, texts: list[str], source: str, target: str
     return [answers[line] for line in lines]
 
 
-def evaluate(script: ScriptArguments, model_dir: Path, test_sets: dict[str, list[tuple[str, str]]], seed: int) -> dict:
+def evaluate(
+    script: TranslatorArguments, model_dir: Path, test_sets: dict[str, list[tuple[str, str]]], seed: int
+) -> dict:
     """
     Translates each test set greedily and by 4 beams.
 
@@ -369,7 +349,7 @@ def evaluate(script: ScriptArguments, model_dir: Path, test_sets: dict[str, list
         `dict`: `scores[direction][test set]["greedy" or "beam_4"]`, and `samples`: per direction, of each test set
         five captions drawn at random with their answers by beams.
     """
-    ways = [(script.source_language, script.target_language)]
+    ways = [(script.source_language, script.language)]
     ways += [ways[0][::-1]] if script.both_directions else []
     scores, samples = {}, {}
     for decoding, num_beams in (("greedy", 1), ("beam_4", 4)):
@@ -412,7 +392,7 @@ def main(arguments: list[str] | None = None):
     output_dir = Path(args.output_dir)
     if not args.do_train and not (output_dir / TRAINING).is_file():
         raise ValueError(f"{output_dir} holds no {TRAINING}, so no engine trained by this script; train one first")
-    pairs = caption_pairs(script.dataset, script, script.data_dir)
+    pairs = caption_pairs(script.data, script, script.data_dir)
     test_sets = {split: of_split for split, of_split in pairs.items() if split != "train"}
     if script.also_test_on:
         test_sets[script.also_test_on] = caption_pairs(script.also_test_on, script, None)["test"]

@@ -13,8 +13,9 @@ from transformers import TrainingArguments
 from modeling_nrccr.cli.common import command, parser, renamed
 from modeling_nrccr.cli.main import COMMANDS
 from modeling_nrccr.cli.main import main as cli
+from modeling_nrccr.recipes.fields import ModelArguments
 from modeling_nrccr.recipes.settings import as_flags, given_flags
-from modeling_nrccr.training.experiment import ModelArguments, parse_arguments
+from modeling_nrccr.training.run import parse_arguments
 from tests.support import ROOT
 
 

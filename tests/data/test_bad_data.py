@@ -19,8 +19,10 @@ from datasets_scripts.reading.features import open_features
 from datasets_scripts.reading.splits import check_ids
 from datasets_scripts.tuxpaint import Tuxpaint
 from modeling_nrccr import FeatureCache
+from modeling_nrccr.cli import train as train_command
 from modeling_nrccr.data.load import load_caption_dataset
-from modeling_nrccr.training import experiment as train
+from modeling_nrccr.training import experiment
+from modeling_nrccr.training import run as train
 from tests.data.test_datasets import fake_apt  # noqa: F401
 from tests.support import tiny_model
 from tests.training.test_train_example import Engine, encoders, toy_dataset  # noqa: F401
@@ -50,7 +52,7 @@ def broken_files(tmp_path, monkeypatch):
     rows = dataset["test"].to_list()  # another caption of a broken picture
     rows.append(rows[2] | {"caption_id": "test2#1"})
     dataset["test"] = Dataset.from_list(rows, features=dataset["test"].features)
-    monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (dataset, Engine()))
+    monkeypatch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: (dataset, Engine()))
     return dataset
 
 
@@ -71,8 +73,9 @@ def flags(encoders, output, **changes) -> list[str]:  # noqa: F811
 
 
 def test_training_leaves_out_pictures_that_cannot_be_read_and_lists_them(broken_files, encoders, tmp_path, capsys):  # noqa: F811
-    train.main(flags(encoders, tmp_path / "out"))
-    out = capsys.readouterr().out
+    train_command.main(flags(encoders, tmp_path / "out"))
+    printed, out = capsys.readouterr()
+    assert f"wrote {tmp_path / 'out'}; next: nrccr evaluate" in printed.splitlines()[-1]
     assert "left out: 3 of 66 images with 4 captions\n" in out
     for image_id, row, name, reason in (
         ("emoji/train3", 3, "train3.png", "image file is truncated"),  # which does not name the file
@@ -87,14 +90,14 @@ def test_training_leaves_out_pictures_that_cannot_be_read_and_lists_them(broken_
 
 def test_strict_training_names_the_first_that_cannot_be_read(broken_files, encoders, tmp_path):  # noqa: F811
     with pytest.raises(ValueError, match=r"train3 cannot be read \(train, row 3, file .*train3.png: .*truncated"):
-        train.main(flags(encoders, tmp_path / "out", strict=True))
+        train.run(*train.parse_arguments(flags(encoders, tmp_path / "out", strict=True)))
 
 
 def test_a_split_without_any_readable_picture_is_an_error(broken_files, encoders, tmp_path):  # noqa: F811
     for path in tmp_path.glob("validation*.png"):
         path.write_text("")
     with pytest.raises(ValueError, match="validation: none of its pictures can be read, such as .*train3"):
-        train.main(flags(encoders, tmp_path / "out"))
+        train.run(*train.parse_arguments(flags(encoders, tmp_path / "out")))
 
 
 def test_the_cache_keeps_what_can_be_read(tmp_path):

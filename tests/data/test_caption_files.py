@@ -14,8 +14,10 @@ from PIL import Image
 
 from datasets_scripts.caption_files import CaptionFiles
 from datasets_scripts.reading.splits import group_key, split_of
-from modeling_nrccr.training import experiment as train
-from modeling_nrccr.translation import base as translation
+from modeling_nrccr.training import run as train
+from modeling_nrccr.translation.base import Translator
+from modeling_nrccr.translation.columns import add_translations
+from modeling_nrccr.translation.engines import ENGINES
 from tests.training.test_train_example import encoders  # noqa: F401
 
 
@@ -288,7 +290,7 @@ def test_it_streams_and_writes_parquet(folder):
         assert [row["image"].size for row in rows] == [(5, 4), (6, 4), (7, 4), (5, 4)]  # Parquet holds the pictures
 
 
-class Reverser(translation.Translator):
+class Reverser(Translator):
     name = "reverser"
 
     def __init__(self, root=None):
@@ -305,7 +307,7 @@ def test_without_human_captions_machine_translation_stands_in_and_says_so(folder
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     text = "image,caption,target_caption,split\ndog.png,a dog,,test\nanimals/cat.jpg,a cat,un gato,test\n"
     dataset = build(folder, text + "animals/fox.png,a fox,,train\n")
-    translated = translation.add_translations(dataset, Reverser())
+    translated = add_translations(dataset, Reverser())
     assert translated["test"]["target_caption"][:] == ["god a", "un gato"]
     assert translated["test"]["target_origin"][:] == ["reverser", "human"]
     assert translated["test"]["source_caption"][:] == ["a dog", "otag nu"]
@@ -318,10 +320,10 @@ def test_the_training_example_runs_on_it(folder, encoders, tmp_path, monkeypatch
         Image.new("RGB", (8, 8), (8 * i, 9, 9)).save(folder / f"{i}.png")
         lines.append(f"{i}.png,red thing number {i}")
     (folder / "captions.csv").write_text("\n".join(lines))
-    monkeypatch.setitem(translation._TRANSLATORS, "reverser", Reverser)
+    monkeypatch.setitem(ENGINES.entries, "reverser", Reverser)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     flags = {
-        "dataset": "caption_files",
+        "data": "caption_files",
         "data_dir": folder,
         "translator": "reverser",
         "output_dir": tmp_path / "out",
@@ -335,7 +337,7 @@ def test_the_training_example_runs_on_it(folder, encoders, tmp_path, monkeypatch
         "search_page": "none",
         "disable_tqdm": True,
     }
-    train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+    train.train_recipe(**flags)
     report = json.loads((tmp_path / "out/metrics.json").read_text())
     assert sum(report["settings"]["pictures"].values()) == 30 and report["settings"]["dataset"] == "caption_files"
     # nobody wrote a caption in the target language, and the card does not say so

@@ -19,8 +19,9 @@ from datasets_scripts import multi30k
 from datasets_scripts.multi30k import Multi30k
 from datasets_scripts.reading.debian import FetchError
 from datasets_scripts.tools.verify import verify
-from modeling_nrccr.training import experiment as train
-from modeling_nrccr.translation import base as translation
+from modeling_nrccr.training import run as train
+from modeling_nrccr.translation.base import Translator
+from modeling_nrccr.translation.engines import ENGINES
 from tests.training.test_recipes import encoders  # noqa: F401
 from tests.training.test_train_benchmarks import WITHOUT_CYCLE
 
@@ -269,7 +270,7 @@ def test_no_network_names_the_other_way(folder, server, tmp_path):
             download(address, tmp_path)
 
 
-class Reverser(translation.Translator):
+class Reverser(Translator):
     name = "reverser"
 
     def __init__(self, root=None):
@@ -283,10 +284,10 @@ class Reverser(translation.Translator):
 
 
 def run_recipe(name, folder, towers, tmp_path, monkeypatch, **changes):
-    monkeypatch.setitem(translation._TRANSLATORS, "reverser", Reverser)
+    monkeypatch.setitem(ENGINES.entries, "reverser", Reverser)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     flags = {
-        "config": ROOT / f"modeling_nrccr/recipes/paper/{name}.yaml",
+        "recipe": ROOT / f"modeling_nrccr/recipes/paper/{name}.yaml",
         "data_dir": folder,
         "translator": "reverser",
         "text_encoder": towers / "text",
@@ -298,7 +299,7 @@ def run_recipe(name, folder, towers, tmp_path, monkeypatch, **changes):
         "disable_tqdm": True,
         **changes,
     }
-    train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+    train.train_recipe(**flags)
     return json.loads((tmp_path / "out/metrics.json").read_text())
 
 
@@ -319,7 +320,7 @@ def test_the_papers_recipe_trains_on_features(folder, encoders, tmp_path, monkey
     write_features(folder, folder / "FeatureData")
     options = {"vision_encoder": "none", "visual_feat_dim": 3, "visual_head": "linear"}
     # the upper bound, which needs no engine
-    options |= {"target": "human", "translator": "none", "losses": WITHOUT_CYCLE}
+    options |= {"target_captions": "human", "translator": "none", "losses": WITHOUT_CYCLE}
     report = run_recipe("multi30k_task2", folder, encoders, tmp_path, monkeypatch, **options)
     assert report["settings"]["pictures"]["test"] == 4 and report["settings"]["target"] == "human"
 
@@ -332,9 +333,9 @@ def test_the_numbers_in_the_docs_are_those_of_the_run():
 
 
 @real
-def test_the_real_text(capsys):
-    assert not verify("multi30k", str(REAL), ["task1-cs"])[1]
-    assert "29000 of 29000    29000 of 29000" in capsys.readouterr().out
+def test_the_real_text():
+    table, problems = verify("multi30k", str(REAL), ["task1-cs"])
+    assert not problems and "29000 of 29000    29000 of 29000" in "\n".join(table)
     row = next(iter(Multi30k(config_name="task1-cs", data_dir=REAL).as_streaming_dataset()["test"]))
     assert row["image_id"] == "flickr30k/1007129816" and row["source_caption"] is None
     assert row["target_caption"] == "Muž v oranžovém klobouku na něco zírá."

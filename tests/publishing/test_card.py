@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from modeling_nrccr.publishing import card
-from modeling_nrccr.training.experiment import report_rows
+from modeling_nrccr.training.run import report_rows
 from tests.training.test_train_example import encoders, picture, published  # noqa: F401
 
 

@@ -1,4 +1,4 @@
-"""`examples/add_language.py` on a tiny dual encoder, real files and ready translations."""
+"""`nrccr add-language` on a tiny dual encoder, real files and ready translations."""
 
 import copy
 import gzip
@@ -15,7 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, NrccrTrainer, encode_images, encode_texts
+from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr.cli import add_language as command
 from modeling_nrccr.data.captions import read_captions
 from modeling_nrccr.data.trained_split import SPLIT_FILE, check_unseen, split_seed, write_trained_split
 from modeling_nrccr.languages import LANGUAGE_FILE
@@ -23,6 +24,7 @@ from modeling_nrccr.publishing import push as push_to_hub
 from modeling_nrccr.publishing.verdicts import ASK, DO_NOT, TOO_FEW, USE, USE_FUSED
 from modeling_nrccr.training import add_language
 from modeling_nrccr.training.examination import merge_reports, verdict
+from modeling_nrccr.training.losses import FeatureDistillation
 from tests.support import tiny_model
 
 
@@ -57,26 +59,27 @@ def files(tmp_path_factory) -> Path:
     return folder
 
 
+RUN = {
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 64,
+    "use_cpu": True,
+    "min_steps": 0,
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+}
+
+
 def run(files: Path, output: Path, **options):
-    settings = {
-        "base": files / "base",
-        "captions": files / "captions.txt",
-        "translator": f"file:{files}/translations",
-        "output_dir": output,
-        "num_train_epochs": 6,
-        "per_device_train_batch_size": 64,
-        "use_cpu": True,
-        "min_steps": 0,
-        "disable_tqdm": True,
-        "logging_strategy": "no",
-    } | options
-    add_language.main([part for name, value in settings.items() for part in (f"--{name}", str(value))])
-    return json.loads((output / "report.json").read_text())
+    own = {"base": files / "base", "data": files / "captions.txt", "translator": f"file:{files}/translations"}
+    settings = RUN | own | {"output_dir": output} | options
+    report = add_language.add_language(**settings)
+    assert report == json.loads((output / "report.json").read_text())
+    return report
 
 
 def test_from_captions_to_a_language_file_and_its_report(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    report = run(files, tmp_path / "gl", eval=files / "human.csv", rivals="all")
+    report = run(files, tmp_path / "gl", test=files / "human.csv", rivals="all")
     files_made = {LANGUAGE_FILE, "report.json", "README.md", SPLIT_FILE}
     assert {path.name for path in (tmp_path / "gl").iterdir()} == files_made
     names = ("this language", *add_language.RIVALS)
@@ -94,9 +97,15 @@ def test_from_captions_to_a_language_file_and_its_report(files, tmp_path, capsys
     after = (encode_texts(model.set_language("gl"), queries, processor) * sources).sum(1).mean()
     assert after > before + 0.05
     written = (tmp_path / "gl" / LANGUAGE_FILE).read_bytes()
-    again = run(files, tmp_path / "gl", eval=files / "human.csv")
+    # the command does the same
+    options = RUN | {"test": files / "human.csv", "data": files / "captions.txt", "output_dir": tmp_path / "gl"}
+    options["translator"] = f"file:{files}/translations"
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command.main([str(files / "base"), *flags])
+    again = json.loads((tmp_path / "gl/report.json").read_text())
     assert again["steps"] == report["steps"] and (tmp_path / "gl" / LANGUAGE_FILE).read_bytes() == written
-    assert "this language" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this language" in printed and f"--language gl={tmp_path / 'gl'}" in printed.splitlines()[-1]
 
 
 def test_pictures_of_the_captions_are_encoded_once(files, tmp_path, monkeypatch):
@@ -104,11 +113,11 @@ def test_pictures_of_the_captions_are_encoded_once(files, tmp_path, monkeypatch)
     captions = (files / "captions.txt").read_text().splitlines()
     lines = ["image,caption", *(f"{number % 24}.png,{caption}" for number, caption in enumerate(captions))]
     (files / "captions.csv").write_text("\n".join(lines) + "\n")
-    options = {"captions": files / "captions.csv", "config": add_language.CONFIG.with_stem("add_language_pictures")}
-    report = run(files, tmp_path / "gl", eval=files / "human.csv", **options)
+    options = {"data": files / "captions.csv", "recipe": "pictures"}
+    report = run(files, tmp_path / "gl", test=files / "human.csv", **options)
     assert report["found"]["English, before"] == report["found"]["English, this language"]
     with pytest.raises(ValueError, match="have no picture: add a column image"):
-        run(files, tmp_path / "none", **options | {"captions": files / "captions.txt"})
+        run(files, tmp_path / "none", **options | {"data": files / "captions.txt"})
 
 
 def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatch):
@@ -116,7 +125,7 @@ def test_another_text_encoder_learns_the_space_first(files, tmp_path, monkeypatc
     other = tiny_model(1, text_head="pooling", teacher_view="source")
     other.text_tower.encoder.save_pretrained(tmp_path / "encoder")
     NrccrProcessor.from_pretrained(files / "base").tokenizer.save_pretrained(tmp_path / "encoder")
-    report = run(files, tmp_path / "gl", text_encoder=tmp_path / "encoder", eval=files / "human.csv")
+    report = run(files, tmp_path / "gl", text_encoder=tmp_path / "encoder", test=files / "human.csv")
     assert report["text_encoder"] == "encoder"
     model = NrccrModel.from_pretrained(tmp_path / "gl/model")
     model.load_language("gl", tmp_path / "gl")
@@ -136,10 +145,19 @@ def test_what_is_wrong_is_said_before_anything_is_trained(files, tmp_path, monke
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "few.txt").write_text("a cat\na dog\n")
     with pytest.raises(ValueError, match="few.txt has 2 different captions"):
-        run(files, tmp_path / "gl", captions=tmp_path / "few.txt")
+        run(files, tmp_path / "gl", data=tmp_path / "few.txt")
     (tmp_path / "human.csv").write_text("image,target_caption\nnone.png,redo\n")
     with pytest.raises(ValueError, match="human.csv: there is no picture none.png"):
-        run(files, tmp_path / "gl", eval=tmp_path / "human.csv")
+        run(files, tmp_path / "gl", test=tmp_path / "human.csv")
+    with pytest.raises(ValueError, match="nothing.txt: there is no such file of captions"):
+        run(files, tmp_path / "gl", data="nothing.txt")
+    with pytest.raises(ValueError, match="unknown data set 'tuxpint'"):
+        run(files, tmp_path / "gl", data="tuxpint")
+    for old, new in (("captions", "data"), ("eval", "test"), ("target_language", "language")):
+        with pytest.raises(ValueError, match=f"^{old} is now {new}$"):
+            run(files, tmp_path / "gl", **{old: "gl"})
+    with pytest.raises(ValueError, match="--base is now the first argument"):
+        add_language.parse_arguments(["--base", "outputs/demo"])
     with pytest.raises(ValueError, match="no rivals clip"):
         run(files, tmp_path / "gl", rivals="clip")
 
@@ -151,18 +169,18 @@ def test_several_languages_in_one_adapter(files, tmp_path, monkeypatch):
         text = (files / f"translations/{name}.tsv").read_text().replace("gl", "ca", 1)
         (tmp_path / f"ca/{name}.tsv").write_text(text)
     engines = f"gl=file:{files}/translations;ca=file:{tmp_path}/ca"
-    report = run(files, tmp_path / "two", target_language="gl,ca", translator=engines)
+    report = run(files, tmp_path / "two", language="gl,ca", translator=engines)
     assert report["language"] == "gl,ca" and report["verdict"] == "not tested"
     model = NrccrModel.from_pretrained(files / "base")
     for language in ("gl", "ca"):
         model.load_language(language, tmp_path / "two")
         assert f'load_language("{language}"' in (tmp_path / "two/README.md").read_text()
     with pytest.raises(ValueError, match="names nothing for es: add ';es=...'"):
-        run(files, tmp_path / "three", target_language="gl,ca,es", translator=engines)
+        run(files, tmp_path / "three", language="gl,ca,es", translator=engines)
     with pytest.raises(ValueError, match="human.csv has captions of one language"):
-        run(files, tmp_path / "two", target_language="gl,ca", translator=engines, eval=files / "human.csv")
-    both = {"target_language": "gl,ca", "translator": engines, "num_train_epochs": 1}
-    report = run(files, tmp_path / "both", eval=f"gl={files}/human.csv;ca={files}/human.csv", **both)
+        run(files, tmp_path / "two", language="gl,ca", translator=engines, test=files / "human.csv")
+    both = {"language": "gl,ca", "translator": engines, "num_train_epochs": 1}
+    report = run(files, tmp_path / "both", test=f"gl={files}/human.csv;ca={files}/human.csv", **both)
     assert set(report["verdicts"]) == {"gl", "ca"} and {"gl: base", "ca: this language"} <= report["found"].keys()
     counts = {"queries": 2, "pictures": 2, "groups": 2, "left_out": []}
     one = {"verdict": "use", "reasons": [], "found": {"base": {}}} | counts
@@ -172,9 +190,10 @@ def test_several_languages_in_one_adapter(files, tmp_path, monkeypatch):
     assert list(merged["found"]) == ["gl: base", "ca: base"]
 
 
-def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tmp_path, monkeypatch, capsys):
+def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tmp_path, monkeypatch, caplog):
     """No engine is asked; a broken picture is left out before anything is trained, and the report is written."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    caplog.set_level("INFO", "modeling_nrccr")
     (tmp_path / "images").mkdir()  # beside the file, as for training
     for number in range(1, 24):
         shutil.copy(files / f"{number}.png", tmp_path / "images")
@@ -188,8 +207,8 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
     report = run(
         files,
         tmp_path / "gl",
-        captions=tmp_path / "pairs.tsv",
-        eval=tmp_path / "human.csv",
+        data=tmp_path / "pairs.tsv",
+        test=tmp_path / "human.csv",
         translator="nobody",
         num_train_epochs=1,
         lexicon="wordnet:10",
@@ -200,16 +219,16 @@ def test_a_language_from_parallel_sentences_tested_on_what_can_be_read(files, tm
     found = report["found"]["this language"]
     for name, (low, high) in found["intervals"].items():
         assert low <= found[name] <= high
-    printed = capsys.readouterr().out
+    printed = caplog.text
     assert printed.index("left out, 1 test pictures") < printed.index("pairs to train on")
     assert "lexicon is left out, parallel sentences ask no engine" in printed
     low, high = found["intervals"]["sum_recall"]
     assert f"{found['sum_recall']:.1f} ({low:.1f} to {high:.1f})" in (tmp_path / "gl/README.md").read_text()
     publish_both(files, tmp_path)
     with pytest.raises(ValueError, match="does not say which of gl,ca it translates into"):
-        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", target_language="gl,ca")
+        run(files, tmp_path / "no", data=tmp_path / "pairs.tsv", language="gl,ca")
     with pytest.raises(ValueError, match="no translation back, which .*--pair_weighting agreement"):
-        run(files, tmp_path / "no", captions=tmp_path / "pairs.tsv", pair_weighting="agreement")
+        run(files, tmp_path / "no", data=tmp_path / "pairs.tsv", pair_weighting="agreement")
 
 
 def publish_both(files: Path, folder: Path):
@@ -269,7 +288,7 @@ def test_parallel_sentences_are_read_however_they_are_headed(tmp_path):
 def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copy(files / "translations/forth.tsv", tmp_path)
-    options = {"translator": f"file:{tmp_path}/forth.tsv", "num_train_epochs": 1, "eval": files / "human.csv"}
+    options = {"translator": f"file:{tmp_path}/forth.tsv", "num_train_epochs": 1, "test": files / "human.csv"}
     report = run(files, tmp_path / "gl", **options)
     assert "translated query" not in report["found"] and "no pair gl-en" in report["reasons"][-2]
     with pytest.raises(ValueError, match="no pair gl-en"):
@@ -278,8 +297,8 @@ def test_a_file_of_translations_without_the_way_back_is_enough(files, tmp_path, 
 
 def test_a_language_that_learned_nothing_is_an_error(files, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    whole = NrccrTrainer.feature_distillation
-    monkeypatch.setattr(NrccrTrainer, "feature_distillation", lambda *args: 0 * whole(*args))
+    whole = FeatureDistillation.__call__
+    monkeypatch.setattr(FeatureDistillation, "__call__", lambda *args: 0 * whole(*args))
     with pytest.raises(ValueError, match="nothing was learnt"):
         run(files, tmp_path / "gl")
     assert not (tmp_path / "gl").exists()
@@ -289,7 +308,7 @@ def test_the_report_is_written_whatever_happens_to_the_test(files, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(add_language.Examination, "report", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run(files, tmp_path / "gl", eval=files / "human.csv", num_train_epochs=1)
+        run(files, tmp_path / "gl", test=files / "human.csv", num_train_epochs=1)
     report = json.loads((tmp_path / "gl/report.json").read_text())
     assert report["verdict"] == "not tested" and "ZeroDivisionError" in report["reasons"][0]
     assert (tmp_path / "gl" / LANGUAGE_FILE).is_file() and (tmp_path / "gl/README.md").is_file()

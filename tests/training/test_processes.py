@@ -335,12 +335,13 @@ def test_several_gpus_without_a_launcher_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_train_refuses_before_anything_is_fetched(tmp_path, monkeypatch):
-    from modeling_nrccr.training import experiment as train
+    from modeling_nrccr.training import experiment
+    from modeling_nrccr.training import run as train
 
-    monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: pytest.fail("fetched"))
+    monkeypatch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: pytest.fail("fetched"))
     monkeypatch.setattr(NrccrTrainingArguments, "n_gpu", 4)
     with pytest.raises(ValueError, match="torchrun --nproc_per_node 4"):
-        train.main(["--output_dir", str(tmp_path)])
+        train.run(*train.parse_arguments(["--output_dir", str(tmp_path)]))
 
 
 def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):

@@ -25,11 +25,11 @@ from transformers import (
 
 from modeling_nrccr import NrccrLossArguments, NrccrTrainer, compute_retrieval_metrics
 from modeling_nrccr.training.callbacks import EpochDecayCallback
-from modeling_nrccr.training.experiment import parse_arguments
+from modeling_nrccr.training.experiment import build_model
+from modeling_nrccr.training.run import parse_arguments
 from tests.support import ROOT
 
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = {path.stem: path for path in sorted((ROOT / "modeling_nrccr/recipes/paper").glob("*.yaml"))}
 PICTURES, VIDEOS = {"multi30k_task1", "multi30k_task2", "mscoco"}, {"msrvtt_cn", "vatex"}
 WORDS = ["hund", "katze", "dog", "cat", "red", "blue", "grun", "grün", "Grün"]
@@ -71,11 +71,8 @@ def test_there_is_one_for_each_published_setting():
     "path", sorted((ROOT / "modeling_nrccr/recipes/neighbours").glob("*.yaml")), ids=lambda path: path.stem
 )
 def test_neighbours_say_what_is_theirs_and_are_read(path):
-    script, model, args = parse_arguments(["--config", str(path)])
-    assert (
-        args.output_dir != "outputs/demo"
-        and f"--config modeling_nrccr/recipes/neighbours/{path.name}" in path.read_text()
-    )
+    script, model, args = parse_arguments(["--recipe", str(path)])
+    assert args.output_dir != "outputs/demo" and f"nrccr train --recipe neighbours/{path.stem}" in path.read_text()
     if path.stem != "cl2cm_teacher":  # it is told of in cl2cm.yaml
         assert all(word in path.read_text() for word in ("arXiv", "Theirs:", "Ours:", "Left out:"))
     assert args.needed_views() and model.adapter_settings()
@@ -85,7 +82,7 @@ def test_neighbours_say_what_is_theirs_and_are_read(path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_values_are_the_published_ones_each_with_its_source(name):
     settings = yaml.safe_load(RECIPES[name].read_text())
-    script, model, args = parse_arguments(["--config", str(RECIPES[name])])
+    script, model, args = parse_arguments(["--recipe", str(RECIPES[name])])
     assert {key: getattr(args, key) for key in NrccrLossArguments.PUBLISHED} == NrccrLossArguments.PUBLISHED
     assert {field.name for field in fields(NrccrLossArguments)} <= set(settings)  # spelt out, whatever the defaults
     assert (args.margin, args.temperature, args.hardest_negatives) == (0.2, 0.07, True)
@@ -98,7 +95,7 @@ def test_values_are_the_published_ones_each_with_its_source(name):
     assert model.pool_padding and model.attention_score_scale == "hidden" and model.projection_norm == "batch_norm"
     assert (model.projection_dim, model.key_query_size, model.projection_dropout) == (1536, 512, 0.2)
     assert model.visual_head == ("pooling" if name in PICTURES else "attention")
-    own = {"dataset", "target_language", "search_page", "logging_strategy", "output_dir"}  # of this run, no source
+    own = {"data", "language", "search_page", "logging_strategy", "output_dir"}  # of this run, no source
     for line in RECIPES[name].read_text().splitlines():
         key = line.split(":")[0]
         assert not line or line[0] == "#" or key in own or " # " in line, line
@@ -108,7 +105,7 @@ def test_values_are_the_published_ones_each_with_its_source(name):
 def test_it_builds_and_trains(name, encoders, tmp_path):
     feat_dim = {"msrvtt_cn": 4096, "vatex": 1024}.get(name)
     flags = {
-        "config": RECIPES[name],
+        "recipe": RECIPES[name],
         "text_encoder": encoders / "text",
         "output_dir": tmp_path,
         "save_strategy": "no",
@@ -120,7 +117,7 @@ def test_it_builds_and_trains(name, encoders, tmp_path):
         "vision_encoder": "none" if feat_dim else encoders / "vision",
     }
     _, model_arguments, args = parse_arguments([part for k, v in flags.items() for part in (f"--{k}", str(v))])
-    model, processor = model_arguments.build()
+    model, processor = build_model(model_arguments)
     assert processor.tokenizer.tokenize("Grün") == ["grun"]
     assert model.config.visual_feat_dim == (feat_dim or 512)
     validation = rows(12, feat_dim)
@@ -161,11 +158,11 @@ def test_it_builds_and_trains(name, encoders, tmp_path):
 
 
 def test_each_command_of_the_readme_names_a_recipe_and_fits_the_parser():
-    text = (EXAMPLES / "README.md").read_text()
-    commands = [shlex.split(line) for line in re.findall(r"accelerate launch .*train\.py[^`|\n]*", text)]
+    text = (ROOT / "modeling_nrccr/recipes/README.md").read_text()
+    commands = [shlex.split(line)[2:] for line in re.findall(r"nrccr train --recipe [^`|\n]*", text)]
     for command in commands:
-        parse_arguments(command[command.index("examples/train.py") + 1 :])
-    named = {Path(part).stem for command in commands for part in command if part.endswith(".yaml")}
+        parse_arguments(command)
+    named = {Path(command[1]).stem for command in commands}
     assert named == set(RECIPES)
     for name, figure in (
         ("vatex", "366.5"),
@@ -181,9 +178,9 @@ def test_a_tokenizer_that_ignores_lower_casing_is_refused(encoders, tmp_path):
     shutil.copytree(encoders / "text", tmp_path / "text")
     backend = Tokenizer(models.WordLevel({"[UNK]": 0, "ete": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path / "text")
-    flags = ["--config", str(RECIPES["vatex"]), "--text_encoder", str(tmp_path / "text")]
+    flags = ["--recipe", str(RECIPES["vatex"]), "--text_encoder", str(tmp_path / "text")]
     with pytest.raises(ValueError, match="do_lower_case is BERT's"):
-        parse_arguments(flags)[1].build()
+        build_model(parse_arguments(flags)[1])
 
 
 @pytest.mark.parametrize(
@@ -192,7 +189,7 @@ def test_a_tokenizer_that_ignores_lower_casing_is_refused(encoders, tmp_path):
         (["--triplet_loss_weight", "1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
         (["--triplet_loss_weight=1"], {}, "--triplet_loss_weight is now losses: {triplet: ...}"),
         ([], {"triplet_loss_weight": 1.0}, "triplet_loss_weight is now losses: {triplet: ...}"),
-        (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now discriminator_weight"),
+        (["--discriminator_loss_weight", "1"], {}, "--discriminator_loss_weight is now --discriminator_weight"),
     ],
 )
 def test_an_old_field_answers_with_the_new_one(arguments, settings, answer):

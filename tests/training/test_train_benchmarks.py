@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_nrccr.retrieval import evaluation as evaluate_retrieval
-from modeling_nrccr.training import experiment as train
+from modeling_nrccr.retrieval.evaluation import evaluate
+from modeling_nrccr.training import run as train
 from modeling_nrccr.training.extract_features import extract_features
 from tests.support.upstream_formats import write_binary_features, write_lines, write_webp
 from tests.training.test_recipes import RECIPES, WORDS, encoders  # noqa: F401
@@ -42,7 +42,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def run(recipe: str, folder, encoders, **flags) -> dict:  # noqa: F811
     flags = {
-        "config": RECIPES[recipe],
+        "recipe": RECIPES[recipe],
         "data_dir": folder,
         "text_encoder": encoders / "text",
         "num_train_epochs": 1,
@@ -56,7 +56,7 @@ def run(recipe: str, folder, encoders, **flags) -> dict:  # noqa: F811
         "output_dir": folder / "out",
         "disable_tqdm": True,
     } | flags
-    train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+    train.train_recipe(**flags)
     return json.loads((folder / "out/metrics.json").read_text())
 
 
@@ -75,7 +75,7 @@ def test_pictures_with_the_papers_recipe(tmp_path, encoders):  # noqa: F811
     for i, item in enumerate(write_captions(tmp_path, "mscoco", "ja", "COCO_{}2014_{:012}")):
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (9 * i, 99, 250 - 9 * i)).save(tmp_path / f"images/{item}.png")
-    report = run("mscoco", tmp_path, encoders, vision_encoder=encoders / "vision", target_language="ja")
+    report = run("mscoco", tmp_path, encoders, vision_encoder=encoders / "vision", language="ja")
     assert report["settings"]["media"] == "image" and report["settings"]["target_language"] == "ja"
 
 
@@ -100,13 +100,10 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     assert report["settings"]["media"] == "video" and (tmp_path / "out/search.png").exists()
     assert "videos=[[Image.new" in (tmp_path / "out/README.md").read_text()
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
-        tower = {"vision_encoder": encoders / "vision", "visual_encoder_output": "projected"}
-        for more in (["--visual_feature", "none"], ["--visual_feature", "clip"]):
-            names = {"model": "out", "data_dir": "", "output": "again.json"}
-            arguments = [part for key, value in names.items() for part in (f"--{key}", tmp_path / value)]
-            arguments += ["--dataset", "vatex", "--target", "zh", "--num_frames", 3, *more]
-            evaluate_retrieval.main(list(map(str, arguments)))
-            assert json.loads((tmp_path / "again.json").read_text())["test"] == pytest.approx(report["test"])
+        tower = {"vision_encoder": str(encoders / "vision"), "visual_encoder_output": "projected"}
+        for features in ("none", "clip"):
+            options = {"data_dir": str(tmp_path), "query_languages": ["zh"], "num_frames": 3, "visual_feature": features}
+            assert evaluate(str(tmp_path / "out"), "vatex", **options).report["test"] == pytest.approx(report["test"])
             if not (tmp_path / "FeatureData").exists():
                 extract_features(tmp_path / "videos", tmp_path / "FeatureData/clip", num_frames=3, **tower)
 
@@ -120,10 +117,15 @@ def test_human_captions_need_no_engine_and_no_fusion(tmp_path, encoders):  # noq
     )
     for name in ("train_google_enc2zh", "train_google_enc2zh2enc", "val_google_zh2enc", "test_google_zh2enc"):
         (text / f"vatex{name}.caption.txt").unlink()
-    flags = {"visual_feat_dim": 10, "visual_hidden_size": 16, "target": "human", "losses": WITHOUT_CYCLE}
+    flags = {
+        "visual_feat_dim": 10,
+        "visual_hidden_size": 16,
+        "target_captions": "human",
+        "losses": WITHOUT_CYCLE,
+    }
     report = run("vatex", tmp_path, encoders, translator="none", eval_source_query_weight=0, **flags)
     assert report["settings"]["translator"] == "human" and "test_fused" not in report
-    with pytest.raises(ValueError, match="unknown translator 'google'"):
+    with pytest.raises(ValueError, match="unknown translation engine 'google'"):
         run("vatex", tmp_path, encoders, **flags)
 
 

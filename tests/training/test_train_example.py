@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, PreTra
 
 from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
 from modeling_nrccr.files import LOCK_FILE
-from modeling_nrccr.training import experiment as train
-from tests.support import ROOT
+from modeling_nrccr.training import experiment
+from modeling_nrccr.training import run as train
 
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (10, 10, 10)}
@@ -80,7 +80,7 @@ def published(encoders, tmp_path_factory):
     """The output folder of a run of two epochs."""
     output = tmp_path_factory.mktemp("run") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        patch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
         patch.setattr(train, "find_font", lambda data_dir: None)
         flags = {
             "text_encoder": encoders / "t",
@@ -91,7 +91,7 @@ def published(encoders, tmp_path_factory):
             "projection_dim": 8,
             "disable_tqdm": True,
         }
-        train.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
+        train.train_recipe(**flags)
     return output
 
 
@@ -166,13 +166,13 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.NrccrTrainer, "calibrate_language", calibrated)
-        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
-        train.main(arguments)
+        patch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        train.run(*train.parse_arguments(arguments))
         with pytest.raises(ValueError, match="was trained with split seed 0"):
-            train.main([*arguments, "--split_seed", "1"])
+            train.run(*train.parse_arguments([*arguments, "--split_seed", "1"]))
         with pytest.raises(ValueError, match="has no pictures: set text_only"):
-            patch.setattr(train, "lexicon_rows", lambda *args: toy_dataset()["train"].to_list())
-            train.main([*arguments, "--lexicon", "wordnet:9", "--text_only", "false"])
+            patch.setattr(experiment, "lexicon_rows", lambda *args: toy_dataset()["train"].to_list())
+            train.run(*train.parse_arguments([*arguments, "--lexicon", "wordnet:9", "--text_only", "false"]))
     assert shifts[1].any()  # what is known of the base calibrates as a pass of the new model does
     torch.testing.assert_close(shifts[0], shifts[1], atol=1e-6, rtol=0)
     base, model = AutoModel.from_pretrained(published).eval(), AutoModel.from_pretrained(tmp_path / "gl").eval()
@@ -192,13 +192,17 @@ def test_a_language_is_added_to_a_base(published, encoders, tmp_path):
 
 
 def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
-    config = ROOT / "modeling_nrccr/recipes/demo.yaml"
-    flags = "--split_seed 3 --text_head linear --bf16_if_fast no --output_dir".split() + [str(tmp_path / "gl")]
-    script, model, args = train.parse_arguments(["--config", str(config), *flags])
+    flags = "--recipe demo --split_seed 3 --text_head linear --bf16_if_fast no --output_dir".split()
+    script, model, args = train.parse_arguments([*flags, str(tmp_path / "gl")])
     calls = []
-    monkeypatch.setattr(train, "main", calls.append)
+    monkeypatch.setattr(train, "train_recipe", lambda recipe, **fields: calls.append(([], recipe, fields)))
+
+    def parse_call():
+        arguments, recipe, fields = calls.pop()
+        return train.parse_arguments(arguments, recipe, **fields)
+
     folder = train.train_base(script, model, args)
-    of_base, its_model, its_args = train.parse_arguments(calls.pop())
+    of_base, its_model, its_args = parse_call()
     assert (folder, its_args.output_dir) == (str(tmp_path / "gl-base"),) * 2
     assert (of_base.split_seed, of_base.translator, its_model.text_head) == (3, script.translator, "linear")
     assert of_base.base is None and its_args.needed_views() == ("source",) and not its_args.text_only
@@ -206,7 +210,7 @@ def test_a_base_is_trained_first_on_the_same_data(tmp_path, monkeypatch):
     given = ["--per_device_train_batch_size", "7", "--max_steps", "3", "--losses", "feature_distillation=0.5"]
     args.resume_from_checkpoint = "true"  # it was killed before it was whole
     train.train_base(script, model, args, given)
-    _, _, its_args = train.parse_arguments(calls.pop())
+    _, _, its_args = parse_call()
     assert (its_args.per_device_train_batch_size, its_args.max_steps) == (7, 3) and not its_args.needs_teacher()
     assert its_args.resume_from_checkpoint == "true"
     (tmp_path / "gl-base").mkdir()
@@ -223,41 +227,41 @@ def test_some_human_captions(target, count, rows, monkeypatch):
         dataset["train"] = dataset["train"].remove_columns("target_caption").add_column("target_caption", human)
         return dataset, Engine()
 
-    monkeypatch.setattr(train, "load_translated_dataset", load)
-    parsed = train.parse_arguments(["--target", target, "--human_captions", str(count)])
-    captions = train.Experiment(*parsed).rows["train"]["target_caption"]
+    monkeypatch.setattr(experiment, "load_translated_dataset", load)
+    parsed = train.parse_arguments(["--target_captions", target, "--human_captions", str(count)])
+    captions = experiment.Experiment(*parsed).rows["train"]["target_caption"]
     assert len(captions) == rows
     assert sum(caption.startswith("human") for caption in captions) == (count if count > 0 else 40)
     with pytest.raises(ValueError, match="human_captions=41, but there are 40"):
-        train.Experiment(*train.parse_arguments(["--human_captions", "41"]))
+        experiment.Experiment(*train.parse_arguments(["--human_captions", "41"]))
 
 
 def test_checkpoints_of_an_earlier_run_are_not_lost_silently(published, encoders):
     flags = ["--text_encoder", str(encoders / "t"), "--vision_encoder", str(encoders / "v"), "--overwrite", "false"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+        patch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
         with pytest.raises(ValueError, match="--resume_from_checkpoint true goes on"):
-            train.main([*flags, "--output_dir", str(published), "--projection_dim", "8"])
+            train.run(*train.parse_arguments([*flags, "--output_dir", str(published), "--projection_dim", "8"]))
 
 
 def test_the_english_only_baseline_learns_from_its_own_terms_alone(monkeypatch):
     asked = {}
 
-    class Asked(train.Experiment):
+    class Asked(experiment.Experiment):
         def train(self, name, **changes):
             asked.update({name: changes})
             raise InterruptedError
 
-    monkeypatch.setattr(train, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
+    monkeypatch.setattr(experiment, "load_translated_dataset", lambda *args, **kwargs: (toy_dataset(), Engine()))
     monkeypatch.setattr(train, "Experiment", Asked)
     parsed = train.parse_arguments(["--losses", "triplet=0.3,contrastive=1,target_triplet=1,back_translation=2"])
     with pytest.raises(InterruptedError):
-        train.run(*parsed, [])
+        train.run(*parsed)
     assert asked["english_only"]["losses"] == {"triplet": 0.3, "contrastive": 1.0}
 
 
 def test_a_second_run_in_one_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda *args: pytest.fail("it ran"))
+    monkeypatch.setattr(train, "train_and_test", lambda *args: pytest.fail("it ran"))
     (tmp_path / "out-checkpoints").mkdir()
     holder = (
         "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire();"
@@ -267,13 +271,29 @@ def test_a_second_run_in_one_folder_is_refused(tmp_path, monkeypatch):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.read(1)
         with pytest.raises(TimeoutError, match="another run is writing .*out"):
-            train.main(["--output_dir", str(tmp_path / "out")])
+            train.run(*train.parse_arguments(["--output_dir", str(tmp_path / "out")]))
         other.stdin.close()
 
 
 def test_flags_win_over_the_file_and_unknown_fields_are_named(tmp_path):
-    script, model, args = train.parse_arguments(["--target_language", "ca", "--learning_rate", "0.5"])
-    assert (script.target_language, args.learning_rate, model.text_prefix) == ("ca", 0.5, "query: ")
+    script, model, args = train.parse_arguments(["--language", "ca", "--learning_rate", "0.5"])
+    assert (script.language, args.learning_rate, model.text_prefix) == ("ca", 0.5, "query: ")
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
-    with pytest.raises(ValueError, match="learning_rat"):
-        train.parse_arguments(["--config", str(tmp_path / "bad.yaml")])
+    (tmp_path / "old.yaml").write_text("dataset: tuxpaint\n")
+    for name, words in (
+        ("bad", "learning_rat is no field .do you mean learning_rate"),
+        ("old", "dataset is now data"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}\.yaml: {words}"):
+            train.parse_arguments(["--recipe", str(tmp_path / f"{name}.yaml")])
+    for flags, words in (
+        ("--target_language gl", "--target_language is now --language"),
+        ("--config demo.yaml", "--config is now --recipe"),
+        ("--recipe dem", "unknown recipe 'dem' .do you mean demo"),
+        ("--recipe no.yaml", "no.yaml: there is no such file"),
+        ("--langage gl", "--langage is no field .do you mean language"),
+        ("gl", "gl: nothing takes this"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train.parse_arguments(flags.split())
+    assert train.parse_arguments([], "paper/vatex", language="de", output_dir=tmp_path)[0].language == "de"

@@ -278,27 +278,14 @@ def test_gradient_checkpointing_is_the_trainers(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["add_language", "recommended"])
+@pytest.mark.parametrize("recipe", ["linear", "recommended"])
 @pytest.mark.parametrize("count", [50, 300, 3000])
 def test_the_recipes_learn_from_few_captions_and_from_many(recipe, count, tmp_path):
-    """A tenth of which is held out; as examples/add_language.py trains."""
-    from modeling_nrccr.recipes.settings import parse_fields
-    from modeling_nrccr.training import add_language
+    """A tenth of which is held out; as `nrccr add-language` trains."""
+    from modeling_nrccr.training.add_language import parse_arguments
 
-    flags = [
-        "--config",
-        add_language.CONFIG.with_stem(recipe),
-        "--output_dir",
-        tmp_path,
-        "--use_cpu",
-        "true",
-        "--bf16_if_fast",
-        "false",
-        "--disable_tqdm",
-        "true",
-    ]
-    classes = (add_language.LanguageArguments, NrccrTrainingArguments)
-    script, args = parse_fields(classes, list(map(str, flags)), None)
+    options = {"output_dir": tmp_path, "use_cpu": True, "bf16_if_fast": False, "disable_tqdm": True}
+    script, args = parse_arguments([], recipe, base="none", **options)
     model, rows = tiny_model(**HEADS["pooling"]), toy_rows(count)
     model.add_language("gl", **script.adapter_settings())
     args.train_language = "gl"

@@ -7,13 +7,12 @@ import unicodedata
 import datasets
 import pytest
 
-from modeling_nrccr.translation import base as translation
 from modeling_nrccr.translation.apertium import ApertiumTranslator, debian_package
 from modeling_nrccr.translation.base import TranslationError, Translator
 from modeling_nrccr.translation.cache import CachedTranslator
 from modeling_nrccr.translation.chain import ChainTranslator
 from modeling_nrccr.translation.columns import add_translations
-from modeling_nrccr.translation.engines import load_translator, split_spec
+from modeling_nrccr.translation.engines import ENGINES, load_translator, split_spec
 from modeling_nrccr.translation.language_codes import (
     closest_code,
     nearest_codes,
@@ -308,8 +307,8 @@ def test_two_engines_in_a_row(monkeypatch):
             return [f"{text} {source}>{target}" for text in texts]
 
     one, two = Tagger(("en", "es"), ("es", "en"), ("ca", "es")), Tagger(("es", "gl"), ("gl", "es"))
-    monkeypatch.setitem(translation._TRANSLATORS, "one", lambda: lambda: one)
-    monkeypatch.setitem(translation._TRANSLATORS, "two", lambda: lambda name="two": two)
+    monkeypatch.setitem(ENGINES.entries, "one", lambda: one)
+    monkeypatch.setitem(ENGINES.entries, "two", lambda name="two": two)
     chain = load_translator("one+es+two")
     assert chain.name == "en-es+es+es-gl" and chain.version == "1 | 1"
     assert chain.supported_pairs() == [("ca", "gl"), ("en", "gl"), ("gl", "en")]
@@ -327,7 +326,7 @@ def test_two_engines_in_a_row(monkeypatch):
 
 def test_unknown_specs_list_the_known():
     for spec in ("deepl", "deepl+es+apertium"):
-        with pytest.raises(ValueError, match="unknown translator 'deepl'; known: apertium, seq2seq:ID_OR_FOLDER, "):
+        with pytest.raises(ValueError, match="unknown translation engine 'deepl': .*apertium, seq2seq:ID_OR_FOLDER, "):
             load_translator(spec)
     for spec in ("seq2seq", "file", "dictionary:"):
         with pytest.raises(ValueError, match=f"'{spec}' does not say which; known: .*dictionary:PAIR_OR_FILE"):
