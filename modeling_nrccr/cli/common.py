@@ -63,7 +63,7 @@ class RecipeParser(Parser):
             description=description,
             epilog=f"{epilog} {everything}".strip(),
             usage=usage or f"nrccr {name} [options]",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
         self.classes = classes
