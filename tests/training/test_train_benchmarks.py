@@ -102,7 +102,12 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
         tower = {"vision_encoder": str(encoders / "vision"), "visual_encoder_output": "projected"}
         for features in ("none", "clip"):
-            options = {"data_dir": str(tmp_path), "query_languages": ["zh"], "num_frames": 3, "visual_feature": features}
+            options = {
+                "data_dir": str(tmp_path),
+                "query_languages": ["zh"],
+                "num_frames": 3,
+                "visual_feature": features,
+            }
             assert evaluate(str(tmp_path / "out"), "vatex", **options).report["test"] == pytest.approx(report["test"])
             if not (tmp_path / "FeatureData").exists():
                 extract_features(tmp_path / "videos", tmp_path / "FeatureData/clip", num_frames=3, **tower)
