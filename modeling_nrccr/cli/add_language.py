@@ -1,15 +1,16 @@
 """Add a language to a dual encoder that you have, from English captions and machine translation alone; no picture is
-encoded again:
+encoded again.
 
     nrccr add-language outputs/demo --language gl --data captions.csv
     nrccr add-language google/siglip2-base-patch16-224 --recipe recommended --language gl --data captions.csv \\
         --test human.csv
 
 `captions.csv` has a column `caption` (or is a .txt file, a caption a line; or name data sets of `nrccr list data`).
-Writes into `output_dir` (default: outputs/CODE) the language file, a few megabytes, `report.json` and `README.md`.
-With `--test human.csv` (columns `image` and `target_caption`, written by people; `caption`, their English, if you have
-it) the report says how well the language is searched, beside the base, the translated query and what else a team would
-try (`--rivals all`), and "do not use" where it is worse than the base. Run it again: it goes on where it was stopped.
+BASE is the folder or hub id of a CLIP, SigLIP 2, ..., open_clip:NAME, or of a model of ours. Writes into `output_dir`
+(default: outputs/CODE) the language file, a few megabytes, `report.json` and `README.md`. With `--test human.csv`
+(columns `image` and `target_caption`, written by people; `caption`, their English, if you have it) the report says how
+well the language is searched, beside the base, the translated query and what else a team would try (`--rivals all`),
+and "do not use" where it is worse than the base. Run it again: it goes on where it was stopped.
 
 Recipes: `linear` (default; seconds), `recommended` (LoRA in all layers; minutes), and `pictures`, which learns more
 where captions have pictures (column `image`). Every field of a recipe is also a flag, and a flag wins. `--language
@@ -25,15 +26,9 @@ from .common import RecipeParser, command
 
 @command("what was translated and trained is kept: the same command goes on")
 def main(argv: list[str] | None = None):
-    argv = sys.argv[1:] if argv is None else argv
-    options = RecipeParser(
-        "add-language",
-        "Add a language to a dual encoder.",
-        LanguageArguments,
-        usage="nrccr add-language BASE [options]",
-        epilog="BASE: folder or hub id of a CLIP, SigLIP 2, ..., open_clip:NAME, or a model of ours.",
-    )
-    given, flags = options.parse_known_args(argv)
+    options = RecipeParser("add-language", __doc__, LanguageArguments, arguments="BASE ")
+    given, flags = options.parse_known_args(sys.argv[1:] if argv is None else argv)
+
     from ..publishing.tables import format_table
     from ..training.add_language import parse_arguments, run
 

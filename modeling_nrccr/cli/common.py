@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets_scripts.reading.debian import FetchError
 
 from ..recipes.limits import number
-from ..training.launch import WORKER
+from ..training.launch import WORKER as WORKER
 
 
 class Stopped(SystemExit):
@@ -56,13 +56,13 @@ class RecipeParser(Parser):
     them); `--help` lists the fields of the dataclasses.
     """
 
-    def __init__(self, name: str, description: str, *classes: type, usage: str | None = None, epilog: str = ""):
-        everything = "Every field of transformers.TrainingArguments is an option too: --help_all lists all."
+    def __init__(self, name: str, doc: str, *classes: type, arguments: str = ""):
+        description, examples = doc.split("\n\n", 1)
         super().__init__(
             prog=f"nrccr {name}",
             description=description,
-            epilog=f"{epilog} {everything}".strip(),
-            usage=usage or f"nrccr {name} [options]",
+            epilog=f"{examples}\nEach field of transformers.TrainingArguments is an option too: --help_all lists all.",
+            usage=f"nrccr {name} {arguments}[options]",
             formatter_class=Help,
             allow_abbrev=False,
         )

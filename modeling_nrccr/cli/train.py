@@ -1,4 +1,4 @@
-"""Train a cross-lingual picture search by a recipe, and say how good it is, beside what a user would try first:
+"""Train a cross-lingual picture search by a recipe, and say how good it is, beside what a user would try first.
 
     nrccr train --recipe demo
     nrccr train --recipe paper/vatex --data_dir FOLDER
@@ -18,27 +18,21 @@ import sys
 
 from ..recipes.fields import ExperimentArguments, ModelArguments
 from ..recipes.limits import number
-from .common import RecipeParser, command
+from .common import WORKER, RecipeParser, command
 
 
 @command("checkpoints are kept: --resume_from_checkpoint true goes on from the last one")
 def main(argv: list[str] | None = None):
     argv = sys.argv[1:] if argv is None else argv
-    options = RecipeParser(
-        "train",
-        "Train a model by a recipe, and test it.",
-        ExperimentArguments,
-        ModelArguments,
-        epilog="Writes output_dir; checkpoints go to output_dir-checkpoints.",
-    )
+    options = RecipeParser("train", __doc__, ExperimentArguments, ModelArguments)
     options.add_argument(
         "--num_processes", type=number(1), default=1, help="processes of this machine, one a GPU, or on CPUs"
     )
     given, flags = options.parse_known_args(argv)
-    if given.num_processes > 1:
+    if given.num_processes > 1 and WORKER not in os.environ:
         from ..training.launch import start_processes
 
-        return start_processes("train", flags, given.num_processes)
+        return start_processes("train", argv, given.num_processes)
     from ..publishing.tables import format_table
     from ..training.run import parse_arguments, report_rows, run
 

@@ -1,14 +1,5 @@
-"""How noisy a translated data set is, as a table, JSON and a page to read:
+"""How noisy a translated data set is, as a table, JSON and a page to read."""
 
-    python examples/noise_report.py --dataset tuxpaint+cldr_emoji --target gl --translator apertium \\
-        --against_human --output_dir outputs/noise
-
-Of a folder that examples/translate.py wrote: `--dataset parquet --data_dir outputs/pictures-gl`. Writes `noise.json`
-and `noise.html`. `--against_human` compares the translations of training with human captions too, where the data set
-has them.
-"""
-
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -17,11 +8,9 @@ from pathlib import Path
 
 import datasets
 
-from ..cli.common import command
 from ..data.load import load_caption_dataset, translated_by
 from ..data.names import language_name
 from ..files import write_file
-from ..recipes.limits import number
 from ..translation.cache import load_engine
 from ..translation.columns import add_translations
 from ..translation.noise import noise_report
@@ -197,58 +186,66 @@ def _worst(entry: Mapping) -> str:
 # ------------------------------------------------------------------------------------------------------------ run
 
 
-def human_captions(args: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """The human target captions of training, by split and `caption_id`."""
-    human = load_caption_dataset(args.dataset, args.target, args.split_seed, "human", args.data_dir, args.source)
-    return {split: dict(zip(rows["caption_id"], rows["target_caption"])) for split, rows in human.items()}
-
-
-def load_translated(args: argparse.Namespace) -> datasets.DatasetDict:
-    """The data set with its translations: those that it brought, else made here. Pictures may be missing."""
-    dataset = load_caption_dataset(
-        args.dataset, args.target, args.split_seed, "translated", args.data_dir, args.source
-    )
-    if args.splits:
-        if unknown := [split for split in args.splits if split not in dataset]:
-            raise ValueError(f"{args.dataset} has no split {', '.join(unknown)}; it has {', '.join(dataset)}")
-        dataset = datasets.DatasetDict({split: dataset[split] for split in args.splits})
-    if translated_by(dataset, args.translator):
+def load_translated(
+    data: str, language: str, translator: str, source_language: str, data_dir: str | None, split_seed: int, splits
+) -> datasets.DatasetDict:
+    """Return the data set with its translations: those that it brought, else made here. Pictures may be missing."""
+    dataset = load_caption_dataset(data, language, split_seed, "translated", data_dir, source_language)
+    if splits:
+        if unknown := [split for split in splits if split not in dataset]:
+            raise ValueError(f"{data} has no split {', '.join(unknown)}; it has {', '.join(dataset)}")
+        dataset = datasets.DatasetDict({split: dataset[split] for split in splits})
+    if translated_by(dataset, translator):
         return dataset
-    pair = (args.source, args.target)
-    engine = load_engine(args.translator, [pair, pair[::-1]], args.data_dir)
+    pair = (source_language, language)
+    engine = load_engine(translator, [pair, pair[::-1]], data_dir)
     return add_translations(dataset, engine, *pair)
 
 
-@command()
-def main(argv: list[str] | None = None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0].rstrip(":"), formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--dataset", default="tuxpaint+cldr_emoji", help="as of train.py")
-    parser.add_argument("--target", default="gl", help="language of the translations")
-    parser.add_argument("--source", default="en", help="language of the captions")
-    parser.add_argument("--data_dir", help="folder of the data, or its Debian packages")
-    parser.add_argument("--translator", default="apertium", help="engine, where the data has no translations yet")
-    parser.add_argument("--split_seed", type=int, default=0, help="which pictures are in which split")
-    parser.add_argument("--splits", nargs="*", help="which; all if not given")
-    parser.add_argument("--against_human", action="store_true", help="compare with human captions of training too")
-    parser.add_argument("--num_worst", type=number(0), default=50, help="pairs to show of each split")
-    parser.add_argument("--output_dir", default="outputs/noise", help="for noise.json and noise.html")
-    args = parser.parse_args(argv)
-    dataset = load_translated(args)
-    entries = noise_report(dataset, human_captions(args) if args.against_human else None, args.num_worst)
+def report_noise(
+    data: str = "tuxpaint+cldr_emoji",
+    language: str = "gl",
+    output_dir: str | Path = "outputs/noise",
+    *,
+    translator: str = "apertium",
+    source_language: str = "en",
+    data_dir: str | None = None,
+    split_seed: int = 0,
+    splits: Sequence[str] = (),
+    against_human: bool = False,
+    num_worst: int = 50,
+) -> list[dict]:
+    """
+    Measure the translations of a data set, and write `noise.json` and `noise.html`.
+
+    Args:
+        data: data sets, joined by "+", a file or a folder, as for [`load_caption_dataset`].
+        translator: engine, where the data has no translations yet.
+        splits: which; default: all.
+        against_human: compares with human captions of training too.
+        num_worst: pairs to show of each split.
+
+    Returns:
+        an entry of measures for each split and engine, as `noise.json` has them; `format_entries` makes lines of them.
+
+    Raises:
+        ValueError: there is no such split, or nothing is translated.
+        TranslationError: where the engine failed.
+    """
+    dataset = load_translated(data, language, translator, source_language, data_dir, split_seed, splits)
+    human = None
+    if against_human:  # target captions, by split and caption_id
+        parts = load_caption_dataset(data, language, split_seed, "human", data_dir, source_language)
+        human = {split: dict(zip(rows["caption_id"], rows["target_caption"])) for split, rows in parts.items()}
+    entries = noise_report(dataset, human, num_worst)
     if not entries:
-        raise ValueError(f"{args.dataset} has no machine translations: name an engine (--translator)")
-    settings = {name: getattr(args, name) for name in ("dataset", "source", "target", "split_seed")}
+        raise ValueError(f"{data} has no machine translations: name an engine (--translator)")
+    settings = {"data": data, "source_language": source_language, "language": language, "split_seed": split_seed}
     settings |= {package: version(package) for package in ("sacrebleu", "py3langid")}
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    title = f"Translation noise: {args.dataset}, {language_name(args.source)} and {language_name(args.target)}"
+    output = Path(output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    title = f"Translation noise: {data}, {language_name(source_language)} and {language_name(language)}"
     report = json.dumps({"settings": settings, "entries": entries}, indent=1, ensure_ascii=False, allow_nan=False)
     for name, text in {"noise.json": report + "\n", "noise.html": render_page(title, entries)}.items():
-        write_file(output_dir / name, text)
-    print(f"{format_entries(entries)}\n\n{output_dir / 'noise.json'}\n{output_dir / 'noise.html'}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        write_file(output / name, text)
+    return entries

@@ -1,21 +1,12 @@
-"""Trains a small translation engine (Marian's architecture) on human caption pairs, and says how good it is.
-
-    python examples/train_translator.py --data_dir FOLDER_OF_MULTI30K
-
-Without more arguments it runs recipes/marian_en_cs.yaml; every field of the YAML file is also a flag, and a
-flag wins. Writes into `output_dir`, in the layout of OPUS-MT: the model (safetensors), `source.spm`, `target.spm`,
-`vocab.json`, and `metrics.json`. `load_translator("seq2seq:<output_dir>")` and `examples/translate.py` take it.
-Checkpoints go to `<output_dir>-checkpoints/`; `--resume_from_checkpoint true` goes on from the last one;
-`--do_train false` tests what is in `output_dir`.
-"""
+"""Trains a small translation engine (Marian's architecture) on human caption pairs, and says how good it is."""
 
 import io
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -33,8 +24,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from ..cli.common import command
 from ..data.load import load_caption_dataset
 from ..files import write_file, writing_weights
 from ..recipes.fields import TranslatorArguments
@@ -54,6 +45,7 @@ except ImportError as error:
     ) from error
 
 
+logger = logging.get_logger(__name__)
 MAX_POSITIONS = 512
 SAMPLES = 5
 REPORTED = (
@@ -73,9 +65,29 @@ COSTS = "costs.json"  # in a checkpoint: seconds so far
 TRAINING = "training.json"  # what a run was and cost
 
 
-def parse_arguments(arguments: list[str]) -> tuple[TranslatorArguments, Seq2SeqTrainingArguments]:
-    """The YAML file's fields, then the flags. Raises ValueError for a field that nobody knows."""
-    return parse_fields((TranslatorArguments, Seq2SeqTrainingArguments), arguments, do_train=True)
+def parse_arguments(
+    arguments: Sequence[str] = (), recipe: str | None = None, **given
+) -> tuple[TranslatorArguments, Seq2SeqTrainingArguments]:
+    """Return the recipe's fields, then those `given`, then the flags, as [`parse_fields`] does."""
+    classes = (TranslatorArguments, Seq2SeqTrainingArguments)
+    return parse_fields(classes, arguments, recipe, "nrccr train-translator", **{"do_train": True} | given)
+
+
+def train_translator(recipe: str = "marian_en_cs", **fields) -> dict:
+    """
+    Train an engine, as `nrccr train-translator` does.
+
+    Args:
+        recipe: its name, or a YAML file.
+        fields: of the recipe, which win: `data_dir="multi30k"`, `output_dir="outputs/marian-en-cs"`.
+
+    Returns:
+        `dict`: what stands in `metrics.json`; `format_scores` makes a table of its "scores".
+
+    Raises:
+        ValueError: for what can be put right: a field, a folder that holds another run, captions that no person wrote.
+    """
+    return run(*parse_arguments([], recipe, **fields))
 
 
 def write_json(path: Path, content: dict):
@@ -83,12 +95,12 @@ def write_json(path: Path, content: dict):
 
 
 def language_tag(language: str) -> str:
-    """What a source begins with for a model of several target languages, as in OPUS-MT."""
+    """Return what a source begins with for a model of several target languages, as in OPUS-MT."""
     return f">>{language}<<"
 
 
 def caption_pairs(name: str, script: TranslatorArguments, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
-    """Human captions of each split, `(source, target)`. Raises ValueError for a caption that is no person's."""
+    """Return human captions of each split, `(source, target)`. Raises ValueError for a caption that is no person's."""
     dataset = load_caption_dataset(
         name, script.language, target="human", data_dir=data_dir, source_language=script.source_language
     )
@@ -106,19 +118,19 @@ def caption_pairs(name: str, script: TranslatorArguments, data_dir: str | None) 
 
 
 def plain_caption(text: str) -> str:
-    """ "A dog." as a name or a query is written: "a dog"."""
+    """Return "A dog." as a name or a query is written: "a dog"."""
     text = text.strip()
     return (text[:1].lower() + text[1:]).removesuffix(".") or text
 
 
 def with_plain_forms(pairs: list[tuple[str, str]], rate: float, seed: int) -> list[tuple[str, str]]:
-    """The pairs, a share of them in plain form on both sides: so that the form is copied, not imposed."""
+    """Return the pairs, a share of them in plain form on both sides: so that the form is copied, not imposed."""
     generator = random.Random(seed)
     return [tuple(map(plain_caption, pair)) if generator.random() < rate else pair for pair in pairs]
 
 
 def directed(pairs: list[tuple[str, str]], script: TranslatorArguments) -> list[tuple[str, str]]:
-    """What the model reads and what it answers, in one direction or in both."""
+    """Return what the model reads and what it answers, in one direction or in both."""
     if not script.both_directions:
         return pairs
     forth, back = language_tag(script.language), language_tag(script.source_language)
@@ -127,8 +139,8 @@ def directed(pairs: list[tuple[str, str]], script: TranslatorArguments) -> list[
 
 def train_tokenizer(texts: list[str], script: TranslatorArguments) -> MarianTokenizer:
     """
-    A sentencepiece model of both languages, in the layout of OPUS-MT: `</s>` is 0, `<unk>` is 1, tags follow the
-    pieces, `<pad>` is last (CTranslate2's converter counts on that).
+    Return a sentencepiece model of both languages, in the layout of OPUS-MT: `</s>` is 0, `<unk>` is 1, tags follow
+    the pieces, `<pad>` is last (CTranslate2's converter counts on that).
 
     Raises:
         ValueError: the texts are too few for so many pieces.
@@ -167,7 +179,7 @@ def train_tokenizer(texts: list[str], script: TranslatorArguments) -> MarianToke
 
 
 def build_model(tokenizer: MarianTokenizer, script: TranslatorArguments) -> MarianMTModel:
-    """A random model; its `generation_config` has beam 4 and never answers padding, as OPUS-MT's."""
+    """Return a random model; its `generation_config` has beam 4 and never answers padding, as OPUS-MT's."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     layers = {
         f"{part}_{name}": value
@@ -248,7 +260,7 @@ class CostsCallback(TrainerCallback):
 
 
 def find_checkpoint(args: Seq2SeqTrainingArguments, overwrite: bool) -> str | None:
-    """What to go on from. Raises ValueError where that would mix two runs."""
+    """Return what to go on from. Raises ValueError where that would mix two runs."""
     resume, directory = args.resume_from_checkpoint, Path(args.output_dir)
     if resume and str(resume).lower() != "true":
         return resume
@@ -265,11 +277,11 @@ def find_checkpoint(args: Seq2SeqTrainingArguments, overwrite: bool) -> str | No
 
 
 def train(script: TranslatorArguments, args: Seq2SeqTrainingArguments, pairs: dict) -> dict:
-    """Trains, saves the model with the best loss on validation into `output_dir`; what the run was and cost."""
+    """Train, save the model with the best loss on validation into `output_dir`; return what the run was and cost."""
     output_dir = Path(args.output_dir)
     args.output_dir = f"{output_dir}-checkpoints"
     if args.world_size > 1:
-        raise ValueError(f"{args.world_size} processes, but this script trains in one: start it by `python`")
+        raise ValueError(f"{args.world_size} processes, but an engine is trained in one")
     checkpoint = find_checkpoint(args, script.overwrite)
     set_seed(args.seed)
     if checkpoint is None:
@@ -289,7 +301,7 @@ def train(script: TranslatorArguments, args: Seq2SeqTrainingArguments, pairs: di
         processing_class=tokenizer,
         callbacks=[costs],
     )
-    print(f"{model.num_parameters():,} parameters, {len(trainer.train_dataset):,} pairs", flush=True)
+    logger.info(f"{model.num_parameters():,} parameters, {len(trainer.train_dataset):,} pairs")
     trainer.train(resume_from_checkpoint=checkpoint)
     seconds = costs.seconds()
     spent = {
@@ -320,7 +332,7 @@ def train(script: TranslatorArguments, args: Seq2SeqTrainingArguments, pairs: di
 
 
 def translation_scores(answers: list[str], references: list[str]) -> dict:
-    """BLEU and chrF of sacrebleu with its defaults (case counts), 0 to 100, and as the noise report has them."""
+    """Return BLEU and chrF of sacrebleu by its defaults (case counts), 0 to 100, and as the noise report has them."""
     metrics = {"bleu": BLEU(), "chrf": CHRF()}
     scores = {name: metric.corpus_score(answers, [references]).score for name, metric in metrics.items()}
     lower = {"bleu": BLEU(lowercase=True), "chrf": CHRF(lowercase=True)}
@@ -329,7 +341,7 @@ def translation_scores(answers: list[str], references: list[str]) -> dict:
 
 
 def translate_all(engine: Translator, texts: list[str], source: str, target: str) -> list[str]:
-    """As [`Translator.translate`], but an empty answer, of an engine that has learned little, scores 0."""
+    """Translate as [`Translator.translate`] does; an empty answer, of an engine that has learned little, scores 0."""
     lines, answers = [one_line(text) for text in texts], {}
     distinct = sorted(set(lines))
     with tqdm(total=len(distinct), desc=f"{source}-{target}", delay=2) as progress:
@@ -343,7 +355,7 @@ def evaluate(
     script: TranslatorArguments, model_dir: Path, test_sets: dict[str, list[tuple[str, str]]], seed: int
 ) -> dict:
     """
-    Translates each test set greedily and by 4 beams.
+    Translate each test set greedily and by 4 beams.
 
     Returns:
         `dict`: `scores[direction][test set]["greedy" or "beam_4"]`, and `samples`: per direction, of each test set
@@ -361,7 +373,7 @@ def evaluate(
                 start = time.perf_counter()
                 answers = translate_all(engine, texts, source, target)
                 seconds = time.perf_counter() - start
-                print(f"{way} {name}: {len(texts)} captions, {decoding}, {seconds:.0f} s", flush=True)
+                logger.info(f"{way} {name}: {len(texts)} captions, {decoding}, {seconds:.0f} s")
                 of_set = scores.setdefault(way, {}).setdefault(name, {})
                 of_set[decoding] = translation_scores(answers, list(references))
                 if num_beams > 1:
@@ -373,7 +385,7 @@ def evaluate(
 
 
 def format_scores(scores: dict) -> str:
-    """One line for each direction and test set: how many captions, and how well they are translated."""
+    """Return one line for each direction and test set: how many captions, and how well they are translated."""
     lines = [
         f"{'':<44}{'captions':>9}{'greedy':>16}{'4 beams':>16}".rstrip(),
         " " * 53 + f"{'BLEU':>8}{'chrF':>8}" * 2,
@@ -387,11 +399,11 @@ def format_scores(scores: dict) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None):
-    script, args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+def run(script: TranslatorArguments, args: Seq2SeqTrainingArguments) -> dict:
+    """Train (unless `do_train` is false), test, and write `output_dir`. Returns what stands in `metrics.json`."""
     output_dir = Path(args.output_dir)
     if not args.do_train and not (output_dir / TRAINING).is_file():
-        raise ValueError(f"{output_dir} holds no {TRAINING}, so no engine trained by this script; train one first")
+        raise ValueError(f"{output_dir} holds no {TRAINING}, so no engine that was trained here; train one first")
     pairs = caption_pairs(script.data, script, script.data_dir)
     test_sets = {split: of_split for split, of_split in pairs.items() if split != "train"}
     if script.also_test_on:
@@ -403,9 +415,4 @@ def main(arguments: list[str] | None = None):
         training = json.loads((output_dir / TRAINING).read_text(encoding="utf-8"))
     report = evaluate(script, output_dir, test_sets, args.seed) | training
     write_json(output_dir / "metrics.json", report)
-    print(format_scores(report["scores"]))
-    print(f"wrote {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir()))}")
-
-
-if __name__ == "__main__":
-    command("checkpoints are kept: --resume_from_checkpoint true goes on from the last one")(main)()
+    return report

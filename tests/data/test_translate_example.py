@@ -1,8 +1,8 @@
-"""`examples/translate.py`: one answer a caption, whatever ends it; what it writes is a data set.
+"""`nrccr translate`: one answer a caption, whatever ends it; what it writes is a data set.
 
-    torchrun --standalone --nproc_per_node 2 tests/test_translate_example.py FLAGS
+    torchrun --standalone --nproc_per_node 2 tests/data/test_translate_example.py FLAGS
 
-is what the tests start: the script, with engines of this file.
+is what the tests start: the command, with engines of this file.
 """
 
 import json
@@ -23,11 +23,13 @@ import psutil
 import pytest
 from PIL import Image
 
-from datasets_scripts.reading import debian
+from modeling_nrccr.cli import translate as nrccr_translate
 from modeling_nrccr.data import load as data
 from modeling_nrccr.data import translate
+from modeling_nrccr.translation import cache, packages
 from modeling_nrccr.translation.base import TranslationError, Translator
 from modeling_nrccr.translation.cache import CachedTranslator
+from tests.support import ROOT
 
 
 # ---------------------------------------------------------------------------- also in the processes that are killed
@@ -64,7 +66,7 @@ def engine_of_this_file(spec, pairs, data_dir=None, cache=None, state=None, **op
 
 def run(flags: list[str]):
     translate.load_engine = engine_of_this_file
-    translate.main(flags)
+    nrccr_translate.main(flags)
 
 
 def run_logged(flags: list[str], log: Path, environ: dict[str, str]):
@@ -101,9 +103,9 @@ def pictures(tmp_path, monkeypatch):
 
 def flags_of(pictures: Path, *more: str) -> list[str]:
     names = {
-        "dataset": "caption_files",
+        "data": "caption_files",
         "data_dir": pictures,
-        "target": "cs",
+        "language": "cs",
         "translator": "slow",
         "output_dir": pictures.parent / "out",
         "cache": pictures.parent / "translations.sqlite",
@@ -139,14 +141,14 @@ def assert_right(pictures: Path, output: Path, engine: str = "slow"):
 
 def test_what_it_writes_is_a_data_set(pictures, slow, capsys):
     output = pictures.parent / "out"
-    translate.main(flags_of(pictures))
+    nrccr_translate.main(flags_of(pictures))
     assert_right(pictures, output)
     count = 2 * 100 + 14 + 27  # distinct: both ways, and the human captions of validation and test back
     assert f"slow: {count} distinct texts translated, 0 found" in capsys.readouterr().out
     assert json.loads((output / "translation.json").read_text()) == {
-        "dataset": "caption_files",
+        "data": "caption_files",
         "source_language": "en",
-        "target_language": "cs",
+        "language": "cs",
         "split_seed": 0,
         "rows": COUNTS,
         "engines": [{"name": "slow", "version": "1"}],
@@ -157,14 +159,14 @@ def test_what_it_writes_is_a_data_set(pictures, slow, capsys):
     assert engine.name == "slow" and loaded["test"][5]["image"].getpixel((0, 0)) == (1, 20, 4)
 
     with pytest.raises(SystemExit, match="holds translations already: name another --output_dir, or --overwrite"):
-        translate.main(flags_of(pictures))
-    translate.main(flags_of(pictures, "--overwrite"))
+        nrccr_translate.main(flags_of(pictures))
+    nrccr_translate.main(flags_of(pictures, "--overwrite"))
     assert f"slow: 0 distinct texts translated, {count} found" in capsys.readouterr().out
     assert_right(pictures, output)
 
 
 def test_several_engines_have_columns_of_their_own(pictures, slow):
-    translate.main(flags_of(pictures, "--translator", "slow,other"))
+    nrccr_translate.main(flags_of(pictures, "--translator", "slow,other"))
     result = datasets.load_dataset("parquet", data_dir=str(pictures.parent / "out"))
     train, test = result["train"], result["test"]
     assert train["target_caption"][:] == train["target_caption_slow"][:]
@@ -179,26 +181,26 @@ def test_several_engines_have_columns_of_their_own(pictures, slow):
     assert test["target_caption_slow"][:] == test["target_caption_other"][:] == none
     assert train["source_caption_slow"][:] == [None] * len(train)
     with pytest.raises(SystemExit, match="engines of one name have no columns of their own: slow, slow"):
-        translate.main(flags_of(pictures, "--translator", "slow,slow", "--overwrite"))
+        nrccr_translate.main(flags_of(pictures, "--translator", "slow,slow", "--overwrite"))
 
 
 def test_an_engine_that_dies_leaves_what_it_finished(pictures, slow, monkeypatch, tmp_path):
     monkeypatch.setenv("ENGINE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("ENGINE_DIES_AT", "train 97")
     with pytest.raises(SystemExit, match="error: train, source_caption: slow died"):
-        translate.main(flags_of(pictures))
+        nrccr_translate.main(flags_of(pictures))
     assert not (pictures.parent / "out").exists()
     asked = (tmp_path / "log").read_text().splitlines()
     assert 50 < len(asked) < 100
     monkeypatch.delenv("ENGINE_DIES_AT")
-    translate.main(flags_of(pictures))
+    nrccr_translate.main(flags_of(pictures))
     assert_right(pictures, pictures.parent / "out")
     asked = (tmp_path / "log").read_text().splitlines()
     assert len(asked) == len(set(asked))  # nothing twice
 
 
 def test_a_shifted_column_is_noticed(pictures, slow):
-    translate.main(flags_of(pictures))
+    nrccr_translate.main(flags_of(pictures))
     before = data.load_caption_dataset("caption_files", "cs", data_dir=str(pictures))
     engine = engine_of_this_file("slow", [], cache=pictures.parent / "translations.sqlite")
     good = translate.translate(before, [engine], "en", "cs")
@@ -223,13 +225,13 @@ def test_a_shifted_column_is_noticed(pictures, slow):
 
 
 def test_a_folder_of_something_else_is_refused(pictures, slow, monkeypatch):
-    with pytest.raises(SystemExit, match="pictures is there and was not written by this script"):
-        translate.main(flags_of(pictures, "--output_dir", str(pictures), "--overwrite"))
+    with pytest.raises(SystemExit, match="pictures is there and was not written by `nrccr translate`"):
+        nrccr_translate.main(flags_of(pictures, "--output_dir", str(pictures), "--overwrite"))
     (pictures.parent / "empty").mkdir()
     monkeypatch.setattr(datasets.Dataset, "to_parquet", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
     for _ in range(2):
         with pytest.raises(SystemExit, match="error: disk full"):
-            translate.main(flags_of(pictures, "--output_dir", str(pictures.parent / "empty")))
+            nrccr_translate.main(flags_of(pictures, "--output_dir", str(pictures.parent / "empty")))
     assert not list((pictures.parent / "empty").iterdir())
     monkeypatch.undo()
     assert not list(pictures.parent.glob(".empty*"))
@@ -237,7 +239,7 @@ def test_a_folder_of_something_else_is_refused(pictures, slow, monkeypatch):
 
 def test_translated_data_that_does_not_fit_is_refused(pictures, slow):
     output = str(pictures.parent / "out")
-    translate.main(flags_of(pictures))
+    nrccr_translate.main(flags_of(pictures))
     for match, options in (
         ("target_language is cs, not gl", {"target_language": "gl"}),
         ("was split by seed 0, not 3: --split_seed 0", {"seed": 3}),
@@ -247,14 +249,16 @@ def test_translated_data_that_does_not_fit_is_refused(pictures, slow):
     ):
         with pytest.raises(ValueError, match=match):
             data.load_caption_dataset("parquet", **({"target_language": "cs", "data_dir": output} | options))
-    with pytest.raises(SystemExit, match="parquet came with translations by slow: nothing is wanting"):
-        translate.main(flags_of(pictures, "--dataset", "parquet", "--data_dir", output, "--output_dir", output + "2"))
+    with pytest.raises(SystemExit, match="out came with translations by slow: nothing is wanting"):
+        nrccr_translate.main(
+            flags_of(pictures, "--data", "parquet", "--data_dir", output, "--output_dir", output + "2")
+        )
 
 
 def test_training_translates_by_the_same_cache(pictures, monkeypatch, no_bars, tmp_path):
     monkeypatch.setenv("NRCCR_CACHE", str(tmp_path / "home"))
     monkeypatch.setenv("ENGINE_LOG", str(tmp_path / "log"))
-    monkeypatch.setattr(data, "load_translator", lambda spec: Slow(spec))
+    monkeypatch.setattr(cache, "load_translator", lambda spec: Slow(spec))
     for _ in range(2):
         dataset, engine = data.load_translated_dataset(
             "caption_files", "en", "cs", 0, "translated", "slow", str(pictures)
@@ -263,22 +267,22 @@ def test_training_translates_by_the_same_cache(pictures, monkeypatch, no_bars, t
         assert engine.name == "slow"
     asked = (tmp_path / "log").read_text().splitlines()
     assert len(asked) == len(set(asked)) == 241 and (tmp_path / "home/translations.sqlite").exists()
-    translate.main([*flags_of(pictures)[:-2], "--output_dir", str(tmp_path / "out")])
+    nrccr_translate.main([*flags_of(pictures)[:-2], "--output_dir", str(tmp_path / "out")])
     assert len((tmp_path / "log").read_text().splitlines()) == 241
 
 
 def test_what_engines_need_is_fetched_and_pairs_are_checked_first(monkeypatch, tmp_path):
     specs, wanted = [], []
-    monkeypatch.setattr(debian, "apertium_root", lambda pairs, *folders: wanted.append(pairs) or "root")
-    monkeypatch.setattr(data, "load_translator", lambda spec, **options: specs.append((spec, options)) or Slow())
+    monkeypatch.setattr(packages, "apertium_root", lambda pairs, *folders: wanted.append(pairs) or "root")
+    monkeypatch.setattr(cache, "load_translator", lambda spec, **options: specs.append((spec, options)) or Slow())
     pairs = [("en", "cs"), ("cs", "en")]
     index = tmp_path / "usr/share/dictd/freedict-eng-ces.index"
     index.parent.mkdir(parents=True)
     index.touch()
-    data.load_engine("dictionary", pairs, str(tmp_path), num_beams=2)
-    data.load_engine("dictionary:deu-ces", pairs[1:])
-    data.load_engine("apertium+es+dictionary:x", pairs)
-    data.load_engine("apertium", pairs[1:])
+    cache.load_engine("dictionary", pairs, str(tmp_path), num_beams=2)
+    cache.load_engine("dictionary:deu-ces", pairs[1:])
+    cache.load_engine("apertium+es+dictionary:x", pairs)
+    cache.load_engine("apertium", pairs[1:])
     assert specs == [
         (f"dictionary:{index}", {"num_beams": 2}),
         ("dictionary:deu-ces", {}),
@@ -287,15 +291,14 @@ def test_what_engines_need_is_fetched_and_pairs_are_checked_first(monkeypatch, t
     ]
     assert wanted == [[("en", "es"), ("es", "en")], [("en", "cs"), ("cs", "en")]]
     with pytest.raises(ValueError, match="slow has no pair en-gl here"):
-        data.load_engine("slow", [("en", "gl"), ("cs", "en")])
+        cache.load_engine("slow", [("en", "gl"), ("cs", "en")])
 
 
 # ------------------------------------------------------------------------------------------------------ kill -9
 
 
 def environ_of(**changes: str) -> dict[str, str]:
-    folders = [Path(__file__).parent, Path(translate.__file__).parent, Path(__file__).parents[2]]
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))} | changes
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | changes
 
 
 @pytest.mark.slow
@@ -381,17 +384,7 @@ def test_two_processes_share_the_work_and_are_killed(pictures, tmp_path):
 
 @pytest.mark.network
 def test_real_apertium_is_killed_and_gives_the_same(tmp_path, monkeypatch):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "--num_machines",
-        "1",
-    ]
-    command += [translate.__file__, "--dataset", "tuxpaint+cldr_emoji", "--target", "gl", "--translator", "apertium"]
+    command = [sys.executable, "-m", "modeling_nrccr", "translate", "--language", "gl", "--translator", "apertium"]
 
     def flags(name: str) -> list[str]:
         return ["--cache", str(tmp_path / f"{name}.sqlite"), "--output_dir", str(tmp_path / name)]

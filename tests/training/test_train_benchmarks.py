@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_nrccr.cli import evaluate
+from modeling_nrccr.retrieval.evaluation import evaluate
 from modeling_nrccr.training import run as train
 from modeling_nrccr.training.extract_features import extract_features
 from tests.support.upstream_formats import write_binary_features, write_lines, write_webp
@@ -101,11 +101,14 @@ def test_videos_as_pixels(tmp_path, encoders, cached):  # noqa: F811
     assert "videos=[[Image.new" in (tmp_path / "out/README.md").read_text()
     if cached:  # what it wrote gives the same numbers, from videos and from features of the same frames
         tower = {"vision_encoder": str(encoders / "vision"), "visual_encoder_output": "projected"}
-        for more in (["--visual_feature", "none"], ["--visual_feature", "clip"]):
-            arguments = [tmp_path / "out", "--data_dir", tmp_path, "--output", tmp_path / "again.json"]
-            arguments += ["--data", "vatex", "--query_language", "zh", "--num_frames", 3, *more]
-            evaluate.main(list(map(str, arguments)))
-            assert json.loads((tmp_path / "again.json").read_text())["test"] == pytest.approx(report["test"])
+        for features in ("none", "clip"):
+            options = {
+                "data_dir": str(tmp_path),
+                "query_languages": ["zh"],
+                "num_frames": 3,
+                "visual_feature": features,
+            }
+            assert evaluate(str(tmp_path / "out"), "vatex", **options).report["test"] == pytest.approx(report["test"])
             if not (tmp_path / "FeatureData").exists():
                 extract_features(tmp_path / "videos", tmp_path / "FeatureData/clip", num_frames=3, **tower)
 

@@ -1,4 +1,4 @@
-"""`examples/train_translator.py`: a toy world in Multi30K's form becomes an engine for both directions."""
+"""`nrccr train-translator`: a toy world in Multi30K's form becomes an engine for both directions."""
 
 import gzip
 import json
@@ -75,8 +75,9 @@ def own_cache(tmp_path_factory, monkeypatch, no_bars):
 
 def run(folder, output_dir, **flags) -> dict:
     flags = TINY | {"data_dir": folder, "output_dir": output_dir} | flags
-    train_translator.main([part for key, value in flags.items() for part in (f"--{key}", str(value))])
-    return json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    report = train_translator.train_translator(**flags)
+    assert report == json.loads((output_dir / "metrics.json").read_text(encoding="utf-8"))
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -177,8 +178,8 @@ def test_bad_input_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"vocab_size=5000 does not fit 120 captions: .*<= \d+"):
         run(folder, tmp_path / "out", vocab_size=5000)
     (tmp_path / "wrong.yaml").write_text("vocab_sise: 60\n")
-    with pytest.raises(ValueError, match="wrong.yaml: unknown fields vocab_sise"):
-        train_translator.main(["--config", str(tmp_path / "wrong.yaml")])
+    with pytest.raises(ValueError, match="wrong.yaml: vocab_sise is no field .do you mean vocab_size"):
+        train_translator.train_translator(tmp_path / "wrong.yaml")
 
 
 def test_only_pairs_that_people_wrote_are_learned(monkeypatch, tmp_path):

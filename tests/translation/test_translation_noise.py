@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sacrebleu.metrics import BLEU, CHRF
 
+from modeling_nrccr.cli import noise as command
 from modeling_nrccr.publishing import noise_report
 from modeling_nrccr.translation import noise as translation_noise
 from modeling_nrccr.translation.base import Translator
@@ -343,11 +344,11 @@ def pictures(tmp_path, monkeypatch, no_bars):
     (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(noise_report, "load_engine", lambda *args, **kwargs: Capitals())
-    return ["--dataset", "caption_files", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "noise")]
+    return ["--data", "caption_files", "--data_dir", str(tmp_path), "--output_dir", str(tmp_path / "noise")]
 
 
-def test_the_example(pictures, capsys):
-    noise_report.main([*pictures, "--against_human"])
+def test_the_command(pictures, capsys):
+    command.main([*pictures, "--against_human"])
     folder = Path(pictures[-1])
     report = json.loads((folder / "noise.json").read_text())
     train, validation, test = report["entries"]
@@ -355,21 +356,22 @@ def test_the_example(pictures, capsys):
     assert train["reference_chrf"] < 20 and train["confidence_correlation"] and train["round_trip_chrf"] == 100
     assert (test["source_language"], test["target_language"], test["engine"]) == ("gl", "en", None)
     assert test["worst"][0]["translation"] == "humano 3" and test["worst"][0]["reference"] == "one car"
-    assert report["settings"]["dataset"] == "caption_files" and str(folder.parent) not in json.dumps(report)
+    assert report["settings"]["data"] == "caption_files" and str(folder.parent) not in json.dumps(report)
     assert sorted(path.name for path in folder.iterdir()) == ["noise.html", "noise.json"]
     printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == f"next: open {folder / 'noise.html'} in a browser"
     assert "train: en-gl" in printed and "capitals" in printed and "chrF to reference" in printed
-    noise_report.main([*pictures, "--splits", "train", "--num_worst", "1"])
+    command.main([*pictures, "--splits", "train", "--num_worst", "1"])
     (only,) = json.loads((folder / "noise.json").read_text())["entries"]
     assert only["reference_chrf"] is None and only["worst"][0]["source"] == "a red dog"
     with pytest.raises(SystemExit, match="error: caption_files has no split dev; it has train, validation, test"):
-        noise_report.main([*pictures, "--splits", "dev"])
+        command.main([*pictures, "--splits", "dev"])
 
 
 @pytest.mark.network
 def test_confidence_tells_good_from_bad_translations_of_a_real_engine(tmp_path):
     """Galician training captions by Apertium against those that people wrote: docs/translation.json has 0.49."""
-    noise_report.main(["--against_human", "--splits", "train", "--output_dir", str(tmp_path)])
+    command.main(["--against_human", "--splits", "train", "--output_dir", str(tmp_path)])
     (entry,) = json.loads((tmp_path / "noise.json").read_text())["entries"]
     assert entry["engine"] == "apertium" and entry["captions"] > 1000
     assert entry["confidence_correlation"]["spearman"] > 0.45 and entry["confidence_correlation"]["pearson"] > 0.45
