@@ -225,7 +225,7 @@ class FaissIndex:
                 if attempt + 1 < ATTEMPTS and content is not None and content != path.read_bytes():
                     continue  # the files that it named are gone, because another process has saved
                 raise ValueError(
-                    f"Cannot read the index {str(path)!r}: {error}. Build it again with save()."
+                    f"Cannot read the index {str(path)!r}: {error}. Build it again with `nrccr index`, or save()."
                 ) from error
         loaded.location = Path(folder)
         return loaded
