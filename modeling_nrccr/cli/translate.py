@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None):
         renamed(options, old, new)
     given = vars(options.parse_args(argv))
     if given.pop("num_processes") > 1 and WORKER not in os.environ:
-        from ..training.launch import start_processes
+        from .launch import start_processes
 
         return start_processes("translate", argv, options.parse_args(argv).num_processes)
     from ..data.translate import translate_captions

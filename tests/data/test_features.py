@@ -103,7 +103,7 @@ def test_100_gigabytes_cost_no_memory(tmp_path):
     (tmp_path / "id.txt").write_text(" ".join(f"v{i}" for i in range(rows)))
     program = f"""
 import resource
-from datasets_scripts.features import open_features
+from datasets_scripts.reading.features import open_features
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 features = open_features({str(tmp_path)!r})
 assert features["v999"].shape == (1, {dim}) and features["v500"][0, 5] == 0

@@ -25,7 +25,7 @@ LAYERS = (
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 TOP = ("modeling_nrccr", "modeling_nrccr.__main__")  # public names; the command
-SHARED = ("modeling_nrccr.cli.common",)  # how a command ends
+SHARED = ("modeling_nrccr.cli.common", "modeling_nrccr.cli.launch")  # of commands
 
 
 def modules() -> dict[str, Path]:
