@@ -18,7 +18,7 @@ from pathlib import Path
 from datasets_scripts.reading.debian import FetchError
 
 from ..recipes.limits import number
-from ..training.launch import WORKER
+from .launch import WORKER
 
 
 class Stopped(SystemExit):

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None):
     )
     given, flags = options.parse_known_args(argv)
     if given.num_processes > 1:
-        from ..training.launch import start_processes
+        from .launch import start_processes
 
         return start_processes("train", flags, given.num_processes)
     from ..publishing.tables import format_table
