@@ -8,6 +8,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIs
 
 from ..registry import Registry
 from ..weights import CONFIG_FILES, OPEN_CLIP, check_name, nearest
+from . import auto_classes  # noqa: F401  (what is found is loaded, by these: `nrccr` has not imported them yet)
 from .wheels import cache_folder
 
 

@@ -11,7 +11,6 @@ from ..dual_encoders import read_config
 from ..languages import LANGUAGE_FILE
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
-from . import auto_classes  # noqa: F401  (the command has not registered them)
 from .encoders import find_encoder
 
 
