@@ -271,33 +271,6 @@ def asked_lines(study: Study, asked: tuple[tuple[str, str, str], ...], columns: 
     return lines
 
 
-def results(study: Study) -> str:
-    """README's table: the rows that answer what a user would ask first."""
-    language = study.languages[0]
-    name = LANGUAGES.get(language, language)
-    asked = (
-        ("English only", "english_only", "target"),
-        ("translated query: English only, asked in machine-translated English", "english_only", "translated"),
-        ("MT, plain", "mt_plain", "target"),
-        ("MT + similarity view (joint.yaml)", "demo", "target"),
-        ("the same, fused with the translated query", "demo", "fused"),
-        ("plain distillation from the English-only model", "distillation", "target"),
-        ("the same, fused with the translated query", "distillation", "fused"),
-        ("published recipe, frozen encoder", "published_frozen", "target"),
-        ("human captions in training (upper bound)", "human", "target"),
-        ("(for comparison) English only, human English query", "english_only", "english"),
-    )
-    lines = asked_lines(study, asked, [{"language": language, "gallery": gallery} for gallery in GALLERIES])
-    runs = [study.load(run) for run in study.runs()]
-    translator = runs[0]["translator"]
-    head = ["SumR [95 % interval]", *GALLERIES.values()]
-    return (
-        f"Human {name} queries, {len(study.split_seeds)} splits x {len(study.seeds)} training seeds, captions "
-        f"translated by {translator}; SumR is the sum of R@1, R@5 and R@10 in both directions.\n\n"
-        + markdown(head, lines)
-    )
-
-
 def by_language(study: Study) -> str:
     """README's table of what adding a language gives: a column a language."""
     asked = (
@@ -371,6 +344,35 @@ def figures():
     save(figure, "study_scenes")
     few_figure(plt, save)
     ablation_figure(plt, save)
+    gain_figure(plt, save)
+
+
+def gain_figure(plt, save):
+    """docs/study_gain, README's: what adding a language gives, beside what a team would try first."""
+    study = Study(STUDIES / "recommended.yaml")
+    report = study.summary()
+    bars = (
+        ("the base, asked in the language", "english_only", "target", "#c9c9c9"),
+        ("the base, asked the query's translation", "english_only", "translated", "#8a8a8a"),
+        ("the language added", "recipe", "target", "#3c9cc4"),
+        ("the language added, fused with the translation", "recipe", "fused", "#0b6e99"),
+        ("(the base, human English query)", "recipe", "english", "#e8d3b9"),
+    )
+    figure, axes = plt.subplots(figsize=(8, 3.6))
+    for number, (label, row, query, colour) in enumerate(bars):
+        values = [
+            find(report["rows"], row=row, query=query, gallery="all", language=language)[0]
+            for language in study.languages
+        ]
+        places = [at + (number - 2) * 0.17 for at in range(len(values))]
+        style = {"width": 0.16, "color": colour, "label": label, "capsize": 2, "ecolor": "#444444"}
+        axes.bar(places, [value["mean"] for value in values], yerr=reach(values), **style)
+    axes.set_xticks(range(len(study.languages)), [LANGUAGES[language] for language in study.languages])
+    axes.set_ylabel("SumR of human queries, 95 % interval")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)
+    save(figure, "study_gain")
 
 
 def few_figure(plt, save):
@@ -440,7 +442,7 @@ def blocks() -> dict[Path, dict[str, str]]:
     page["study scenes"] = curves_table(studies["scenes"]) + "\n" + settings_table(studies["scenes"])
     return {
         PAGE: page,
-        README: {"study": results(studies["real"]), "study recommended": by_language(studies["recommended"])},
+        README: {"study recommended": by_language(studies["recommended"])},
     }
 
 
