@@ -289,7 +289,7 @@ def serve(folder: Path):
     settings = json.loads(metrics.read_text(encoding="utf-8"))["settings"] if metrics.exists() else {}
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="uploads-"))  # of this page alone
     gr.set_static_paths([folder / "clips"])
-    build(Finder(folder, spoken(folder / "model", settings)), settings.get("source_query_weight", 0.5)).launch(
+    build(Finder(folder, spoken(folder / "model", settings)), settings.get("translation_weight", 0.5)).launch(
         theme=THEME,
         css_paths=folder / "style.css",
         max_file_size=MAX_BYTES,

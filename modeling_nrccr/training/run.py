@@ -185,7 +185,7 @@ def train_and_test(
             "pictures": {split: len(set(rows["image_id"])) for split, rows in experiment.rows.items()},
             "text_encoder": encoder_label(model_arguments.text_encoder),
             "vision_encoder": encoder_label(model_arguments.vision_encoder),
-            "source_query_weight": weight,
+            "translation_weight": weight,
             "truncated_captions": trainer.processing_class.num_truncated,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         },
