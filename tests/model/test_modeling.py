@@ -93,7 +93,7 @@ def test_save_and_load_keeps_the_embeddings(tmp_path):
         "language_adapters.py",
         "languages.py",
         "length_groups.py",
-        "loading.py",
+        "weights.py",
         "heads.py",
         "towers.py",
         "open_clip.py",

@@ -287,7 +287,7 @@ def test_beams_and_versions(folders, tmp_path):
 @pytest.mark.parametrize("kind", ["seq2seq", "ctranslate2"])
 def test_long_texts_are_cut_with_a_warning(folders, converted, kind, monkeypatch):
     warnings = []
-    monkeypatch.setattr(logging.getLogger("modeling_nrccr.translation_seq2seq"), "warning", warnings.append)
+    monkeypatch.setattr(logging.getLogger("modeling_nrccr.translation.seq2seq"), "warning", warnings.append)
     folder = {"seq2seq": folders, "ctranslate2": converted}[kind]["m2m100"]
     translator = load_translator(f"{kind}:{folder}", name="engine")
     long = ("dog " * 2500).strip()  # 10,000 characters
