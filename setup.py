@@ -42,6 +42,7 @@ setup(
         "safetensors>=0.5",
         "filelock>=3.13",
         "numpy>=2",
+        "packaging>=22",
         "pillow>=11.3",
         "pyyaml>=6",
         "tqdm>=4.66",

@@ -250,9 +250,7 @@ def test_translated_data_that_does_not_fit_is_refused(pictures, slow):
         with pytest.raises(ValueError, match=match):
             data.load_caption_dataset("parquet", **({"target_language": "cs", "data_dir": output} | options))
     with pytest.raises(SystemExit, match="out came with translations by slow: nothing is wanting"):
-        nrccr_translate.main(
-            flags_of(pictures, "--data", "parquet", "--data_dir", output, "--output_dir", output + "2")
-        )
+        nrccr_translate.main(flags_of(pictures, "--data", output, "--output_dir", output + "2"))
 
 
 def test_training_translates_by_the_same_cache(pictures, monkeypatch, no_bars, tmp_path):

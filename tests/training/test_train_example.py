@@ -1,6 +1,7 @@
 """`examples/train.py` from data to what it publishes, with tiny encoders: plumbing only, the numbers mean nothing."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from modeling_nrccr import EfficientNetLiteConfig, EfficientNetLiteModel
 from modeling_nrccr.files import LOCK_FILE
 from modeling_nrccr.training import experiment
 from modeling_nrccr.training import run as train
+from tests.support import ROOT
 
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220), "black": (10, 10, 10)}
@@ -295,3 +297,43 @@ def test_flags_win_over_the_file_and_unknown_fields_are_named(tmp_path):
         with pytest.raises(ValueError, match=words):
             train.parse_arguments(flags.split())
     assert train.parse_arguments([], "paper/vatex", language="de", output_dir=tmp_path)[0].language == "de"
+
+
+@pytest.mark.slow
+def test_two_processes_of_the_command(encoders, tmp_path):
+    """They train together, and end in one line, whatever it is."""
+    generator, lines = random.Random(0), ["image,caption,target_caption,split"]
+    for split, count in (("train", 40), ("validation", 8), ("test", 8)):
+        for i in range(count):
+            colour, shape = generator.choice(list(COLOURS)), generator.choice(list(SHAPES))
+            picture(colour, shape, generator).save(tmp_path / f"{split}{i}.png")
+            lines.append(f"{split}{i}.png,the {colour} {shape},o {shape} {colour},{split}")
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    flags = {
+        "num_processes": 2,
+        "data": tmp_path / "captions.csv",
+        "target_captions": "human",
+        "translator": "none",
+        "losses": "contrastive=1,target_contrastive=1",
+        "baselines": False,
+        "search_page": "none",
+        "text_encoder": encoders / "t",
+        "vision_encoder": encoders / "v",
+        "output_dir": tmp_path / "out",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 10,
+        "projection_dim": 8,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    command = [sys.executable, "-m", "modeling_nrccr", "train"]
+    command += [part for key, value in flags.items() for part in (f"--{key}", str(value))]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    options = {"env": environment, "capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("wrote ") == 1 and (tmp_path / "out/model.safetensors").exists()
+    result = subprocess.run([*command, "--learning_rate", "0"], **options)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == "error: learning_rate=0.0: it must be above 0"
+    assert "Traceback" not in result.stderr and result.stderr.count("learning_rate") == 1
