@@ -24,7 +24,9 @@ from transformers import AutoModel, AutoProcessor
 from benchmarks.bases.build import DATASET, base_folder, captioned, pictures_of_nrccr
 from modeling_nrccr import FeatureCache, NrccrModel, NrccrProcessor, NrccrRetriever
 from modeling_nrccr.data.load import load_caption_dataset
-from modeling_nrccr.export import onnx as export_onnx
+from modeling_nrccr.export.formats import export_model
+from modeling_nrccr.export.onnx import OnnxModel
+from modeling_nrccr.export.sides import list_sides
 from modeling_nrccr.publishing.sentence_transformers_files import write_sentence_transformers_files
 from modeling_nrccr.retrieval.encoding import encode_images, encode_texts
 from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
@@ -93,7 +95,7 @@ class Examined:
         return float((self.embed(self.model, texts, None) != self.of_base(texts)).sum())
 
     def report_differs(self, found: dict[str, float]) -> float:
-        """SumR that add_language.py reported after training, against that of this process."""
+        """SumR that `nrccr add-language` reported after training, against that of this process."""
         report = json.loads((self.step / "report.json").read_text(encoding="utf-8"))["found"]
         names = [name for name in report if name.removeprefix(f"{LANGUAGE}: ") == "this language"]
         return abs(report[names[0]]["sum_recall"] - found["after"])
@@ -166,11 +168,11 @@ class Examined:
         """The exported files, asked the sample."""
         with tempfile.TemporaryDirectory() as folder:
             naflex = self.has_pictures and self.model.visual_tower.patch_size is not None
-            sides = ["--sides", "text"] if naflex else []  # no exporter follows pictures of any shape
-            export_onnx.main([self.folder, folder, "--language", f"{LANGUAGE}={self.step}", *sides])
+            sides = ["text"] if naflex else None  # no exporter follows pictures of any shape
+            export_model(self.folder, folder, ["onnx"], [f"{LANGUAGE}={self.step}"], sides=sides)
             processor = AutoProcessor.from_pretrained(folder)
-            side = export_onnx.list_sides(self.model.language_side(), processor, ["text"])[0]
-            exported = export_onnx.OnnxModel(Path(folder), self.model.config, [side])
+            side = list_sides(self.model.language_side(), processor, ["text"])[0]
+            exported = OnnxModel(Path(folder), self.model.config, [side])
             return difference(encode_texts(exported, self.sample, processor), self.embeds)
 
     def served(self) -> float:
@@ -239,7 +241,7 @@ def check(name: str, work: Path, steps: Sequence[str]) -> dict[str, dict]:
             "served": one.served,
             "searched": partial(one.searched, images, ids),
         }
-        if not one.has_pictures:  # they stay with the base, and add_language.py is given none to test with
+        if not one.has_pictures:  # they stay with the base, and `nrccr add-language` is given none to test with
             checks.pop("pictures")
             checks.pop("loaded")
         if not one.model.has_lora(LANGUAGE):

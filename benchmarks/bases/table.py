@@ -49,7 +49,7 @@ HEADS = {
     "several": "gl and ca, linear",
     "text_encoder": "another text encoder",
 }
-# add_language.py has no entrance for embeddings of pictures that stay with a base
+# `nrccr add-language` has no entrance for embeddings of pictures that stay with a base
 LEFT_OUT = {("embedding_gemma2", "pictures")}
 # each with what it may be at most
 CHECKS = {
@@ -94,7 +94,7 @@ def index_pictures(name: str, pictures: Path, index: Path):
 
 
 def add(name: str, step: str, work: Path):
-    """One run of add_language.py, as it is typed."""
+    """Run `nrccr add-language` once."""
     from modeling_nrccr.training import add_language
 
     data = [f"--data={DATASET}"]
