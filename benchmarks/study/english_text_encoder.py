@@ -38,14 +38,14 @@ NEW_SIDE = ["--text_encoder=multilingual-e5-small", "--text_prefix=query: "]
 ROWS = {
     "new_linear": ("another text encoder beside it (e5), linear adapter", [*NEW_SIDE, f"--translator={ENGINES}"]),
     "new_lora": (
-        "another text encoder beside it (e5), recommended.yaml",
+        "another text encoder beside it (e5), recommended",
         [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}"],
     ),
     "new_lora_long": (
         "the same, three times as long",
         [*RECOMMENDED, *NEW_SIDE, f"--translator={ENGINES}", "--num_train_epochs=3"],
     ),
-    "own_lora": ("LoRA in its own text encoder, recommended.yaml", [*RECOMMENDED, f"--translator={ENGINES}"]),
+    "own_lora": ("LoRA in its own text encoder, recommended", [*RECOMMENDED, f"--translator={ENGINES}"]),
     "human": (
         "e5 beside it, LoRA from human captions (bound)",
         [*RECOMMENDED, *NEW_SIDE, "--lexicon=none", "--num_train_epochs=3"],
@@ -167,11 +167,11 @@ def write_page(results: list[dict]):
     lines = [
         ("the base, asked in the language", "new_lora", "base"),
         ("**the base, asked the query's machine translation**", "new_lora", "translated query"),
-        ("LoRA in its own text encoder (recommended.yaml)", "own_lora", ours),
+        ("LoRA in its own text encoder (recommended)", "own_lora", ours),
         ("the same, fused with the translation", "own_lora", fused),
         ("e5 beside it, linear adapter", "new_linear", ours),
         ("the same, fused with the translation", "new_linear", fused),
-        ("**e5 beside it, LoRA (recommended.yaml)**", "new_lora", ours),
+        ("**e5 beside it, LoRA (recommended)**", "new_lora", ours),
         ("**the same, fused with the translation**", "new_lora", fused),
         ("e5 beside it, LoRA, three times as long", "new_lora_long", ours),
         ("the same, fused with the translation", "new_lora_long", fused),
