@@ -151,6 +151,10 @@ def command(kept: str = "nothing was kept: run it again to begin anew") -> Calla
                 if os.environ.get("NRCCR_DEBUG"):
                     raise
                 raise stopped(error, kept) from None
+            except RuntimeError as error:
+                if os.environ.get(WORKER) and "Connection closed by peer" in str(error):
+                    sys.exit(1)  # the process that it waits for has said why it ended
+                raise
 
         return wrapped
 
