@@ -145,7 +145,7 @@ def test_an_old_flag_says_its_new_name(capsys):
 def test_while_a_command_is_being_imported(tmp_path):
     """Ctrl+C, and a working folder that has been deleted."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    search = [sys.executable, "-m", "modeling_nrccr", "search", "x", "--query", "y"]
+    search = [sys.executable, "-m", "modeling_nrccr", "search", "x", "y"]
     process = subprocess.Popen(search, env=environment, stderr=subprocess.PIPE)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
