@@ -1,5 +1,7 @@
-"""What others write, each in a file of its own outside of the package, named `my_module:MyClass`, used for real."""
+"""What others write, each in a file of its own outside of the package, named `my_module:MyClass`, used for real. The
+files are the snippets of CONTRIBUTING.md."""
 
+import re
 import sys
 
 import numpy as np
@@ -10,8 +12,16 @@ from modeling_nrccr import NrccrRetriever, load_translator
 from modeling_nrccr.data.load import load_caption_dataset
 from modeling_nrccr.language_adapters import NrccrLanguageAdapter
 from modeling_nrccr.loading.encoders import find_encoder
-from tests.support import WordProcessor, tiny_model
+from tests.support import ROOT, WordProcessor, tiny_model
 from tests.training.test_trainer import trainer_of
+
+
+def snippet(name: str) -> str:
+    """Return the block of CONTRIBUTING.md that has a class of this name."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    (block,) = [block for block in blocks if f"class {name}" in block]
+    assert len([line for line in block.splitlines() if line]) <= 10, block
+    return block
 
 
 @pytest.fixture
@@ -26,21 +36,7 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_loss(module, tmp_path):
-    module('''
-import torch
-
-from modeling_nrccr import LossTerm
-
-
-class Uniformity(LossTerm):
-    """Spreads target captions over the sphere (arXiv 2005.10242)."""
-
-    reads = ("target",)
-
-    def __call__(self, outputs, ignored):
-        target = self.loss.embeds(outputs, "target_text_embeds")
-        return torch.pdist(target).square().mul(-2).exp().mean().log()
-''')
+    module(snippet("Uniformity"))
     trainer = trainer_of(tmp_path / "run", losses="target_contrastive=1,my_module:Uniformity=0.1")
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
@@ -50,50 +46,13 @@ class Uniformity(LossTerm):
 
 
 def test_an_engine(module):
-    module('''
-from modeling_nrccr import Translator
-
-
-class Reverser(Translator):
-    """Reads backwards."""
-
-    name = version = "reverser"
-
-    def __init__(self, mark=""):
-        self.mark = mark
-
-    def supported_pairs(self):
-        return [("en", "gl"), ("gl", "en")]
-
-    def _translate(self, texts, source, target):
-        return [text[::-1] + self.mark for text in texts]
-''')
+    module(snippet("Reverser"))
     assert load_translator("my_module:Reverser").translate(["can"], "gl", "en") == ["nac"]
     assert load_translator("my_module:Reverser:!").translate(["can"], "gl", "en") == ["nac!"]
 
 
-ADAPTER = '''
-import torch
-from torch import nn
-
-
-class Scale(nn.Module):
-    """One factor for each number of the states."""
-
-    def __init__(self, width, rank):
-        super().__init__()
-        self.factors = nn.Parameter(torch.zeros(width))
-
-    def reset(self):
-        nn.init.zeros_(self.factors)
-
-    def forward(self, states):
-        return self.factors * states
-'''
-
-
 def test_a_kind_of_adapter(module, tmp_path, monkeypatch):
-    module(ADAPTER)
+    module(snippet("Scale"))
     kind, heads = "my_module:Scale", {"text_head": "pooling", "teacher_view": "source"}
     model = tiny_model(**heads)
     model.add_language("xx", kind=kind)
@@ -125,6 +84,16 @@ def test_a_kind_of_adapter(module, tmp_path, monkeypatch):
 
 
 def test_a_data_set(module, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    module(snippet("Numbers"))
+    dataset = load_caption_dataset("my_module:Numbers", "gl")
+    assert sum(map(len, dataset.values())) == 40 and all(map(len, dataset.values()))
+    row = dataset["test"][0]
+    number = int(row["image_id"].removeprefix("numbers/"))
+    assert row["target_caption"] == f"o {number}" and row["image"].getpixel((0, 0))[0] == number
+
+
+def test_any_builder_of_datasets(module, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     module('''
 import datasets
@@ -176,27 +145,7 @@ def build(folder):
 
 
 def test_an_index(module):
-    module('''
-class Plain:
-    """Rows in a dictionary."""
-
-    def __init__(self, address, dim, create=True):
-        self.location, self.dim, self.fingerprint, self.made_by, self.kept = address, dim, None, None, {}
-
-    def __len__(self):
-        return len(self.kept)
-
-    def existing(self, ids):
-        return {id for id in ids if id in self.kept}
-
-    def upsert(self, ids, embeds, metadata):
-        self.kept |= dict(zip(ids, zip(embeds, metadata)))
-
-    def search(self, embed, k, filter):
-        scores = {id: float(row @ embed) for id, (row, _) in self.kept.items()}
-        best = sorted(scores, key=scores.get, reverse=True)[:k]
-        return [(id, scores[id], {}) for id in best]
-''')
+    module(snippet("Plain"))
     model = tiny_model(text_head="pooling", visual_head="pooling", teacher_view="source")
     retriever = NrccrRetriever(model, WordProcessor(), "my_module:Plain:here")
     embeds = np.eye(11, dtype=np.float32)
