@@ -143,7 +143,7 @@ def find_caption_file(data_dir: Path, name: str | None = None) -> Path:
     if len(files) > 1:
         raise ValueError(
             f"{data_dir} has {len(files)} files of captions, {', '.join(file.name for file in files)}: name one "
-            f"(caption_file), as in --dataset caption_files:{files[0].name}"
+            f"(caption_file), as in --data caption_files:{files[0].name}"
         )
     if not files or not is_caption_file(files[0]):
         raise FileNotFoundError(

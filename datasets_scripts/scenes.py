@@ -130,7 +130,7 @@ class Scenes(CaptionBuilder):
     grammar's. `translation_noise` is the true noise of what it made in a row (`target_caption` in training, elsewhere
     `source_caption`): the share of content words that are wrong, left in the other language, missing or moved, 0 to 1.
 
-    `config_name="0.5-cs"` is short for `config_name="cs", noise=0.5`; in the examples, `--dataset scenes:0.5`.
+    `config_name="0.5-cs"` is short for `config_name="cs", noise=0.5`; for commands, `--data scenes:0.5`.
     """
 
     BUILDER_CONFIG_CLASS = ScenesConfig

@@ -1,6 +1,6 @@
 """Trains the bench of bases: a small dual encoder of each family that languages are added to.
 
-    python -m benchmarks.bases.build            # all, about a minute each; they stay in the cache of the examples
+    python -m benchmarks.bases.build  # all, about a minute each; they stay in the cache folder
     python -m benchmarks.bases.build clip siglip
 
 An instrument for the plumbing, and no more: it shows that a family's own code, tokenizer and image processor go the

@@ -64,7 +64,7 @@ SIGNALS = {  # what could tell a good translation from a bad one; the first is w
 
 @cache
 def engine(row: str):
-    """The engine of a row, behind the cache of the examples."""
+    """The engine of a row, behind the cache of translations."""
     from datasets_scripts.reading.debian import cache_folder
     from modeling_nrccr.translation.cache import load_engine
 

@@ -1,5 +1,5 @@
 """How tokenizers read the languages of tuxpaint+cldr_emoji: the table of docs/languages.md, where the limits of
-`modeling_nrccr/tokenizer_coverage.py` come from. No picture is drawn.
+`modeling_nrccr/training/tokenizer_coverage.py` come from. No picture is drawn.
 
     python -m benchmarks.translation.tokenizer_coverage --tokenizer all-MiniLM-L6-v2 --tokenizer multilingual-e5-small
 """

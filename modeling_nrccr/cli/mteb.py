@@ -4,7 +4,7 @@
     nrccr mteb outputs/english --language gl=outputs/gl --data tuxpaint+cldr_emoji --output mteb.json
 
 The first fetches its task from the Hub (so do Multi30kT2IRetrieval, XFlickr30kCoT2IRetrieval, ...); the second gives
-the R@k of `nrccr evaluate`. Needs `pip install "modeling_nrccr[mteb]"`.
+the R@k of `nrccr evaluate`. Needs mteb (the extra `mteb`).
 """
 
 from .common import add_model_options, command, parser, renamed

@@ -8,8 +8,8 @@ Training gets `target_caption` and `back_translation`, validation and test `sour
 `target_caption_apertium`, `back_translation_apertium`, `source_caption_apertium`. Every finished batch goes to a cache
 on disk: run again after it was ended in whatever way, it goes on from there.
 
-`datasets.load_dataset("parquet", data_dir="outputs/pictures-cs")` reads the result too (features: after
-`import datasets_scripts.features`). Pictures, videos and features that a data set has as files stay where they are.
+`datasets.load_dataset("parquet", data_dir="outputs/pictures-cs")` reads the result too (features: after `import
+datasets_scripts.reading.features`). Pictures, videos and features that a data set has as files stay where they are.
 """
 
 import os

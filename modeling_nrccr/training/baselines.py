@@ -1,4 +1,4 @@
-"""What a team would try instead of `add_language.py`, on the same frozen encoder and the same translations."""
+"""What a team would try instead of adding a language, on the same frozen encoder and the same translations."""
 
 from copy import copy, deepcopy
 from pathlib import Path

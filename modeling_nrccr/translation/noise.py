@@ -2,7 +2,7 @@
 How noisy machine-translated captions are: a report for a whole set, and a confidence for each pair.
 
 Neither needs a human translation: what is compared is the caption, its translation and the translation back. Where
-human captions are at hand, they show how far that can be trusted. Needs `pip install "modeling_nrccr[noise]"`:
+human captions are at hand, they show how far that can be trusted. Needs the extra `noise`:
 [sacrebleu](https://github.com/mjpost/sacrebleu) and the language identifier py3langid, whose wheel holds its model.
 """
 
