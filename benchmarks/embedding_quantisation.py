@@ -91,8 +91,8 @@ def table(report: dict) -> str:
     worst = min(part["sum_recall"] for found in report["results"].values() for part in found.values())
     s = report["settings"]
     return (
-        f"SumR and bytes of a vector; {s['pictures']} test pictures of {s['dataset']}, {s['captions']} human "
-        f"{s['target_language']} queries, one model (seed {s['seed']}, split seed {s['split_seed']}). Nothing lost is "
+        f"SumR and bytes of a vector; {s['pictures']} test pictures of {s['data']}, {s['captions']} human "
+        f"{s['language']} queries, one model (seed {s['seed']}, split seed {s['split_seed']}). Nothing lost is "
         f"{full:.1f}, the worst here {worst:.1f}.\n\n" + "\n".join(lines) + "\n"
     )
 
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None):
     settings = json.loads(Path(args.model, "metrics.json").read_text(encoding="utf-8"))["settings"]
     torch.set_num_threads(1)  # sums in one order
     seed = split_seed(args.model, None)
-    splits = load_caption_dataset(settings["dataset"], settings["target_language"], seed)
+    splits = load_caption_dataset(settings["data"], settings["language"], seed)
     model = SentenceTransformer(args.model, device="cpu", trust_remote_code=True)
     test, validation = encode(model, splits["test"]), encode(model, splits["validation"])
     dims = tuple(dim for dim in DIMS if dim <= test[0].shape[1])
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None):
         "results": measure(test, validation, dims),
         "settings": {
             "model": encoder_label(args.model),
-            "dataset": settings["dataset"],
+            "data": settings["data"],
             "split_seed": seed,
-            "target_language": settings["target_language"],
+            "language": settings["language"],
             "seed": settings["seed"],
             "captions": len(test[0]),
             "pictures": len(test[1]),

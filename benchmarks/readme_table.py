@@ -22,7 +22,7 @@ def results(report: dict) -> str:
     return (
         f"{pictures['test']} test pictures that training never saw ({pictures['train']} for training, "
         f"{pictures['validation']} for validation), split by groups of captions; seed {s['seed']}, split seed "
-        f"{s['split_seed']}, {s['source_language']} -> {s['target_language']} by {s['translator']}. t2v: a caption "
+        f"{s['split_seed']}, {s['source_language']} -> {s['language']} by {s['translator']}. t2v: a caption "
         f"finds its picture; v2t: a picture its caption; recalls in percent; SumR is the sum of the six. Fusion: "
         f"{s['translation_weight']:.0%} of the translated query, chosen on validation. Encoders, both frozen: "
         f"{s['text_encoder']} (4-bit weights, dequantised) and {s['vision_encoder']}.\n\n{table}\n"

@@ -54,27 +54,27 @@ def write_model_card(output_dir: Path, report: dict, rows: dict[str, dict], exam
         example_query: A caption, for the snippets.
     """
     settings = report["settings"]
-    names = {side: language_name(settings[f"{side}_language"]) for side in ("source", "target")}
+    source, target = (language_name(settings[key]) for key in ("source_language", "language"))
     human, origin = human_captions(settings, output_dir), "captions that people wrote"
     if human:
         what, metrics = human
-        rows = rows | {f"{what}, trained on human {settings['target_language']} captions": metrics}
-    if machine_translated := settings["target"] != "human":
+        rows = rows | {f"{what}, trained on human {settings['language']} captions": metrics}
+    if machine_translated := settings["target_captions"] != "human":
         origin = f"machine translation by {settings['translator']}"
         if count := settings.get("human_captions"):
             origin += f" and {'all' if count < 0 else count} human captions"
     references = {
-        "english_only": f"a model of {names['source']} captions alone, asked in {names['target']}",
+        "english_only": f"a model of {source} captions alone, asked in {target}",
         "translated_query": "the same asked in machine translation",
-        "human": f"{names['target']} captions that people wrote, in training",
+        "human": f"{target} captions that people wrote, in training",
     }
     measured = report["baselines"] | {"human": human or not machine_translated}
-    drawn = set(settings["dataset"].split("+")) <= DRAWN
-    elsewhere = f"Trained on {settings['dataset']} alone: other media are out of its domain."
+    drawn = set(settings["data"].split("+")) <= DRAWN
+    elsewhere = f"Trained on {settings['data']} alone: other media are out of its domain."
     layers, training = settings["trained_text_layers"], settings.get("training", {})
     fields = settings | {
-        "source_name": names["source"],
-        "target_name": names["target"],
+        "source_name": source,
+        "target_name": target,
         "target_origin": origin,
         "machine_translated": machine_translated,
         "name": output_dir.name,
@@ -172,9 +172,9 @@ def metadata(report: dict, name: str) -> ModelCardData:
     settings = report["settings"]
     encoders = [settings["text_encoder"], settings["vision_encoder"]]
     encoders = [HUB_IDS.get(encoder, encoder) for encoder in encoders]
-    parts = [part.partition(":")[0] for part in settings["dataset"].split("+")]
+    parts = [part.partition(":")[0] for part in settings["data"].split("+")]
     return ModelCardData(
-        language=[settings["source_language"], settings["target_language"]],
+        language=[settings["source_language"], settings["language"]],
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="feature-extraction",
@@ -186,10 +186,10 @@ def metadata(report: dict, name: str) -> ModelCardData:
         eval_results=[
             EvalResult(
                 task_type="image-text-retrieval",
-                task_name=f"Retrieval, queries {settings['queries']} in {language_name(settings['target_language'])}",
-                dataset_type=DATASET_IDS.get(settings["dataset"], settings["dataset"]),
-                dataset_name=settings["dataset"],
-                dataset_config=f"{settings['source_language']}-{settings['target_language']}",
+                task_name=f"Retrieval, queries {settings['queries']} in {language_name(settings['language'])}",
+                dataset_type=DATASET_IDS.get(settings["data"], settings["data"]),
+                dataset_name=settings["data"],
+                dataset_config=f"{settings['source_language']}-{settings['language']}",
                 dataset_split="test",
                 metric_type=metric,
                 metric_name=label,
@@ -211,14 +211,14 @@ def reported_metrics() -> dict[str, str]:
 def human_captions(settings: dict, output_dir: Path) -> tuple[str, dict[str, float]] | None:
     """Return what the study's model is beside this one, and the metrics of what was trained there on human captions,
     with this run's data, encoders, heads, split and seed; None where there is none."""
-    run = {"language": settings["target_language"], "split_seed": settings["split_seed"], "seed": settings["seed"]}
+    run = {"language": settings["language"], "split_seed": settings["split_seed"], "seed": settings["seed"]}
     trained = study_run(row="human", condition="", point=None, **run)
-    if settings["target"] == "human" or trained is None:
+    if settings["target_captions"] == "human" or trained is None:
         return None
     recipe = yaml.safe_load(STUDY_CONFIG.read_text(encoding="utf-8"))
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
     own = settings | {name: config.get(name) for name in ("text_head", "visual_head", "projection_dim")}
-    own["data"] = settings["dataset"]
+    own["data"] = settings["data"]
     same = ("data", "source_language", "text_encoder", "vision_encoder", "trained_text_layers")
     if any(own[name] != recipe[name] for name in (*same, "text_head", "visual_head", "projection_dim")):
         return None
@@ -238,9 +238,9 @@ def noise_of(settings: dict) -> str:
     """Describe what is known of a translator's errors, from `docs/translation.json` of a checkout."""
     # of a dictionary the name says which: dictionary-freedict-eng-ces
     first, *others = settings["translator"].split(", ")
-    pair = "{} {source_language}-{target_language}".format(first.partition("-")[0], **settings)
+    pair = "{} {source_language}-{language}".format(first.partition("-")[0], **settings)
     measured = json.loads(NOISE.read_text(encoding="utf-8"))["pictures"].get(pair) if NOISE.is_file() else None
-    if measured is None or measured["data"] != settings["dataset"] or measured["reference_chrf"] is None:
+    if measured is None or measured["data"] != settings["data"] or measured["reference_chrf"] is None:
         return "Its errors on these captions were not measured; `nrccr noise` does that."
     whose = "the first engine's" if others else "its"
     return (

@@ -278,7 +278,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
 def spoken(model: Path, settings: dict) -> list[str]:
     """English and the languages that the model has learned, as far as this page knows them."""
     added = json.loads((model / "config.json").read_text(encoding="utf-8")).get("languages")
-    learned = {"en", *(added or [settings.get("target_language", "gl")])}
+    learned = {"en", *(added or [settings.get("language", "gl")])}
     found = [code for code in LANGUAGES if code in learned]
     return found if len(found) > 1 else list(dict.fromkeys([next(iter(LANGUAGES)), *found]))
 

@@ -33,7 +33,7 @@ LEAST = {
     "weight_decay": 0,
     "max_grad_norm": 0,
     "margin": 0,
-    "eval_source_query_weight": 0,
+    "eval_translation_weight": 0,
 }
 ABOVE = {
     "num_train_epochs": 0,
@@ -115,7 +115,7 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
     plateau_interval: int = field(
         default=3, metadata={"help": "Epochs between two such steps at least. Released code: 3."}
     )
-    eval_source_query_weight: float = field(
+    eval_translation_weight: float = field(
         default=0.0,
         metadata={"help": "Share of source_caption in the queries of an evaluation; transductive. Released: 0.2."},
     )

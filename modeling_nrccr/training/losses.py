@@ -272,7 +272,8 @@ class NrccrLossArguments:
     )
 
     RENAMED = {f"{name}_loss_weight": f"losses: {{{name}: ...}}" for name in LOSSES} | {
-        "discriminator_loss_weight": "discriminator_weight"
+        "discriminator_loss_weight": "discriminator_weight",
+        "eval_source_query_weight": "eval_translation_weight",
     }
 
     def __post_init__(self):

@@ -162,11 +162,11 @@ def train_and_test(
         "chance": chance_metrics(len(queries), len(images), owner),
         "baselines": baselines,
         "settings": {
-            "dataset": script.data,
+            "data": script.data,
             "source_language": script.source_language,
-            "target_language": script.language,
+            "language": script.language,
             "translator": experiment.translator.name,
-            "target": script.target_captions,
+            "target_captions": script.target_captions,
             "train_captions": script.train_captions,
             "human_captions": script.human_captions,
             "lexicon": script.lexicon,
@@ -232,14 +232,14 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
     rows = report_rows(report)
     write_model_card(output_dir, report, rows, experiment.rows["test"]["target_caption"][0])
     if experiment.script.search_page != "none" and experiment.media != "visual_feats":
-        title = f"Picture search in {language_name(report['settings']['target_language'])}"
+        title = f"Picture search in {language_name(report['settings']['language'])}"
         rows_drawn = search_rows(experiment, *embeddings)
         write_search_page(output_dir, title, rows_drawn, font=find_font(experiment.script.data_dir))
 
 
 def report_rows(report: dict) -> dict[str, dict]:
     """The table that a run prints: what was asked, and how well it was answered."""
-    language = report["settings"]["target_language"]
+    language = report["settings"]["language"]
     english = report["settings"]["source_language"]
     model = "NRCCR" if "target" in report["settings"]["views"] else f"{english}-only model"
     asked = {

@@ -260,7 +260,7 @@ class NrccrTrainer(Trainer):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
             return {key: value for part in parts for key, value in part.items()}
         queries, images, caption_to_image = self.encode_dataset(eval_dataset, self.args.eval_query_column)
-        weight, sources = self.args.eval_source_query_weight, None
+        weight, sources = self.args.eval_translation_weight, None
         if weight > 0:
             sources = self.encode_captions(eval_dataset, "source_caption")
         metrics = compute_retrieval_metrics(queries, images, caption_to_image, sources, weight)

@@ -339,7 +339,7 @@ def test_the_training_example_runs_on_it(folder, encoders, tmp_path, monkeypatch
     }
     train.train_recipe(**flags)
     report = json.loads((tmp_path / "out/metrics.json").read_text())
-    assert sum(report["settings"]["pictures"].values()) == 30 and report["settings"]["dataset"] == "caption_files"
+    assert sum(report["settings"]["pictures"].values()) == 30 and report["settings"]["data"] == "caption_files"
     # nobody wrote a caption in the target language, and the card does not say so
     assert report["settings"]["queries"] == "translated by reverser, not all by people"
     assert "written by people" not in (tmp_path / "out/README.md").read_text()

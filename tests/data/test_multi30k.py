@@ -339,7 +339,7 @@ def test_the_papers_recipe_trains_on_features(folder, encoders, tmp_path, monkey
     # the upper bound, which needs no engine
     options |= {"target_captions": "human", "translator": "none", "losses": WITHOUT_CYCLE}
     report = run_recipe("multi30k_task2", folder, encoders, tmp_path, monkeypatch, **options)
-    assert report["settings"]["pictures"]["test"] == 4 and report["settings"]["target"] == "human"
+    assert report["settings"]["pictures"]["test"] == 4 and report["settings"]["target_captions"] == "human"
 
 
 def test_the_numbers_in_the_docs_are_those_of_the_run():

@@ -42,7 +42,7 @@ def test_metadata_are_what_the_hub_reads(demo, tmp_path):
     assert found == {name: round(demo["test"][name], 2) for name in names}
     assert {result.dataset_config for result in data.eval_results} == {"en-gl"}
 
-    demo["settings"] |= {"dataset": "multi30k:task1", "vision_encoder": "google/vit-base-patch16-224"}
+    demo["settings"] |= {"data": "multi30k:task1", "vision_encoder": "google/vit-base-patch16-224"}
     data = fill(tmp_path / "nrccr-gl", demo).data
     assert data.datasets == ["romrawinjp/multi30k"] and data.base_model[1] == "google/vit-base-patch16-224"
 
@@ -76,9 +76,9 @@ def test_baselines_stand_beside_the_model_and_nothing_is_invented(demo, tmp_path
     # another recipe, or no study at hand: the row is left out, and the card says so
     for change, config in (
         ({"seed": 7}, {}),
-        ({"target_language": "eu"}, {}),
+        ({"language": "eu"}, {}),
         ({"trained_text_layers": 2}, {}),
-        ({"dataset": "caption_files"}, {}),
+        ({"data": "caption_files"}, {}),
         ({}, {"projection_dim": 512}),
     ):
         other = copy.deepcopy(demo)

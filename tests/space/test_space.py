@@ -77,7 +77,7 @@ def test_several_languages_in_one_space(checkpoint, packages, tmp_path, monkeypa
     main(arguments)
     assert f"try it: python {tmp_path}/space/app.py" in capsys.readouterr().out
     app = pytest.importorskip("modeling_nrccr.space.app")
-    assert app.spoken(tmp_path / "space/model", {"target_language": "gl"}) == ["ca", "es", "en"]
+    assert app.spoken(tmp_path / "space/model", {"language": "gl"}) == ["ca", "es", "en"]
     found = finder.Finder(tmp_path / "space", ["ca", "es", "en"], packages)
     catalan, spanish, english = (found.embed_texts(["gato"], code)[0] for code in ("ca", "es", "en"))
     torch.testing.assert_close(english, encode_texts(model.set_language(None), ["gato"], found.processor)[0])

@@ -91,7 +91,7 @@ def test_values_are_the_published_ones_each_with_its_source(name):
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (1e-4, 128, 50)
     assert (args.lr_decay_per_epoch, args.plateau_factor, args.plateau_interval) == (0.99, 0.5, 3)
     assert args.early_stopping_patience == 11 and args.metric_for_best_model == "t2v_sum_recall"
-    assert (args.max_grad_norm, args.weight_decay, args.eval_source_query_weight) == (2, 0, 0.2)
+    assert (args.max_grad_norm, args.weight_decay, args.eval_translation_weight) == (2, 0, 0.2)
     assert model.pool_padding and model.attention_score_scale == "hidden" and model.projection_norm == "batch_norm"
     assert (model.projection_dim, model.key_query_size, model.projection_dropout) == (1536, 512, 0.2)
     assert model.visual_head == ("pooling" if name in PICTURES else "attention")

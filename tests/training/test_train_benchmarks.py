@@ -76,7 +76,7 @@ def test_pictures_with_the_papers_recipe(tmp_path, encoders):  # noqa: F811
         (tmp_path / "images").mkdir(exist_ok=True)
         Image.new("RGB", (40, 30), (9 * i, 99, 250 - 9 * i)).save(tmp_path / f"images/{item}.png")
     report = run("mscoco", tmp_path, encoders, vision_encoder=encoders / "vision", language="ja")
-    assert report["settings"]["media"] == "image" and report["settings"]["target_language"] == "ja"
+    assert report["settings"]["media"] == "image" and report["settings"]["language"] == "ja"
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -123,7 +123,7 @@ def test_human_captions_need_no_engine_and_no_fusion(tmp_path, encoders):  # noq
     for name in ("train_google_enc2zh", "train_google_enc2zh2enc", "val_google_zh2enc", "test_google_zh2enc"):
         (text / f"vatex{name}.caption.txt").unlink()
     flags = {"visual_feat_dim": 10, "visual_hidden_size": 16, "target_captions": "human", "losses": WITHOUT_CYCLE}
-    report = run("vatex", tmp_path, encoders, translator="none", eval_source_query_weight=0, **flags)
+    report = run("vatex", tmp_path, encoders, translator="none", eval_translation_weight=0, **flags)
     assert report["settings"]["translator"] == "human" and "test_fused" not in report
     with pytest.raises(ValueError, match="the paper used Google's translations, .* name one with --translator"):
         run("vatex", tmp_path, encoders, **flags)
