@@ -53,7 +53,7 @@ def test_the_first_line_names_the_translator(demo, tmp_path):
         first
         == "# Picture search in Galician and English, trained on machine translation by apertium, apertium+es+apertium"
     )
-    demo["settings"] |= {"target": "human"}
+    demo["settings"] |= {"target_captions": "human"}
     human = fill(tmp_path / "a", demo).text
     assert human.strip().splitlines()[0].endswith("trained on captions that people wrote")
     assert "Gender" not in human and "No translator was at work" in human
