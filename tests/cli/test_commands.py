@@ -174,7 +174,7 @@ def test_numbers_that_do_nothing_are_refused_when_parsed(flags, reason):
 
 
 def test_flags_that_are_given_and_false_means_false():
-    flags = "--per_device_train_batch_size=3 --max_steps 5 --target_language gl --report_to none --bf16_if_fast no"
+    flags = "--per_device_train_batch_size=3 --max_steps 5 --language gl --report_to none --bf16_if_fast no"
     given = given_flags([TrainingArguments], flags.split())
     assert given == {"per_device_train_batch_size": 3, "max_steps": 5, "report_to": "none"}
     assert given_flags([TrainingArguments], as_flags(given)) == given

@@ -149,7 +149,7 @@ def run(directory: Path, schedule: str, moment: str | None = None, step: int = 0
 def server():
     """Forks a process for each run from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modeling_nrccr.trainer", "transformers.models.bert.modeling_bert", "pytest"])
+    context.set_forkserver_preload(["modeling_nrccr.training.trainer", "transformers.models.bert.modeling_bert", "pytest"])
     return context
 
 

@@ -274,7 +274,7 @@ def test_without_the_extra(package, call, monkeypatch):
 def test_the_module_imports_without_the_extra():
     code = (
         "import sys; sys.modules['sacrebleu'] = sys.modules['py3langid'] = None; "
-        "from modeling_nrccr.translation_noise import copied_share; print(copied_share('a dog', 'un dog'))"
+        "from modeling_nrccr.translation.noise import copied_share; print(copied_share('a dog', 'un dog'))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "0.6", result.stderr
