@@ -115,7 +115,7 @@ def run(directory: Path, schedule: str, moment: str | None = None, step: int = 0
     warnings, loads, load = [], [], torch.load
     handler = logging.Handler()
     handler.emit = lambda record: warnings.append(record.getMessage())
-    transformers_logging.get_logger("modeling_nrccr.checkpoints").addHandler(handler)
+    transformers_logging.get_logger("modeling_nrccr.training.checkpoints").addHandler(handler)
 
     def recorded_load(path, *args, **kwargs):
         loads.append((Path(path).name, kwargs.get("weights_only")))
@@ -149,7 +149,9 @@ def run(directory: Path, schedule: str, moment: str | None = None, step: int = 0
 def server():
     """Forks a process for each run from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["modeling_nrccr.training.trainer", "transformers.models.bert.modeling_bert", "pytest"])
+    context.set_forkserver_preload(
+        ["modeling_nrccr.training.trainer", "transformers.models.bert.modeling_bert", "pytest"]
+    )
     return context
 
 
