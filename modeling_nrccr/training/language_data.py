@@ -153,10 +153,13 @@ def check_anchor(script: LanguageArguments, captions: dict[str, Captions]):
 
 def anchor_rows(anchor: str, parts: list[dict[str, list[dict]]]) -> list[dict]:
     """Return rows whose target caption is the source caption: each source that is trained on once, in whatever
-    languages and by whatever engines it comes. `anchor`: which sources, of `ANCHORS`."""
+    languages and by whatever engines it comes. A word that is held out as a caption is none of them. `anchor`: which
+    sources, of `ANCHORS`."""
+    held_out = {group_key(row["source_caption"]) for rows in parts for row in rows["validation"]}
     unique = {}
     for row in itertools.chain(*(rows["train"] for rows in parts)):
-        if ("words" if row["image_id"].startswith(WORD) else "captions") in ANCHORS[anchor]:
+        wanted = ("words" if row["image_id"].startswith(WORD) else "captions") in ANCHORS[anchor]
+        if wanted and group_key(row["source_caption"]) not in held_out:
             unique.setdefault(row["source_caption"], row)
     return [
         row
