@@ -105,6 +105,7 @@ class ModelArguments:
 class LanguageArguments:
     """What is added to what."""
 
+    LEAST = {"split_seed": 0}
     RENAMED = {name: f"adapter: {{{name}: ...}}" for name in ADAPTER} | {
         "config": "recipe",
         "dataset": "data",

@@ -55,7 +55,7 @@ def parts_of(files: Path, engines: int = 1, **options) -> list[dict]:
     """Return the rows of a language, translated by some engines, which are all the same."""
     translator = ",".join([f"file:{files}/translations"] * engines)
     given = settings(files, files / "unused", lexicon=str(files / "words.txt"), translator=translator, **options)
-    script, _ = add_language.parse_arguments([], **given)
+    script, _ = add_language.parse_arguments([], split_seed=0, **given)
     captions = read_captions(files / "captions.txt", "gl")
     return [training_rows(captions, script, language, False)[0] for language in script.language.split(",")]
 
