@@ -8,6 +8,9 @@ from ..translation.cache import load_engine
 from ..translation.engines import split_engines
 
 
+WORD = "lexicon/"  # begins the image_id of a row that has no picture
+
+
 def check_lexicon(lexicon: str, text_only: bool):
     """Raises ValueError for a lexicon where training reads pictures."""
     if lexicon != "none" and not text_only:
@@ -52,8 +55,8 @@ def lexicon_rows(
         raise ValueError(f"{translator} translates no word of {lexicon} there and back: leave the lexicon out")
     return [
         {
-            "image_id": f"lexicon/{word}",
-            "caption_id": f"lexicon/{word}#{target}",
+            "image_id": f"{WORD}{word}",
+            "caption_id": f"{WORD}{word}#{target}",
             "source_caption": word,
             "target_caption": target,
             "back_translation": back,

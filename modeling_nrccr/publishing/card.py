@@ -10,6 +10,7 @@ from transformers import TrainingArguments
 
 from ..data.names import language_name
 from ..files import write_file
+from ..recipes.fields import ANCHORS
 from ..recipes.settings import RECIPES
 from .tables import METRICS, WAYS, format_markdown
 
@@ -147,6 +148,7 @@ def language_card(
         if report["translator"] == PARALLEL
         else f"machine translation by {report['translator']}",
         "table": format_markdown(report["found"]) if report["found"] else "",
+        "anchors": " and ".join(ANCHORS[report.get("source_anchor", "none")]),
         "left_out": len(report.get("left_out", ())),
         "readings": {
             code: f"{describe_reading(found)}. Recipe: {found['recipe']}"

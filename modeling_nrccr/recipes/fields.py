@@ -8,6 +8,7 @@ from .mappings import read_mapping
 
 
 RECIPE = "Name of a recipe (`nrccr list recipes`), or a YAML file of one's own: any of these fields."
+ANCHORS = {"none": (), "captions": ("captions",), "words": ("words",), "both": ("captions", "words")}
 RIVALS = ("embed_distillation", "m2m", "trunk_calibration")  # what a team would try instead of an adapter
 
 
@@ -104,6 +105,7 @@ class ModelArguments:
 class LanguageArguments:
     """What is added to what."""
 
+    LEAST = {"split_seed": 0}
     RENAMED = {name: f"adapter: {{{name}: ...}}" for name in ADAPTER} | {
         "config": "recipe",
         "dataset": "data",
@@ -134,6 +136,11 @@ class LanguageArguments:
         "apertium", "Machine translation engines, joined by ','; or of each language: gl=A,B;ca=C."
     )
     lexicon: str = option("none", "Words that are translated too: wordnet:5000, or a file, a word a line; or none.")
+    source_anchor: str = option(
+        "none",
+        "Source text that is taught beside its translations, as the base reads it: captions, words (the lexicon's), "
+        "both, or none. One text side then reads both languages, and none need be given.",
+    )
     rivals: str = option("none", f"Trained and tested beside it: none, all, or some of {', '.join(RIVALS)}.")
     adapter: dict | str | None = option(
         None, "kind=lora,rank=32; also center, noise, layers. `nrccr list adapters` has the kinds."
@@ -141,6 +148,8 @@ class LanguageArguments:
 
     def __post_init__(self):
         self.adapter = check_adapter(read_mapping(self.adapter, "adapter"))
+        if self.source_anchor not in ANCHORS:
+            raise ValueError(f"source_anchor={self.source_anchor!r}: one of {', '.join(ANCHORS)}")
 
 
 @dataclass

@@ -37,6 +37,8 @@ from .checkpoints import last_complete_checkpoint
 from .examination import TRANSLATED, Examination, merge_reports
 from .feature_cache import FeatureCache, fingerprint
 from .language_data import (
+    anchor_rows,
+    check_anchor,
     data_name,
     give_pictures,
     join_languages,
@@ -149,6 +151,7 @@ def train_and_test(script: LanguageArguments, args: NrccrTrainingArguments) -> d
             base.remove_language(language)
 
     captions, test_rows, load_row = read_data(script, languages, not args.text_only)
+    check_anchor(script, captions)
     # whatever can fail in the test does so now: pictures, the queries' translations
     exams = {}
     for language, rows in test_rows.items():
@@ -169,7 +172,9 @@ def train_and_test(script: LanguageArguments, args: NrccrTrainingArguments) -> d
     }
     back_wanted = "back_translation" in args.needed_views()
     parts = {language: training_rows(captions[language], script, language, back_wanted) for language in languages}
-    rows = join_languages([of_language for of_language, _ in parts.values()], args.seed)
+    pairs = [of_language for of_language, _ in parts.values()]
+    anchors = anchor_rows(script.source_anchor, pairs)
+    rows = join_languages(pairs, args.seed, anchors)
     engines = ", ".join(dict.fromkeys(names for _, names in parts.values()))
     texts = {text for of_language in captions.values() for text in of_language.texts}
     logger.info(f"{len(texts):,} captions, translated by {engines}: {len(rows['train']):,} pairs to train on")
@@ -184,9 +189,8 @@ def train_and_test(script: LanguageArguments, args: NrccrTrainingArguments) -> d
     model, processor = base, base_processor
     if script.text_encoder:
         model, processor = new_text_side(script, base, base_processor, rows, args, work, output)
-    elif (
-        script.adapter["kind"] == "lora" and args.text_only
-    ):  # else every step reads the source captions, through all layers
+    elif (script.adapter["kind"] == "lora" and args.text_only) or (anchors and base.source_text_side is not None):
+        # else every step reads the source captions, through all layers; or by the side that is trained
         teach(rows["train"], base, base_processor)
     side, side_processor = model.language_side(), processor.language_side()
     set_seed(args.seed)
@@ -209,6 +213,7 @@ def train_and_test(script: LanguageArguments, args: NrccrTrainingArguments) -> d
         "data": data_name(script.data, languages),
         "split_seed": script.split_seed,
         "adapter": script.adapter,
+        "source_anchor": script.source_anchor,
         "captions": len(texts),
         "seed": args.seed,
         "steps": trainer.state.global_step,
@@ -221,8 +226,11 @@ def train_and_test(script: LanguageArguments, args: NrccrTrainingArguments) -> d
         write_trained_split(output / "model", report["data"], script.split_seed or 0, texts, [script.base])
     try:
         if exams:
-            others = {other: rival(other, base, base_processor, name, rows, args, work) for other in rivals}
-            tested = {language: exam.report((model, name, processor), others) for language, exam in exams.items()}
+            # they train on the translations alone
+            plain = join_languages(pairs, args.seed) if rivals else {}
+            others = {other: rival(other, base, base_processor, name, plain, args, work) for other in rivals}
+            ours = (model, name, processor)
+            tested = {language: exam.report(ours, others, bool(anchors)) for language, exam in exams.items()}
             for language, exam in exams.items():
                 tested[language]["reasons"] += seen_before(script, exam, texts)
             report |= merge_reports(tested)

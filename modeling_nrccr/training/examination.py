@@ -9,7 +9,7 @@ import torch
 from datasets_scripts.reading.splits import group_key
 
 from ..modeling_nrccr import NrccrModel
-from ..publishing.verdicts import ASK, DO_NOT, STERN, TOO_FEW, USE, USE_FUSED
+from ..publishing.verdicts import ASK, DO_NOT, GIVE_LANGUAGE, NO_LANGUAGE, STERN, TOO_FEW, USE, USE_FUSED
 from ..retrieval.bootstrap import draw_groups, hits, interval, intervals, sum_recall
 from ..retrieval.encoding import encode_texts, picture_rows
 from ..retrieval.metrics import compute_retrieval_metrics, fuse_query_embeds, retrieval_ranks
@@ -18,6 +18,7 @@ from .feature_cache import FeatureCache
 
 OURS, BASE, TRANSLATED = "this language", "base", "translated query"
 FUSED, ENGLISH, ENGLISH_BEFORE = "{}, half its translation", "English, {}", "English, before"
+THROUGH = "English through {}"  # by the side that reads the language; ENGLISH: where no language is given
 SHARE = 0.5  # of the translation in a fused query
 FEWEST_GROUPS = 20  # of pictures: of fewer no interval can be trusted
 MARGIN = 1.0  # SumR: less is no difference
@@ -83,9 +84,9 @@ class Examination:
             self.ask(TRANSLATED, self.translated)
         self.ask_english(ENGLISH_BEFORE, self.base)
 
-    def ask_english(self, name: str, model: NrccrModel, processor=None):
+    def ask_english(self, name: str, model: NrccrModel, processor=None, language: str | None = None):
         if all(self.english):
-            self.ask(name, encode_texts(model, self.english, processor or self.processor, languages=None))
+            self.ask(name, encode_texts(model, self.english, processor or self.processor, languages=language))
 
     def ask_model(self, name: str, model: NrccrModel, language: str | None, processor=None):
         queries = encode_texts(model, self.asked, processor or self.processor, languages=language)
@@ -94,13 +95,18 @@ class Examination:
             self.ask(FUSED.format(name), fuse_query_embeds(queries, self.translated, SHARE))
         self.ask_english(ENGLISH.format(name), model, processor)
 
-    def report(self, ours: tuple, rivals: dict[str, tuple]) -> dict:
-        """`verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`."""
+    def report(self, ours: tuple, rivals: dict[str, tuple], anchored: bool = False) -> dict:
+        """`verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`.
+        `anchored`: English was taught beside the language; the reasons say whether a language need be given."""
         self.ask_base()
         self.ask_model(OURS, *ours)
+        model, language, processor = ours
+        self.ask_english(THROUGH.format(OURS), model, processor, language)
         for name, rival in rivals.items():
             self.ask_model(name, *rival)
         word, reasons = verdict(self.sums, OURS, self.draws.shape[1])
+        if anchored:
+            reasons.append(one_side(self.sums, OURS, self.draws.shape[1]))
         if self.untranslated:
             reasons.append(f"the translated query was not asked: {self.untranslated}")
         counts = {
@@ -165,6 +171,17 @@ def verdict(sums: dict[str, np.ndarray], name: str, num_groups: int) -> tuple[st
         if interval(lost)[0] > MARGIN and word in (USE, USE_FUSED):
             word, reasons = DO_NOT, reasons[:1]
     return word, reasons
+
+
+def one_side(sums: dict[str, np.ndarray], name: str, num_groups: int) -> str:
+    """Return whether one text side is enough for English and the language. Arguments as of `verdict`, which this does
+    not change: without a language, English is what it was."""
+    before, through = ENGLISH_BEFORE, THROUGH.format(name)
+    if through not in sums or num_groups < FEWEST_GROUPS:
+        lack = "enough pictures" if through in sums else "an English caption with each query"
+        return f"whether a language need be given is not known: the test lacks {lack}"
+    word = GIVE_LANGUAGE if sums[before][0] - sums[through][0] > MARGIN else NO_LANGUAGE
+    return f"{word}: {compared(sums, through, before)}"
 
 
 def compared(sums: dict[str, np.ndarray], row: str, other: str) -> str:

@@ -1,7 +1,7 @@
 """What a language is learned from and tested on, from files or from data sets, with its translations."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from transformers.utils import logging
 from datasets_scripts.reading.splits import group_key, split_of
 
 from ..data.captions import OF_LANGUAGE, Captions, by_language, read_captions, read_eval
-from ..data.lexicon import lexicon_rows
+from ..data.lexicon import WORD, lexicon_rows
 from ..data.load import BUILDERS, balance, load_caption_dataset
 from ..data.trained_split import check_unseen, split_seed
 from ..media import load_image
 from ..modeling_nrccr import NrccrModel
 from ..publishing.card import PARALLEL
-from ..recipes.fields import LanguageArguments
+from ..recipes.fields import ANCHORS, LanguageArguments
 from ..translation.cache import load_engine
 from ..translation.engines import split_engines
 from .examination import Examination, embed_pictures
@@ -141,10 +141,41 @@ def translators(script: LanguageArguments, language: str) -> list[str]:
     return split_engines(by_language(script.translator, languages, "--translator")[language])
 
 
-def join_languages(parts: list[dict[str, list[dict]]], seed: int) -> dict[str, list[dict]]:
-    """Return the rows of every language, in training as many of each."""
+def check_anchor(script: LanguageArguments, captions: dict[str, Captions]):
+    """Raises ValueError for words that are to anchor the source language where there is no lexicon."""
+    if "words" not in ANCHORS[script.source_anchor]:
+        return
+    parallel = all(of_language.translations is not None for of_language in captions.values())
+    if parallel or script.lexicon == "none":
+        why = "parallel sentences go without a lexicon" if parallel else "there is no lexicon (--lexicon wordnet:5000)"
+        raise ValueError(f"source_anchor={script.source_anchor!r} needs words, but {why}: choose captions")
+
+
+def anchor_rows(anchor: str, parts: list[dict[str, list[dict]]]) -> list[dict]:
+    """Return rows whose target caption is the source caption: each source that is trained on once, in whatever
+    languages and by whatever engines it comes. A word that is held out as a caption is none of them. `anchor`: which
+    sources, of `ANCHORS`."""
+    held_out = {group_key(row["source_caption"]) for rows in parts for row in rows["validation"]}
+    unique = {}
+    for row in itertools.chain(*(rows["train"] for rows in parts)):
+        wanted = ("words" if row["image_id"].startswith(WORD) else "captions") in ANCHORS[anchor]
+        if wanted and group_key(row["source_caption"]) not in held_out:
+            unique.setdefault(row["source_caption"], row)
+    return [
+        row
+        | {
+            "caption_id": f"{row['caption_id']}#source",
+            "target_caption": source,
+            "back_translation": row["back_translation"] and source,
+        }
+        for source, row in unique.items()
+    ]
+
+
+def join_languages(parts: list[dict[str, list[dict]]], seed: int, anchors: Sequence[dict] = ()) -> dict[str, list]:
+    """Return the rows of every language, in training as many of each; `anchors` are those of one more."""
     return {
-        "train": balance([rows["train"] for rows in parts], seed),
+        "train": balance([*(rows["train"] for rows in parts), *([list(anchors)] if anchors else [])], seed),
         "validation": sum((rows["validation"] for rows in parts), []),
     }
 

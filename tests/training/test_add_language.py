@@ -56,6 +56,7 @@ def test_from_captions_to_a_language_file_and_its_report(files, tmp_path, capsys
     assert {path.name for path in (tmp_path / "gl").iterdir()} == files_made
     names = ("this language", *add_language.RIVALS)
     rows = {"base", "translated query", "English, before"}
+    rows |= {"English through this language"}
     rows |= {form.format(name) for name in names for form in ("{}", "{}, half its translation", "English, {}")}
     assert set(report["found"]) == rows
     assert report["found"]["English, before"] == report["found"]["English, this language"]
