@@ -8,7 +8,7 @@ from pathlib import Path
 from ..registry import Registry
 
 
-FORMATS = Registry("export format", {"onnx": ".onnx:export_onnx"}, __package__)
+FORMATS = Registry("export format", {"onnx": ".onnx:export_onnx", "immich": ".immich:export_immich"}, __package__)
 
 
 def export_model(

@@ -21,7 +21,7 @@ from ..files import replacing_folder
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
 from .report import SUFFIXES, count_found, machine, measure
-from .sides import Inputs, Side, compare, list_sides
+from .sides import Inputs, Side, compare, list_sides, one_text_side
 
 
 TOLERANCE = 1e-4  # of float32: the largest difference between two numbers of an embedding of length 1
@@ -216,13 +216,7 @@ def export_onnx(
         raise ValueError("data_dir and query_language are of a test: name its data set, --data")
     if data is not None and not (query_language := query_language or model.language):
         raise ValueError("name the language of the queries that each file is tested with: --query_language CODE")
-    if model.source_text_side is not None:
-        if model.language is None:
-            raise ValueError(
-                f"{name} reads its source language by the text side of its base: export that base, or name the "
-                "language whose side is exported, --language CODE"
-            )
-        model, processor = model.language_side(), processor.language_side()
+    model, processor = one_text_side(model, processor, name)
     folder, parts = Path(folder), list_sides(model, processor, sides)
     compared = write_onnx(model, processor, parts, folder, int8, torch_export and Path(torch_export))
     engines = {

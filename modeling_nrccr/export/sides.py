@@ -71,6 +71,19 @@ class Side:
     embed: Callable[[Inputs], torch.Tensor]
 
 
+def one_text_side(model: NrccrModel, processor: NrccrProcessor, name: str) -> tuple[NrccrModel, NrccrProcessor]:
+    """Return a model that is exported whole: of one whose source language has a text side of its own, that of the
+    active language. Raises ValueError where none is active; `name`: of the model, as it was loaded."""
+    if model.source_text_side is None:
+        return model, processor
+    if model.language is None:
+        raise ValueError(
+            f"{name} reads its source language by the text side of its base: export that base, or name the "
+            "language whose side is exported, --language CODE"
+        )
+    return model.language_side(), processor.language_side()
+
+
 def list_sides(model: NrccrModel, processor: NrccrProcessor, wanted: Sequence[str]) -> list[Side]:
     """Return those of `wanted` that the model has. Raises ValueError for a tower that cannot be exported."""
     config, fixed = model.config, model.config.text_length
