@@ -21,7 +21,7 @@ TOLERANCE = 1.2
 
 
 def ratios(report: dict, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every ratio of a report, by the names that lead to it."""
+    """Yield every ratio of a report, by the names that lead to it."""
     for name, value in report.items():
         if isinstance(value, dict):
             yield from ratios(value, f"{path}{name}.")
@@ -30,7 +30,7 @@ def ratios(report: dict, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def worse(committed: dict, measured: dict) -> list[str]:
-    """What is more than 20 % worse, or was not measured."""
+    """Return what is more than 20 % worse, or was not measured."""
     found, complaints = dict(ratios(measured)), []
     for name, before in ratios(committed):
         if name not in found:

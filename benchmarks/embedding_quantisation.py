@@ -36,7 +36,7 @@ PRECISIONS = ("int8", "binary")
 
 
 def encode(model: SentenceTransformer, rows: Dataset) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings of the captions and pictures of a split, and the row of each caption's picture."""
+    """Return embeddings of the captions and pictures of a split, and the row of each caption's picture."""
     first_rows, owner = picture_rows(rows["image_id"])
     images = rows.select(list(first_rows.values()))["image"]
     texts = model.encode(rows["target_caption"][:], batch_size=64, convert_to_tensor=True)
@@ -44,8 +44,8 @@ def encode(model: SentenceTransformer, rows: Dataset) -> tuple[torch.Tensor, tor
 
 
 def as_numbers(codes: np.ndarray, precision: str, dim: int) -> torch.Tensor:
-    """Codes of [`quantize_embeddings`] as the float32 that they stand for in a search, `(num_rows, dim)`: the cosine
-    of bits, as 1 and -1, falls with their Hamming distance."""
+    """Return codes of [`quantize_embeddings`] as the float32 that they stand for in a search, `(num_rows, dim)`: the
+    cosine of bits, as 1 and -1, falls with their Hamming distance."""
     if precision == "binary":
         bits = np.unpackbits((codes.astype(np.int16) + 128).astype(np.uint8), axis=-1)[:, :dim]
         codes = 2 * bits.astype(np.float32) - 1
@@ -53,14 +53,14 @@ def as_numbers(codes: np.ndarray, precision: str, dim: int) -> torch.Tensor:
 
 
 def sum_recall(texts: torch.Tensor, images: torch.Tensor, owner: torch.Tensor, way: str = "") -> float:
-    """Of both ways, or of one: "t2v" or "v2t"."""
+    """Return the SumR of both ways, or of one: "t2v" or "v2t"."""
     metrics = compute_retrieval_metrics(texts, images, owner)
     return metrics["sum_recall"] if not way else sum(metrics[f"{way}_recall@{k}"] for k in (1, 5, 10))
 
 
 def measure(test: tuple, validation: tuple, dims: tuple[int, ...]) -> dict[str, dict]:
-    """SumR and bytes of a vector by width and precision. "rescored": the query stays float32, what is searched is
-    quantised, as in a search that ranks its best hits again. `test`, `validation`: of [`encode`]."""
+    """Return SumR and bytes of a vector by width and precision. "rescored": the query stays float32, what is searched
+    is quantised, as in a search that ranks its best hits again. `test`, `validation`: of [`encode`]."""
     results = {}
     for dim in dims:
         texts, images, calibration = (
@@ -81,7 +81,7 @@ def measure(test: tuple, validation: tuple, dims: tuple[int, ...]) -> dict[str, 
 
 
 def table(report: dict) -> str:
-    """Rows of the page: widths, and of each precision SumR and the bytes of a vector."""
+    """Return the page's table: widths, and of each precision SumR and the bytes of a vector."""
     first = next(iter(report["results"].values()))
     full = first["float32"]["sum_recall"]
     lines = ["| `truncate_dim` | " + " | ".join(first) + " |", "| ---: |" + " ---: |" * len(first)]

@@ -20,19 +20,19 @@ SPEED = records.RESULTS / "speed.jsonl"
 
 
 def device() -> torch.device:
-    """The accelerator, where there is one; else the CPU."""
+    """Return the accelerator, where there is one; else the CPU."""
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
 
 
 def clock() -> float:
-    """Seconds, when all that was asked of the device is done."""
+    """Return the seconds of a clock, when all that was asked of the device is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def best_time(call: Callable, repeats: int = 3) -> float:
-    """Seconds of the fastest of some calls, after one that is not counted."""
+    """Return the seconds of the fastest of some calls, after one that is not counted."""
     call()
     seconds = []
     for _ in range(repeats):
@@ -43,7 +43,7 @@ def best_time(call: Callable, repeats: int = 3) -> float:
 
 
 def matmul_rate(width: int, dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of the matrix products that a Transformer of that width is made of, of shape
+    """Return the operations a second of the matrix products that a Transformer of that width is made of, of shape
     `(rows, width)` by `(width, 4 * width)`, as many rows as fill the device. The floor of everything that computes."""
     rows = 1024 if device().type == "cpu" else 65_536
     a, b = (torch.randn(size, width, dtype=dtype, device=device()) for size in (rows, 4 * width))
@@ -51,27 +51,30 @@ def matmul_rate(width: int, dtype: torch.dtype = torch.float32) -> float:
 
 
 def peak_rate(dtype: torch.dtype = torch.float32) -> float:
-    """Operations a second of a product large enough for any device: what model FLOPs utilisation is measured against
-    (a datasheet promises more)."""
+    """Return the operations a second of a product large enough for any device: what model FLOPs utilisation is
+    measured against (a datasheet promises more)."""
     size = 2048 if device().type == "cpu" else 8192
     a, b = torch.randn(2, size, size, dtype=dtype, device=device())
     return 2 * size**3 / best_time(lambda: a @ b, 10)
 
 
 def bandwidth() -> float:
-    """Bytes a second of a copy that no cache holds, read and written. The floor of everything that moves."""
+    """Return the bytes a second of a copy that no cache holds, read and written. The floor of everything that
+    moves."""
     a, b = torch.randn(2, 64_000_000, device=device())
     return 2 * a.nbytes / best_time(lambda: b.copy_(a))
 
 
 def encoder_operations(lengths: torch.Tensor, width: int, layers: int) -> float:
-    """Of the matrix products of a forward pass of a BERT over texts of such lengths in tokens, without padding."""
+    """Count the operations of the matrix products of a forward pass of a BERT over texts of such lengths in tokens,
+    without padding."""
     tokens = lengths.double()
     return float((2 * 12 * width**2 * layers * tokens + 4 * width * layers * tokens**2).sum())
 
 
 def rates(seconds: float, lengths: torch.Tensor, operations: float, width: int, dtype: torch.dtype) -> dict:
-    """How fast texts of such lengths in tokens went through an encoder of that width, and what the device allows."""
+    """Return how fast texts of such lengths in tokens went through an encoder of that width, and what the device
+    allows."""
     return {
         "floor_seconds": operations / matmul_rate(width, dtype),
         "tokens_per_second": round(int(lengths.sum()) / seconds),
@@ -113,8 +116,8 @@ def on_device(name: str) -> str:
 
 
 def peak_gigabytes() -> float:
-    """Of this process since it began, on the accelerator where there is one. (`ru_maxrss` would count what the process
-    that started it held.)"""
+    """Return the peak memory in GB of this process since it began, on the accelerator where there is one. (`ru_maxrss`
+    would count what the process that started it held.)"""
     if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated() / 2**30
     status = Path("/proc/self/status").read_text()

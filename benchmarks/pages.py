@@ -7,7 +7,7 @@ from modeling_nrccr.files import write_file
 
 
 def block(name: str) -> re.Pattern:
-    """Its groups are the two marks."""
+    """Return the pattern of a marked block of a page; its groups are the two marks."""
     return re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end of {name} -->)", re.S)
 
 

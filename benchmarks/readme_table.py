@@ -13,7 +13,7 @@ BLOCK = block("results")
 
 
 def results(report: dict) -> str:
-    """The table and the sentence above it."""
+    """Return the table and the sentence above it."""
     from modeling_nrccr.publishing.tables import format_markdown
     from modeling_nrccr.training.run import report_rows
 

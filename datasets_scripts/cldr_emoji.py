@@ -32,12 +32,13 @@ _TAGS = range(0xE0020, 0xE0080)
 
 
 def from_code_points(text: str) -> str:
-    """The characters of "1F600" or "1f468-200d-1f33e". Raises ValueError where it is no such text."""
+    """Return the characters of "1F600" or "1f468-200d-1f33e". Raises ValueError where it is no such text."""
     return "".join(chr(int(point, 16)) for point in text.split("-"))
 
 
 def reason_to_leave_out(emoji: str) -> str | None:
-    """Why a sequence shows no thing of its own (skin tone, flag of a place, keycap, component); None for the rest."""
+    """Say why a sequence shows no thing of its own (skin tone, flag of a place, keycap, component); None for the
+    rest."""
     points = [ord(character) for character in emoji]
     if any(point in _SKIN_TONES for point in points):
         return "skin tones"
@@ -49,7 +50,7 @@ def reason_to_leave_out(emoji: str) -> str | None:
 
 
 def read_names(annotations: Path, language: str) -> dict[str, str]:
-    """The names (`tts`) of a CLDR language by sequence, from `annotations` and `annotationsDerived` beside it."""
+    """Read the names (`tts`) of a CLDR language by sequence, from `annotations` and `annotationsDerived` beside it."""
     names = {}
     for folder in (annotations, annotations.with_name("annotationsDerived")):
         file = folder / f"{_CLDR_CODES.get(language, language).replace('-', '_')}.xml"
@@ -67,14 +68,14 @@ def read_names(annotations: Path, language: str) -> dict[str, str]:
 
 
 def find_name(names: dict[str, str], emoji: str) -> str | None:
-    """A name as the sequence stands, else without U+FE0F, which CLDR leaves out."""
+    """Return a name as the sequence stands, else without U+FE0F, which CLDR leaves out."""
     return names.get(emoji) or names.get(emoji.replace("\ufe0f", ""))
 
 
 def enable_raqm(data_dir: str | Path | None = None) -> None:
     """
-    Emoji sequences need Pillow's Raqm layout, and that the system's FriBiDi, which a bare machine lacks. Pillow looks
-    for it once, when its font module is loaded: put it there and load that module again.
+    Give Pillow its Raqm layout, which emoji sequences need. That needs the system's FriBiDi, which a bare machine
+    lacks. Pillow looks for it once, when its font module is loaded: put it there and load that module again.
     """
     if features.check("raqm"):
         return
@@ -95,7 +96,7 @@ def load_font(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def draw_emoji(emoji: str, font: ImageFont.FreeTypeFont) -> Image.Image | None:
-    """The picture of a sequence, RGBA; None where the font has none, or only its parts, side by side."""
+    """Draw the picture of a sequence, RGBA; None where the font has none, or only its parts, side by side."""
     if font.getlength(emoji) > 1.5 * PICTURE_SIZE[0]:
         return None
     image = Image.new("RGBA", PICTURE_SIZE)

@@ -26,7 +26,7 @@ from .reading.videos import picture_suffixes
 
 def read_coco(path: Path) -> Captions:
     """
-    Captions in COCO's JSON (`images`, `annotations`), STAIR's too. Items are named as the pictures of 2014
+    Read captions in COCO's JSON (`images`, `annotations`), STAIR's too. Items are named as the pictures of 2014
     (`COCO_val2014_000000000042`); number k is the k-th annotation of a picture by `id`.
     """
     data, captions = read_json(path), Captions(path)
@@ -117,7 +117,7 @@ class Mscoco(BenchmarkBuilder):
         return splits
 
     def _media_files(self, folder: str | Path) -> dict[str, Path]:
-        """The pictures of 2017 too, which are the same under shorter names (`000000000042.jpg`)."""
+        """Find the pictures of 2017 too, which are the same under shorter names (`000000000042.jpg`)."""
         files = media_files(folder, self.SUFFIXES)
         short = {item: files[item] for item in files if item.isdecimal()}
         return files | {f"COCO_{part}2014_{item}": path for item, path in short.items() for part in ("train", "val")}

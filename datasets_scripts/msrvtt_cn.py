@@ -32,7 +32,8 @@ TRAIN_LISTS = ("MSRVTT_train.*.csv", "train_list_jsfusion.txt")
 
 
 def read_videodatainfo(path: Path) -> tuple[Captions, dict[str, str]]:
-    """English captions (a video's k-th sentence by `sen_id` has number k), and the official split of each video."""
+    """Read English captions (a video's k-th sentence by `sen_id` has number k), and the official split of each
+    video."""
     info, captions = read_json(path), Captions(path)
     try:
         splits = {video["video_id"]: SPLITS[video["split"]] for video in info["videos"]}
@@ -110,8 +111,8 @@ class MsrvttCn(BenchmarkBuilder):
 
     def _split_1ka(self, folder: Path, splits: Mapping[str, SplitCaptions]) -> dict[str, SplitCaptions]:
         """
-        Yu et al.'s test list. Training: their list if it is there, else the official training videos; validation: what
-        is left of the official one (with the list of 9,000 nothing is).
+        Split by Yu et al.'s test list. Training: their list if it is there, else the official training videos;
+        validation: what is left of the official one (with the list of 9,000 nothing is).
         """
         everything = joined(splits.values())
         test_list = require_file(folder, *TEST_LISTS)
@@ -131,7 +132,7 @@ class MsrvttCn(BenchmarkBuilder):
 
 
 def joined(splits: Iterable[SplitCaptions]) -> SplitCaptions:
-    """The captions of all splits."""
+    """Join the captions of all splits."""
     splits = list(splits)
     return SplitCaptions(
         **{field: merged(getattr(split, field) for split in splits) for field in vars(SplitCaptions())}
@@ -139,7 +140,8 @@ def joined(splits: Iterable[SplitCaptions]) -> SplitCaptions:
 
 
 def read_list(path: Path) -> dict[str, str | None]:
-    """Videos of a list, each with its caption where the list (CSV with `video_id` and `sentence`) names one."""
+    """Read the videos of a list, each with its caption where the list (CSV with `video_id` and `sentence`) names
+    one."""
     if path.suffix != ".csv":
         return dict.fromkeys(read_id_list(path))
     text = "\n".join(line for _, line in read_text_lines(path))
@@ -155,7 +157,7 @@ def read_list(path: Path) -> dict[str, str | None]:
 
 
 def chosen_captions(path: Path, sentences: Mapping[str, str], captions: Captions) -> set[Key]:
-    """Which of a video's captions the list names, by its English text."""
+    """Return which of a video's captions the list names, by its English text."""
     of_item = {}
     for (item, k), caption in captions.items():
         of_item.setdefault(item, {}).setdefault(plain(caption), (item, k))
@@ -168,5 +170,5 @@ def chosen_captions(path: Path, sentences: Mapping[str, str], captions: Captions
 
 
 def plain(caption: str) -> str:
-    """Letters and digits in lower case: the released files differ in punctuation and spaces."""
+    """Return a caption's letters and digits in lower case: the released files differ in punctuation and spaces."""
     return "".join(character for character in caption.casefold() if character.isalnum())

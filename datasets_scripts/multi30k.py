@@ -86,7 +86,7 @@ class Multi30k(TextFilesBuilder):
         return {split: self._rows_of(split, language, *files, find) for split, files in parts.items()}
 
     def _files(self, split: str, task: int, language: str) -> tuple[str, list[str], list[str]]:
-        """The list of pictures, the English files and the human ones, by their names upstream."""
+        """Return the list of pictures, the English files and the human ones, by their names upstream."""
         in_task1, in_task2, _ = SPLITS[split]
         human = [f"task1/raw/{in_task1}.{language}.gz"]
         if task == 1 or (language != "de" and split != "train"):
@@ -106,7 +106,8 @@ class Multi30k(TextFilesBuilder):
         return pictures, source, []
 
     def _local(self, parts: dict[str, tuple]) -> tuple[dict[str, tuple], Callable[[str], Path]]:
-        """The splits that the folder has any captions of, whose other files must be there too; and what finds them."""
+        """Return the splits that the folder has any captions of, and what finds their files. Raises FileNotFoundError
+        where their other files are not there too."""
         root = Path(self.config.data_dir)
         root = root if (root / "task1").is_dir() or (root / "task2").is_dir() else root / "data"
         held = {
@@ -173,7 +174,7 @@ class Multi30k(TextFilesBuilder):
 
 
 def expected_splits(config: str) -> dict[str, tuple[int, int]]:
-    """Pictures and captions of each split of a configuration."""
+    """Return pictures and captions of each split of a configuration."""
     task, language = config.removeprefix("task").split("-")
     result = {}
     for split, (_, in_task2, pictures) in SPLITS.items():

@@ -50,7 +50,7 @@ class Thing:
     pattern: str | None = None
 
     def words(self, draw: random.Random) -> tuple[Word, ...]:
-        """What a caption says of it: not everything."""
+        """Return what a caption says of it: not everything."""
         words = [Word("number", ("two", "three")[self.number - 2])] if self.number > 1 else []
         for kind, share in _SAID.items():
             if draw.random() < share and getattr(self, kind) is not None:
@@ -84,8 +84,8 @@ def draw_up_scene(draw: random.Random) -> Scene:
 
 
 def describe(scene: Scene, draw: random.Random) -> list[Caption]:
-    """One or two captions of a scene, which start differently; the second sees it from the other side. None says all:
-    as people's, they leave out a size, a colour, a pattern, and often one of three things."""
+    """Write one or two captions of a scene, which start differently; the second sees it from the other side. None says
+    all: as people's, they leave out a size, a colour, a pattern, and often one of three things."""
     captions = []
     for opening in draw.sample(range(OPENINGS), draw.choice((1, 2))):
         things, place = scene.things, scene.place
@@ -192,8 +192,8 @@ class Scenes(CaptionBuilder):
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name in rows if rows[name]]
 
     def _scenes(self, sizes: dict[str, int]) -> Iterator[tuple[str, Scene, list[Caption]]]:
-        """Different scenes with their splits and captions, until each split has as many as it should. What is said in
-        one split is not said in another, even of other scenes."""
+        """Yield different scenes with their splits and captions, until each split has as many as it should. What is
+        said in one split is not said in another, even of other scenes."""
         seed, draw = self.config.seed, random.Random(f"{self.config.seed}/scenes")
         fractions = {split: size / sum(sizes.values()) for split, size in sizes.items() if split != "train"}
         missing, seen, said_in = dict(sizes), set(), {}

@@ -18,7 +18,7 @@ from .reading.columns import CaptionedPictureBuilder, language_configs, no_capti
 
 
 def read_captions(path: Path) -> tuple[str, dict[str, str]]:
-    """A stamp's text: line 1 is English, then `LANGUAGE.utf8=caption`. Languages come as BCP 47 (`pt-BR`)."""
+    """Read a stamp's text: line 1 is English, then `LANGUAGE.utf8=caption`. Languages come as BCP 47 (`pt-BR`)."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -30,7 +30,7 @@ ID_LISTS = {
 
 
 def read_vatex(path: Path) -> SplitCaptions:
-    """An official JSON: a list of `{"videoID", "enCap": [...], "chCap": [...]}`."""
+    """Read an official JSON: a list of `{"videoID", "enCap": [...], "chCap": [...]}`."""
     split = SplitCaptions(Captions(path), Captions(path))
     videos = read_json(path)
     if not isinstance(videos, list):

@@ -64,7 +64,7 @@ class Xm3600(TextFilesBuilder):
         return {"test": [self._row(*row) for row in rows]}
 
     def _parse(self, where: str, line: str) -> tuple[str, list[str]]:
-        """A picture's key and its captions in the configuration's language."""
+        """Read a picture's key and its captions in the configuration's language."""
         try:
             record = json.loads(line)
             key, captions = record["image/key"], record.get(self.config.name, {"caption": []})["caption"]

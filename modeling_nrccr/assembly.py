@@ -27,7 +27,7 @@ SETTINGS = {*NrccrConfig.__dataclass_fields__, "attn_implementation"} - {"dtype"
 
 
 def own_fields(settings: dict) -> dict:
-    """Of what a config says, the fields of [`NrccrConfig`] itself."""
+    """Return the fields of [`NrccrConfig`] itself out of what a config says."""
     return {name: value for name, value in settings.items() if name in NrccrConfig.__dataclass_fields__}
 
 
@@ -36,7 +36,7 @@ class NrccrAssemblyMixin:
 
     @classmethod
     def from_pretrained(cls, name, *args, config: NrccrConfig | str | None = None, **options):
-        """As of every model of transformers; a folder that cannot be right is refused first (`load_weights`)."""
+        """Load as every model of transformers; a folder that cannot be right is refused first (`load_weights`)."""
         if name is None or options.get("state_dict") is not None or options.get("gguf_file"):
             return super().from_pretrained(name, *args, config=config, **options)
         settings = {key: options.pop(key) for key in list(options) if key in SETTINGS}
@@ -48,7 +48,7 @@ class NrccrAssemblyMixin:
 
     @classmethod
     def from_encoders(cls, text_encoder: str, vision_encoder: str | None = None, **options) -> Self:
-        """Two pretrained encoders (hub ids or folders) and new heads.
+        """Build a model of two pretrained encoders (hub ids or folders) and new heads.
 
         Args:
             options: Of loading, for both encoders (`token`, `dtype`, `device_map`, ...), and settings of
@@ -67,8 +67,8 @@ class NrccrAssemblyMixin:
     def from_dual_encoder(
         cls, name: str, text_encoder: str | None = None, revision: str | None = None, **options
     ) -> Self:
-        """A dual encoder that is aligned already (CLIP, SigLIP 2, ..., or a model of this class; a hub id or a folder
-        of config and weights, or `open_clip:` and one in open_clip's files), to add languages to.
+        """Load a dual encoder that is aligned already (CLIP, SigLIP 2, ..., or a model of this class; a hub id or a
+        folder of config and weights, or `open_clip:` and one in open_clip's files), to add languages to.
 
         Args:
             text_encoder: Hub id or folder of another text encoder, in the place of its own. The projection after it
@@ -100,7 +100,7 @@ class NrccrAssemblyMixin:
         return place(model.eval(), **of_hub(loading, PLACE_OPTIONS))
 
     def with_new_text_side(self, text_encoder: str, **hub) -> Self:
-        """The same picture side, which it shares, beside another text encoder and a new projection after it."""
+        """Return the same picture side, which it shares, beside another text encoder and a new projection after it."""
         settings = self.config.to_dict() | {
             "text_config": read_encoder_config(text_encoder, **hub),
             "vision_config": deepcopy(self.config.vision_config),  # see `with_new_heads`
@@ -152,7 +152,7 @@ class NrccrAssemblyMixin:
         return self
 
     def language_side(self) -> Self:
-        """This model without its `source_text_side`, all else shared: what languages are trained in."""
+        """Return this model without its `source_text_side`, all else shared: what languages are trained in."""
         if self.source_text_side is None:
             return self
         # not a new model: that would draw the weights of LoRA again, in the tower that it shares
@@ -162,7 +162,8 @@ class NrccrAssemblyMixin:
         return side
 
     def with_new_heads(self, **config_kwargs) -> Self:
-        """A model with new heads over the same towers, which it shares; `config_kwargs` as in [`NrccrConfig`]."""
+        """Return a model with new heads over the same towers, which it shares; `config_kwargs` as in
+        [`NrccrConfig`]."""
         # copies: a new config resets the attention implementation of those that it is given; the towers keep theirs
         encoders = {name: deepcopy(getattr(self.config, name)) for name in ("text_config", "vision_config")}
         return type(self)(NrccrConfig(**encoders, **config_kwargs), towers=self)

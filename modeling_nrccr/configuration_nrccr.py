@@ -162,7 +162,7 @@ class NrccrConfig(PreTrainedConfig):
             self.visual_feat_dim = getattr(self.vision_config, "projection_dim" if projected else "hidden_size", None)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation."""
+        """Raise ValueError for settings that do not fit together; part of `@strict`-powered validation."""
         if self.teacher_view == "cross" and self.text_head != "attention":
             raise ValueError(
                 "teacher_view='cross' needs the attention block of text_head='attention'; "

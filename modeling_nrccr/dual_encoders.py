@@ -73,7 +73,7 @@ FAMILIES = {
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Raises ValueError for a model that is none of them."""
+    """Return the family of a dual encoder's config. Raises ValueError for a model of none."""
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{config.model_type!r} is no dual encoder that is known here: nrccr, {', '.join(FAMILIES)}. Any other "
@@ -83,7 +83,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def dual_encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of `NrccrConfig` that make the same embeddings."""
+    """Return the fields of `NrccrConfig` that make the same embeddings."""
     family, text = family_of(config), config.text_config
     size = getattr(config, "projection_dim", None) or getattr(text, "projection_size", None)
     size = size or getattr(text, "embedding_dim", None)
@@ -104,7 +104,7 @@ def dual_encoder_settings(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def text_rules(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of `NrccrProcessor` that read texts as the dual encoder was trained to."""
+    """Return the fields of `NrccrProcessor` that read texts as the dual encoder was trained to."""
     family, text = family_of(config), config.text_config
     positions = text.max_position_embeddings - (2 if config.model_type == "altclip" else 0)  # RoBERTa's start at 2
     # SigLIP 2 of fixed size says that it is "siglip"; its tokenizer is Gemma's, whose vocabulary has this size

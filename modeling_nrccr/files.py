@@ -62,7 +62,7 @@ def write_file(path: str | Path, content: str | bytes):
 
 
 def cannot_write(path: str | Path, error: Exception) -> OSError:
-    """The error to raise in place of `error`: of its kind, with the file and a remedy."""
+    """Return the error to raise in place of `error`: of its kind, with the file and a remedy."""
     kind = type(error) if isinstance(error, OSError) and type(error).__module__ == "builtins" else OSError
     reason = getattr(error, "strerror", None) or str(error)
     found = kind(f"{path} cannot be written ({reason}): make room, or name another folder; what was there stays")
@@ -81,7 +81,7 @@ def sync(path: Path):
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file that is not whole, or that nothing names, is of a run that was killed: it is a day old."""
+    """Tell whether a file that is not whole, or that nothing names, is of a run that was killed: it is a day old."""
     try:
         return time.time() - path.stat().st_mtime > DAY
     except FileNotFoundError:  # another process was faster
@@ -214,7 +214,7 @@ def writing(folder: str | Path, timeout: float = 0) -> Iterator[Path]:
 
 
 def is_utf8(name: str | os.PathLike) -> bool:
-    """Whether a name can be written into a file; names of old archives often cannot."""
+    """Tell whether a name can be written into a file; names of old archives often cannot."""
     try:
         os.fspath(name).encode()
     except UnicodeEncodeError:
@@ -223,8 +223,8 @@ def is_utf8(name: str | os.PathLike) -> bool:
 
 
 def printable(name: str | os.PathLike) -> str:
-    r"""The name of a file as it can be shown and stored: what is not UTF-8, a line break or an escape sequence is
-    written with backslashes (`caf\xe9.jpg`)."""
+    r"""Write the name of a file as it can be shown and stored: what is not UTF-8, a line break or an escape sequence
+    is written with backslashes (`caf\xe9.jpg`)."""
     # "\\udc": by which Python stands for what is not UTF-8
     escapes = (c if c.isprintable() else repr(c)[1:-1].replace("\\udc", "\\x") for c in os.fspath(name))
     return "".join(escapes)

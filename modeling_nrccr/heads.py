@@ -10,14 +10,15 @@ from .configuration_nrccr import NrccrConfig
 
 
 def clip_loss(logits: torch.Tensor, mean: Callable[[torch.Tensor], torch.Tensor] = torch.mean) -> torch.Tensor:
-    """Symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv 2103.00020).
-    `mean`: of the values of all pairs, `(batch_size,)`."""
+    """Return the symmetric cross-entropy of a square matrix of logits, positives on the diagonal (CLIP, arXiv
+    2103.00020). `mean`: of the values of all pairs, `(batch_size,)`."""
     labels = torch.arange(len(logits), device=logits.device)
     return sum(mean(F.cross_entropy(matrix, labels, reduction="none")) for matrix in (logits, logits.t())) / 2
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Tensor:
-    """`(batch_size, length, width)` and its mask `(batch_size, length)` -> `(batch_size, width)`; no mask: all."""
+    """Pool `(batch_size, length, width)` and its mask `(batch_size, length)` to `(batch_size, width)`; no mask:
+    all."""
     if how == "first":  # texts are padded on the right
         return states[:, 0]
     if mask is None:
@@ -32,7 +33,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor | None, how: str) -> torch.Ten
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes in their order, `(world_size * batch_size, ...)`, with gradient."""
+    """Return the rows of all processes in their order, `(world_size * batch_size, ...)`, with gradient."""
     from torch.distributed.nn.functional import all_gather
 
     return torch.cat(all_gather(tensor.contiguous()))
@@ -84,7 +85,8 @@ class NrccrAttention(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden_size)
 
     def attention_mask(self, query_mask: torch.Tensor, key_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Boolean over keys; published: a bias, the same for every key where the query row is padding."""
+        """Return a mask, boolean over keys; published: a bias, the same for every key where the query row is
+        padding."""
         if not self.pool_padding:
             return key_mask[:, None, None, :].bool()
         return (1 - query_mask[:, None, :, None].to(dtype) * key_mask[:, None, None, :].to(dtype)) * -10000.0
@@ -92,7 +94,7 @@ class NrccrAttention(nn.Module):
     def context(
         self, queries: torch.Tensor, query_mask: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor
     ) -> torch.Tensor:
-        """`(batch_size, query_length, hidden_size)`: what each query row reads from the keys' states."""
+        """Return what each query row reads from the keys' states, `(batch_size, query_length, hidden_size)`."""
         heads = [
             layer(states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for layer, states in ((self.query, queries), (self.key, keys), (self.value, keys))
@@ -101,13 +103,14 @@ class NrccrAttention(nn.Module):
         return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=self.scale).transpose(1, 2).flatten(2)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Self-attention with a residual, `(batch_size, length, hidden_size)` to the same shape."""
+        """Apply self-attention with a residual, `(batch_size, length, hidden_size)` to the same shape."""
         return self.layer_norm(self.dropout(self.dense(self.context(states, mask, states, mask))) + states)
 
     def cross(
         self, queries: torch.Tensor, query_mask: torch.Tensor, keys: torch.Tensor, key_mask: torch.Tensor
     ) -> torch.Tensor:
-        """From one view to another, without the residual, of shape `(batch_size, query_length, hidden_size)`."""
+        """Attend from one view to another, without the residual, of shape `(batch_size, query_length,
+        hidden_size)`."""
         return self.layer_norm(self.dropout(self.dense(self.context(queries, query_mask, keys, key_mask))))
 
 
@@ -128,7 +131,8 @@ class NrccrAttentionHead(nn.Module):
         self.attention = NrccrAttention(hidden_size, num_heads, config)
 
     def embed(self, states: torch.Tensor) -> torch.Tensor:
-        """Encoder states with positions, `(batch_size, length, input_size)` -> `(batch_size, length, hidden_size)`."""
+        """Map encoder states `(batch_size, length, input_size)`, with positions, to `(batch_size, length,
+        hidden_size)`. Raises ValueError for more positions than the head has."""
         length, limit = states.shape[1], self.position_embeddings.num_embeddings
         if length > limit:
             raise ValueError(f"{length} positions, but this head has {limit}: truncate the input to {limit}")
@@ -143,13 +147,14 @@ class NrccrAttentionHead(nn.Module):
         return self.read(self.embed(states), mask)
 
     def read(self, hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Self-attention and pooling of what `embed` returned, of shape `(batch_size, hidden_size)`."""
+        """Apply self-attention and pooling to what `embed` returned, of shape `(batch_size, hidden_size)`."""
         return self.pool(self.attention(hidden, mask), mask)
 
     def cross(
         self, source: torch.Tensor, source_mask: torch.Tensor, target: torch.Tensor, target_mask: torch.Tensor
     ) -> torch.Tensor:
-        """The teacher (paper, section 3.3): source words attend to the target's; pooled beside the target's states."""
+        """Return the teacher (paper, section 3.3), `(batch_size, hidden_size)`: source words attend to the target's,
+        and are pooled beside the target's states."""
         read = self.attention.cross(source, source_mask, target, target_mask)
         return self.pool(torch.cat([read, target], 1), torch.cat([source_mask, target_mask], 1))
 

@@ -52,13 +52,14 @@ class NrccrLanguageAdapter(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, base: torch.Tensor, states: torch.Tensor):
-        """From pooled states of captions in the base language and in this one, each `(num_captions, width)`."""
+        """Set the shift and the size of the noise by pooled states of captions in the base language and in this one,
+        each `(num_captions, width)`."""
         if self.center:
             self.shift.copy_(base.mean(0) - states.mean(0))
         self.deviation.copy_(states.std(0))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Of shape `(batch_size, width)`, to the same shape."""
+        """Map pooled states of shape `(batch_size, width)`, to the same shape."""
         if self.training and self.noise:
             states = states + self.noise * self.deviation * torch.randn_like(states)
         states = states + self.shift
@@ -94,22 +95,22 @@ def linears(module: nn.Module) -> list[nn.Linear]:
 
 
 def linear(width: int, rank: int) -> nn.Module:
-    """One Linear, which can do all that another projection could."""
+    """Return one Linear, which can do all that another projection could."""
     return nn.Linear(width, width)
 
 
 def bottleneck(width: int, rank: int) -> nn.Module:
-    """Two Linears, `rank` wide between, with a GELU (arXiv 1902.00751)."""
+    """Return two Linears, `rank` wide between, with a GELU (arXiv 1902.00751)."""
     return nn.Sequential(nn.Linear(width, rank), nn.GELU(), nn.Linear(rank, width))
 
 
 def lora(width: int, rank: int) -> nn.Module:
-    """Low-rank updates inside the text encoder's layers (arXiv 2106.09685, by `peft`), and one Linear."""
+    """Return one Linear, beside low-rank updates inside the text encoder's layers (arXiv 2106.09685, by `peft`)."""
     return nn.Linear(width, width)
 
 
 def none(width: int, rank: int) -> None:
-    """The shift alone."""
+    """Return None: the shift alone."""
 
 
 class DynamicUpdate(nn.Module):

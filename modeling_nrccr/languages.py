@@ -30,7 +30,7 @@ LORA = RLock()  # of peft's layers, which hold what is active: threads take turn
 
 
 def load_peft():
-    """Imported when a language with LoRA is met, and inside `try`: the Hub's loader demands all other imports."""
+    """Import peft, when a language with LoRA is met, and inside `try`: the Hub's loader demands all other imports."""
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,7 +40,7 @@ def load_peft():
 
 
 def is_of(language: str, name: str) -> bool:
-    """Whether a module or tensor of the text tower is of the language's LoRA: peft names its parts so."""
+    """Tell whether a module or tensor of the text tower is of the language's LoRA: peft names its parts so."""
     parts = name.split(".")
     return any(before.startswith("lora_") and part == language for before, part in zip(parts, parts[1:]))
 
@@ -77,7 +77,8 @@ MODES_LOCK = Lock()
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model without dropout while any thread is in here; every module is then as it was, also after an error."""
+    """Keep the model without dropout while any thread is in here; every module is then as it was, also after an
+    error."""
     with MODES_LOCK:
         count, training = MODES.get(model) or (0, [module for module in model.modules() if module.training])
         for module in training:
@@ -99,7 +100,7 @@ class NrccrLanguagesMixin:
     """Of a model with `text_tower`, `text_head` and `text_projection`."""
 
     def adapter(self, language: str) -> NrccrLanguageAdapter:
-        """Raises ValueError for a language that was not added."""
+        """Return the adapter of a language. Raises ValueError for one that was not added."""
         if language not in self.language_adapters:
             known = ", ".join(self.language_adapters) or "none"
             raise ValueError(
@@ -173,7 +174,8 @@ class NrccrLanguagesMixin:
         self.config.languages = settings or None
 
     def set_language(self, language: str | None):
-        """Whose adapter reads texts from now on, of those that were added; None: no adapter's, as before any."""
+        """Choose whose adapter reads texts from now on; None: no adapter's, as before any. Raises ValueError for a
+        language that was not added."""
         if language is not None:
             self.adapter(language)
         self.language = self.config.language = language
@@ -188,7 +190,7 @@ class NrccrLanguagesMixin:
             self.set_language(before)
 
     def languages_of(self, size: int, languages: str | Sequence[str | None] | None) -> list[str | None]:
-        """One for each of `size` texts; by default the active one."""
+        """Return one language for each of `size` texts; by default the active one."""
         languages = self.language if languages is None else languages
         if languages is None or isinstance(languages, str):
             languages = [languages] * size
@@ -199,7 +201,8 @@ class NrccrLanguagesMixin:
         return list(languages)
 
     def adapt(self, features: torch.Tensor, languages: list[str | None]) -> torch.Tensor:
-        """What the adapter of each row's language makes of what the head gives, `(batch_size, width)` to the same."""
+        """Return what the adapter of each row's language makes of what the head gives, `(batch_size, width)` to the
+        same."""
         for language in dict.fromkeys(languages):
             if language is not None:
                 rows = [i for i, of_row in enumerate(languages) if of_row == language]
@@ -208,7 +211,7 @@ class NrccrLanguagesMixin:
         return features
 
     def train_language(self, language: str):
-        """Only this language's adapter is trained from now on; everything else is frozen, its dropout off."""
+        """Train only this language's adapter from now on; everything else is frozen, its dropout off."""
         adapter = self.adapter(language)
         self.requires_grad_(False)
         trained = set(adapter.modules())
@@ -261,7 +264,7 @@ class NrccrLanguagesMixin:
 
     @contextmanager
     def lora(self, language: str | None) -> Iterator:
-        """The text tower with this language's LoRA alone inside it, for one thread at a time."""
+        """Keep this language's LoRA alone inside the text tower, for one thread at a time."""
         layers = self.lora_layers()
         if not layers:
             yield
@@ -296,13 +299,13 @@ class NrccrLanguagesMixin:
     # ------------------------------------------------------------------------------------------------------ files
 
     def language_keys(self, language: str) -> set[str]:
-        """The names of its parameters in the model's `state_dict`."""
+        """Return the names of its parameters in the model's `state_dict`."""
         own = self.adapter(language).state_dict().keys()
         weights = self.language_weights(language)
         return {f"language_adapters.{language}.{key}" if key in own else key for key in weights}
 
     def language_weights(self, language: str) -> dict[str, torch.Tensor]:
-        """Of its adapter, by their names there, and of its LoRA, by those in the model."""
+        """Return the weights of a language's adapter, by their names there, and of its LoRA, by those in the model."""
         weights = dict(self.adapter(language).state_dict())
         if self.has_lora(language):
             inside = self.text_tower.state_dict().items()
@@ -344,7 +347,7 @@ class NrccrLanguagesMixin:
         return plain
 
     def made_for(self) -> dict[str, str | None]:
-        """Name and revision of the model that languages are added to."""
+        """Return the name and revision of the model that languages are added to."""
         here = {"name": self.config._name_or_path, "revision": getattr(self.config, "_commit_hash", None)}
         return self.config.dual_encoder or here
 

@@ -12,12 +12,12 @@ MANY = 2**31
 
 
 def pass_tokens(device: torch.device) -> int:
-    """How many tokens, with padding, go through an encoder at a time."""
+    """Return how many tokens, with padding, go through an encoder at a time."""
     return TOKENS_A_THREAD * torch.get_num_threads() if device.type == "cpu" else TOKENS_ELSEWHERE
 
 
 def pass_pictures(pixel_values: torch.Tensor) -> int | None:
-    """How many pictures, of a batch of shape `(batch_size, ...)`, go through a vision tower at a time, where no
+    """Return how many pictures, of a batch of shape `(batch_size, ...)`, go through a vision tower at a time, where no
     gradient is wanted. None: all of them, elsewhere than on a CPU, and in a graph that is exported."""
     if pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
         return None
@@ -27,8 +27,8 @@ def pass_pictures(pixel_values: torch.Tensor) -> int | None:
 def length_groups(
     lengths: torch.Tensor, max_rows: int | None = None, max_tokens: int | None = None
 ) -> list[torch.Tensor]:
-    """Row numbers of a batch in groups of like length, `(group_size,)` each, the longest first, so that short rows are
-    not padded to the longest.
+    """Return the row numbers of a batch in groups of like length, `(group_size,)` each, the longest first, so that
+    short rows are not padded to the longest.
 
     Args:
         lengths: Tokens of each row, `(batch_size,)`.
@@ -73,5 +73,5 @@ def up_to_end_of_text(ids: torch.Tensor, end: int | None) -> torch.Tensor:
 
 
 def row_lengths(mask: torch.Tensor) -> torch.Tensor:
-    """The place after each row's last token, `(batch_size,)`, wherever its padding is."""
+    """Return the place after each row's last token, `(batch_size,)`, wherever its padding is."""
     return (mask.bool() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)

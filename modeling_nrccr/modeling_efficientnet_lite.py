@@ -30,7 +30,7 @@ STAGES = (
 
 
 def scale_channels(channels: int, coefficient: float, divisor: int = 8) -> int:
-    """Scaled channels, rounded to a multiple of `divisor` without losing more than a tenth."""
+    """Return scaled channels, rounded to a multiple of `divisor` without losing more than a tenth."""
     scaled = channels * coefficient
     rounded = max(divisor, int(scaled / divisor + 0.5) * divisor)
     return rounded if rounded >= 0.9 * scaled else rounded + divisor
@@ -135,6 +135,8 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
+        Encode pictures.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
 

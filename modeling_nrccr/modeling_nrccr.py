@@ -213,8 +213,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
         boundary_states: torch.Tensor | None = None,
         languages: str | Sequence[str | None] | None = None,
     ) -> BaseModelOutputWithPooling:
-        """`pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `languages`: whose
-        adapter reads each text (None in a list: no adapter's); by default that of `set_language`."""
+        """Embed texts: `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`.
+        `languages`: whose adapter reads each text (None in a list: no adapter's); by default that of
+        `set_language`."""
         if self.source_text_side is not None and input_ids is not None:
             languages = self.languages_of(len(input_ids), languages)
             if None in languages:
@@ -242,8 +243,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
         return BaseModelOutputWithPooling(pooler_output=embeds)
 
     def read_text(self, view: tuple, languages: list[str | None]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of one view (see `encode_text`): its states, and what the head makes of them, `(batch_size, width)`, which
-        adapters read."""
+        """Return the states of one view (see `encode_text`), and what the head makes of them, `(batch_size, width)`,
+        which adapters read."""
         states = self.encode_text([view], languages)[0]
         return states, self.text_head(states, view[1])
 
@@ -257,9 +258,9 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
         spatial_shapes: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the frames;
-        `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`. `image_embeds`: such
-        embeddings, as an index has them; they are L2-normalised."""
+        """Embed pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the
+        frames; `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`.
+        `image_embeds`: such embeddings, as an index has them; they are L2-normalised."""
         if image_embeds is not None:
             return BaseModelOutputWithPooling(pooler_output=F.normalize(image_embeds.to(self.dtype), dim=-1))
         if self.visual_head is None:
@@ -307,6 +308,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
         return_loss: bool = False,
     ) -> NrccrOutput:
         r"""
+        Embed captions, in up to three views, and pictures.
+
         Args:
             input_ids, target_input_ids, back_translation_input_ids (`torch.LongTensor` of shape
                 `(batch_size, sequence_length)`): The views of a caption, each with its own length.
@@ -391,8 +394,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
         languages: dict[str, list[str | None]],
         return_teacher: bool,
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """Embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of the
-        released code: it decides the running statistics of a BatchNorm."""
+        """Return embeddings by view and the teacher's. The order source, target, teacher, back-translation is that of
+        the released code: it decides the running statistics of a BatchNorm."""
         cross = return_teacher and self.config.teacher_view == "cross"
         groups = []
         if self.config.text_head == "attention" and not self.config.pool_padding:
@@ -418,7 +421,7 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
     def read_views(
         self, states: dict[str, torch.Tensor], masks: dict[str, torch.Tensor], cross: bool
     ) -> dict[str, torch.Tensor]:
-        """What the head reads in each view, and with `cross` the teacher, of shape `(batch_size, width)`."""
+        """Return what the head reads in each view, and with `cross` the teacher, of shape `(batch_size, width)`."""
         if self.config.teacher_view == "source":
             return {view: self.text_head(states[view], masks[view]) for view in VIEWS if view in states}
         states = {view: self.text_head.embed(states[view]) for view in states}

@@ -147,7 +147,7 @@ def read_file(name: str, **hub) -> dict[str, Any]:
 
 
 def refuse_others(path: str, part: str, config: dict[str, Any], known: tuple[str, ...]):
-    """Raises ValueError for a setting that CLIP does not have, and that changes what a model computes."""
+    """Raise ValueError for a setting that CLIP does not have, and that changes what a model computes."""
     for key, value in config.items():
         if key not in known and value not in (None, False, 0, "", {}) and value not in NEUTRAL.get(key, ()):
             raise ValueError(
@@ -219,7 +219,7 @@ def read_open_clip_config(name: str, **hub) -> CLIPConfig:
 
 
 def convert_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Names and shapes of open_clip to those of `CLIPModel`; what has no name there keeps its own."""
+    """Map names and shapes of open_clip to those of `CLIPModel`; what has no name there keeps its own."""
     made = {}
     for name, value in weights.items():
         side, layers, rest = name.rpartition("transformer.resblocks.")
@@ -376,7 +376,7 @@ class OpenClipImageProcessor(CLIPImageProcessorPil):
         self.resize_mode, self.fill_color = resize_mode, fill_color
 
     def resize(self, image: np.ndarray, size, resample=None, **kwargs) -> np.ndarray:
-        """`(3, height, width)` to the same of other sides."""
+        """Map `(3, height, width)` to the same of other sides."""
         height, width = image.shape[1:]
         sides = size.height, size.width
         if self.resize_mode == "shortest":  # torchvision's rounding
@@ -389,7 +389,7 @@ class OpenClipImageProcessor(CLIPImageProcessorPil):
         return np.moveaxis(np.asarray(picture), -1, 0)
 
     def center_crop(self, image: np.ndarray, size, **kwargs) -> np.ndarray:
-        """The middle of `(3, height, width)`, filled up where it is too small."""
+        """Return the middle of `(3, height, width)`, filled up where it is too small."""
         missing = [max(0, side - have) for side, have in zip((size.height, size.width), image.shape[1:])]
         if any(missing):
             padding = [(0, 0), *((part // 2, (part + 1) // 2) for part in missing)]

@@ -28,12 +28,12 @@ TOKENIZING = Lock()
 
 
 def to_square(image: Image.Image) -> Image.Image:
-    """Padded with white to a square."""
+    """Pad a picture with white to a square."""
     return ImageOps.pad(image, (max(image.size), max(image.size)), color="white")
 
 
 def frame_mask(counts: Sequence[int]) -> np.ndarray:
-    """1 for a frame, 0 for padding, of shape `(batch_size, max(counts))`."""
+    """Return 1 for a frame, 0 for padding, of shape `(batch_size, max(counts))`."""
     return (np.arange(max(counts)) < np.array(counts)[:, None]).astype(np.int64)
 
 
@@ -111,7 +111,8 @@ class NrccrTextProcessor(ProcessorMixin):
         return super().from_args_and_dict(args, processor_dict, **kwargs)
 
     def with_tokenizer(self, name: str, text_prefix: str = "", max_text_length: int = 64) -> "NrccrTextProcessor":
-        """The same for pictures, beside the tokenizer of another text encoder (a hub id or folder)."""
+        """Return a processor that is the same for pictures, beside the tokenizer of another text encoder (a hub id or
+        folder)."""
         parts = {"image_processor": self.image_processor} if hasattr(self, "image_processor") else {}
         settings = {"pad_to_square": self.pad_to_square} if parts else {}
         settings |= {"text_prefix": text_prefix, "max_text_length": max_text_length}
@@ -142,6 +143,8 @@ class NrccrTextProcessor(ProcessorMixin):
         **options,
     ) -> BatchFeature:
         """
+        Prepare captions, pictures, videos and features for the model.
+
         Args:
             text (`str` or `str`s): Captions, which are read as [`clean_text`] leaves them.
             images (picture or pictures):
@@ -191,7 +194,7 @@ class NrccrTextProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=["languages"])
 
     def _sort_options(self, options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """What a call asks of each kind of input; TypeError for what none takes."""
+        """Return what a call asks of each kind of input. Raises TypeError for an option that none takes."""
         of_pictures = set()
         if hasattr(self, "image_processor"):
             known = getattr(self.image_processor, "valid_kwargs", ImagesKwargs).__annotations__
@@ -269,7 +272,7 @@ class NrccrTextProcessor(ProcessorMixin):
         return {"input_ids": encoded["input_ids"]} | ({"attention_mask": masks} if return_attention_mask else {})
 
     def _check_limit(self, max_length: int | None, add_special_tokens: bool) -> int:
-        """After how many tokens a text is cut."""
+        """Return after how many tokens a text is cut. Raises ValueError for a limit that cannot be."""
         limit = self.max_text_length if max_length is None else max_length
         special = self.tokenizer.num_special_tokens_to_add() if add_special_tokens else 0
         if not isinstance(limit, (int, np.integer)) or isinstance(limit, bool) or limit <= special:
@@ -289,7 +292,7 @@ class NrccrTextProcessor(ProcessorMixin):
         )
 
     def _process_videos(self, videos: list[list], options: dict[str, Any]) -> dict:
-        """Frames as pictures, put back together, the shorter videos padded with zeros."""
+        """Process frames as pictures, and put them back together, the shorter videos padded with zeros."""
         if empty := [row for row, frames in enumerate(videos) if not frames]:
             raise ValueError(f"video in row {empty[0]} has no frames: leave the row out")
         counts = [len(frames) for frames in videos]

@@ -12,7 +12,8 @@ from PIL import Image
 
 
 def as_rows(rows: Any, one: type | tuple[type, ...] = ()) -> list | None:
-    """A list of them; of a single one, which is of the type `one` or cannot be walked through, a list of one row."""
+    """Return rows as a list; of a single one, which is of the type `one` or cannot be walked through, a list of one
+    row."""
     if rows is None or isinstance(rows, list):
         return rows
     if isinstance(rows, one) or not isinstance(rows, Iterable):
@@ -24,7 +25,7 @@ HALF = re.compile("[\ud800-\udfff]")  # of a UTF-16 pair
 
 
 def text_problem(text: Any) -> str | None:
-    """What is wrong with a caption or query, as the rest of a sentence that names it; None: nothing is."""
+    """Return what is wrong with a caption or query, as the rest of a sentence that names it; None: nothing is."""
     if not isinstance(text, str) or not text.strip():
         return f"is {reprlib.repr(text)}: a text that is not blank is needed"
     if not text.isascii() and (half := HALF.search(text)):
@@ -33,20 +34,22 @@ def text_problem(text: Any) -> str | None:
 
 
 def check_texts(texts: Sequence[str]):
-    """Raises ValueError that names the first row of what no text encoder should read."""
+    """Raise ValueError that names the first row of what no text encoder should read."""
     for row, text in enumerate(texts):
         if problem := text_problem(text):
             raise ValueError(f"text row {row} {problem}, or leave the row out")
 
 
 def clean_text(text: str) -> str:
-    """As the captions of every data set are: composed letters (NFC), one blank between words, none around them."""
+    """Return a text as the captions of every data set are: composed letters (NFC), one blank between words, none
+    around them."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def picture_of(array: np.ndarray | torch.Tensor, channels: str | None = None) -> Image.Image:
     """
-    An array or tensor of `(height, width)`, `(height, width, channels)` or `(channels, height, width)` as a picture.
+    Return an array or tensor of `(height, width)`, `(height, width, channels)` or `(channels, height, width)` as a
+    picture.
 
     Args:
         array: whole numbers of 0 to 255, of 16 bits of 0 to 65535, or floats of 0 to 1 or of 0 to 255.
@@ -79,7 +82,7 @@ def picture_of(array: np.ndarray | torch.Tensor, channels: str | None = None) ->
 
 
 def is_rescaled(image: Any) -> bool:
-    """Whether it is an array of floats of 0 to 1, for which `do_rescale=False` is meant."""
+    """Tell whether a picture is an array of floats of 0 to 1, for which `do_rescale=False` is meant."""
     if isinstance(image, torch.Tensor):
         return image.is_floating_point() and bool((image <= 1).all())
     return isinstance(image, np.ndarray) and image.dtype.kind == "f" and bool((image <= 1).all())

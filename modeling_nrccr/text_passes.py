@@ -22,9 +22,9 @@ class NrccrTextPassesMixin:
         views: list[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]],
         languages: list[str | None],
     ) -> list[torch.Tensor]:
-        """One pass of the text encoder for several views, each `(input_ids, attention_mask, boundary_states)` and each
-        padded to its own length; returns the states of each, of shape `(batch_size, sequence_length, hidden_size)`.
-        `languages`: of all rows of all views."""
+        """Run one pass of the text encoder for several views, each `(input_ids, attention_mask, boundary_states)` and
+        each padded to its own length; returns the states of each, of shape `(batch_size, sequence_length,
+        hidden_size)`. `languages`: of all rows of all views."""
         ids, masks, states = zip(*views)
         sizes = [mask.shape for mask in masks]
         longest = max(length for _, length in sizes)
@@ -45,7 +45,7 @@ class NrccrTextPassesMixin:
     def encode_by_language(
         self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, languages: list[str | None]
     ) -> torch.Tensor:
-        """[`encode_by_length`] once, or for the rows of each language that has LoRA inside the text tower."""
+        """Run [`encode_by_length`] once, or for the rows of each language that has LoRA inside the text tower."""
         inside = [language if self.has_lora(language) else None for language in languages]
         groups = {language: [i for i, of in enumerate(inside) if of == language] for language in dict.fromkeys(inside)}
         if len(groups) == 1:
@@ -82,8 +82,8 @@ class NrccrTextPassesMixin:
         return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def run_tower(self, inputs: dict[str, torch.Tensor], mask: torch.Tensor, language: str | None) -> torch.Tensor:
-        """One pass of the text tower; with `recompute_passes` its states alone are kept for the backward pass, which
-        computes the rest again with the same dropout."""
+        """Run one pass of the text tower; with `recompute_passes` its states alone are kept for the backward pass,
+        which computes the rest again with the same dropout."""
 
         def run(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             with self.lora(language), self.checkpointed_layers("boundary_states" in inputs, language):
@@ -121,8 +121,8 @@ class NrccrTextPassesMixin:
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
     ):
-        """As in transformers: trains in less memory, and computes each layer twice. Raises ValueError for an option
-        that would have no effect on the text tower."""
+        """Train in less memory from now on, and compute each layer twice, as in transformers. Raises ValueError for an
+        option that would have no effect on the text tower."""
         if gradient_checkpointing_kwargs not in (None, {}, {"use_reentrant": False}) or offload:
             given = (gradient_checkpointing_kwargs or {}) | {"offload": offload}
             raise ValueError(f"activation_checkpointing_kwargs {given}: every_n_layers alone has an effect here")
@@ -132,7 +132,7 @@ class NrccrTextPassesMixin:
             tower.encoder.activation_checkpointing_enable(every_n_layers=every_n_layers)
 
     def gradient_checkpointing_disable(self):
-        """As in transformers."""
+        """Keep all states of training again, as in transformers."""
         self.checkpoint_every = 0
 
     def text_inputs(

@@ -57,7 +57,7 @@ class NrccrTextTower(nn.Module):
         self.given_beside: int | None = None  # how much a layer gives beside states; -1: no tuple; see `resume`
 
     def layer_list(self) -> tuple[nn.Module, str]:
-        """The parent and the attribute name of the encoder's list of layers."""
+        """Return the parent and the attribute name of the encoder's list of layers."""
         depth = self.encoder.config.num_hidden_layers
         for parent in self.encoder.modules():
             for name, child in parent.named_children():
@@ -182,7 +182,8 @@ class NrccrVisualTower(nn.Module):
         self.patch_size = vision_config.patch_size if vision_config.model_type == "siglip2_vision_model" else None
 
     def cut(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures as the towers of SigLIP 2 that keep the aspect ratio (NaFlex) read them: a row for each patch."""
+        """Cut pictures as the towers of SigLIP 2 that keep the aspect ratio (NaFlex) read them: into a row for each
+        patch."""
         grid = pixel_values.unflatten(3, (-1, self.patch_size)).unflatten(2, (-1, self.patch_size))
         patches = grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shapes = torch.tensor([(grid.shape[2], grid.shape[4])] * len(patches), device=patches.device)
@@ -198,8 +199,8 @@ class NrccrVisualTower(nn.Module):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`(batch_size, num_channels, height, width)` -> `(batch_size, 1, visual_feat_dim)`; videos have a frame axis.
-        What the image processor of a NaFlex tower gives is taken too."""
+        """Map `(batch_size, num_channels, height, width)` to `(batch_size, 1, visual_feat_dim)`; videos have a frame
+        axis. What the image processor of a NaFlex tower gives is taken too."""
         frames = pixel_values.flatten(0, 1) if pixel_values.ndim == 5 else pixel_values
         frames = frames.to(self.encoder.dtype)  # processors give float32, whatever the model was loaded as
         inputs = {"pixel_values": frames}
@@ -216,7 +217,7 @@ class NrccrVisualTower(nn.Module):
         return features.unflatten(0, (len(pixel_values), -1))
 
     def features(self, **inputs) -> torch.Tensor:
-        """Of one pass, `(num_pictures, visual_feat_dim)`."""
+        """Return the features of one pass, `(num_pictures, visual_feat_dim)`."""
         outputs = self.encoder(**inputs)
         if self.output == "projected":
             return outputs.image_embeds

@@ -18,7 +18,7 @@ class TwoTextSides:
 
     @classmethod
     def from_pretrained(cls, name: str, **options):
-        """As of its class; a text whose language no call names is in the active one of the model beside it."""
+        """Load as its class does; a text whose language no call names is in the active one of the model beside it."""
         processor = super().from_pretrained(name, **options)
         if processor.language is None:
             hub = {option: options[option] for option in HUB_OPTIONS if option in options}

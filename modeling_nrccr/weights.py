@@ -58,7 +58,7 @@ def of_hub(options: dict[str, Any], names: Collection[str] = HUB_OPTIONS) -> dic
 
 
 def nearest(name: str, known: Collection[str] = ()) -> str:
-    """Words for what may have been meant: of `known`, and of the models that lie where `name` would."""
+    """Return words that name what may have been meant: of `known`, and of the models that lie where `name` would."""
     parent = Path(name).parent
     if parent.is_dir():
         for file, prefix in zip(CONFIG_FILES, ("", OPEN_CLIP)):
@@ -187,7 +187,7 @@ def check_shapes(
 
 @torch.no_grad()
 def check_numbers(model: torch.nn.Module, where: str):
-    """Raises ValueError for a weight that is NaN or infinite. What is offloaded to disk is not read."""
+    """Raise ValueError for a weight that is NaN or infinite. What is offloaded to disk is not read."""
     for name, value in model.state_dict().items():
         if value.dtype in NUMBERS and value.device.type != "meta":
             # one pass; a sum that overflows is looked at again

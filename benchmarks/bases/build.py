@@ -194,7 +194,7 @@ def save_untrained(base: Base, captions: Sequence[str], folder: Path, size: Size
 
 
 def text_inputs(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, texts: Sequence[str]) -> dict:
-    """As the documentation of the family has it."""
+    """Return what the family's documentation makes of texts, as keywords for `text_embeds`."""
     if model.config.model_type.startswith("siglip"):
         length = model.config.text_config.max_position_embeddings
         inputs = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -206,7 +206,7 @@ def text_inputs(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, text
 
 
 def text_embeds(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None):
-    """L2-normalised, `(batch_size, width)`."""
+    """Return the embeddings of texts, L2-normalised, `(batch_size, width)`."""
     if model.config.model_type == "embedding_gemma2":
         states = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
@@ -215,7 +215,7 @@ def text_embeds(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask:
 
 
 def picture_embeds(model: PreTrainedModel, **inputs) -> torch.Tensor:
-    """L2-normalised, `(batch_size, width)`."""
+    """Return the embeddings of pictures, L2-normalised, `(batch_size, width)`."""
     return F.normalize(model.get_image_features(**inputs).pooler_output, dim=-1)
 
 
@@ -224,7 +224,7 @@ def picture_embeds(model: PreTrainedModel, **inputs) -> torch.Tensor:
 
 @lru_cache
 def captioned(split: str) -> tuple[list[str], list[Image.Image]]:
-    """The English captions of a split of seed 0, written by people, and their pictures."""
+    """Return the English captions of a split of seed 0, written by people, and their pictures."""
     rows = load_caption_dataset(DATASET, "gl")[split]
     captions = rows["source_caption" if split == "train" else "reference_source_caption"]
     return list(captions), [to_rgb(image) for image in rows["image"]]
@@ -233,7 +233,7 @@ def captioned(split: str) -> tuple[list[str], list[Image.Image]]:
 @lru_cache
 @torch.no_grad()
 def pictures_of_nrccr(split: str) -> torch.Tensor:
-    """What the base of ours makes of the pictures, `(num_pictures, EMBEDDING_DIM)`."""
+    """Return what the base of ours makes of the pictures, `(num_pictures, EMBEDDING_DIM)`."""
     folder = str(base_folder("nrccr"))
     model, processor = NrccrModel.from_dual_encoder(folder).eval(), NrccrProcessor.from_dual_encoder(folder)
     return encode_images(model, captioned(split)[1], processor)
@@ -245,7 +245,7 @@ def batches(count: int, epochs: int) -> Iterator[torch.Tensor]:
 
 
 def fit(parameters: Iterable[nn.Parameter], epochs: int, count: int, rate: float, loss_of: Callable):
-    """AdamW with one cycle of the rate; `loss_of` is called with the rows of each batch."""
+    """Train `parameters` by AdamW with one cycle of the rate; `loss_of` is called with the rows of each batch."""
     rows = list(batches(count, epochs))
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=len(rows))
@@ -257,7 +257,7 @@ def fit(parameters: Iterable[nn.Parameter], epochs: int, count: int, rate: float
 
 
 def picture_side(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Of the tower, and of the projection after it where there is one."""
+    """Return the parameters of the picture tower, and of the projection after it where there is one."""
     return [parameter for name, parameter in model.named_parameters() if name.startswith(("vision", "visual"))]
 
 
@@ -278,8 +278,9 @@ def distil_pictures(model: PreTrainedModel, pixels: dict, teacher: torch.Tensor,
 
 
 def train(model: PreTrainedModel, tokenizer, image_processor, rate: float, epochs: int = 10):
-    """By the family's own loss, over pictures and captions. The picture tower is locked then (LiT, arXiv 2111.07991):
-    a tower that moves may collapse with the text side, and SigLIP's loss at this size does not leave that again."""
+    """Train a model by the family's own loss, over pictures and captions. The picture tower is locked then (LiT, arXiv
+    2111.07991): a tower that moves may collapse with the text side, and SigLIP's loss at this size does not leave that
+    again."""
     captions, pictures = captioned("train")
     teacher = pictures_of_nrccr("train")
     pixels = {}
@@ -305,7 +306,7 @@ def train(model: PreTrainedModel, tokenizer, image_processor, rate: float, epoch
 
 @torch.no_grad()
 def english_sum_recall(model: PreTrainedModel, tokenizer, image_processor) -> float:
-    """Of English queries that people wrote, to held-out pictures, by the family's own code."""
+    """Return the SumR of English queries that people wrote, to held-out pictures, by the family's own code."""
     model.eval()
     captions, pictures = captioned("test")
     texts = text_embeds(model, **text_inputs(tokenizer, model, captions))
@@ -340,8 +341,8 @@ def build(name: str, folder: Path, seed: int) -> float:
 
 
 def base_folder(name: str, seed: int = 0) -> Path:
-    """The folder of a base, trained unless it is there. Raises RuntimeError where its English finds little more than
-    chance: such a base shows nothing."""
+    """Return the folder of a base, which is trained unless it is there. Raises RuntimeError where its English finds
+    little more than chance: such a base shows nothing."""
     folder = cache_folder() / "bases" / f"{name}-{RECIPE}-seed{seed}"
     if (folder / "config.json").exists():
         return folder
@@ -359,7 +360,8 @@ def base_folder(name: str, seed: int = 0) -> Path:
 
 
 def read_record(folder: Path) -> dict[str, float]:
-    """What `base_folder` found of a base: `sum_recall` of its English, `chance`, and `seconds` of its training."""
+    """Return what `base_folder` found of a base: `sum_recall` of its English, `chance`, and `seconds` of its
+    training."""
     return json.loads((folder / RECORD).read_text(encoding="utf-8"))
 
 

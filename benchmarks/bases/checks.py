@@ -58,7 +58,7 @@ class Examined:
         self.embeds = self.embed(self.model, self.sample)
 
     def open(self) -> tuple[NrccrModel, NrccrProcessor]:
-        """The model with the language active, and its processor."""
+        """Load the model with the language active, and its processor."""
         model = NrccrModel.from_dual_encoder(self.folder).eval()
         model.load_language(LANGUAGE, self.step)
         return model.set_language(LANGUAGE), NrccrProcessor.from_dual_encoder(self.folder)
@@ -85,23 +85,23 @@ class Examined:
     # checks, each a number
 
     def pictures_changed(self, before: torch.Tensor) -> float:
-        """Numbers of the sample's picture embeddings that are not the base's, bit for bit."""
+        """Count the numbers of the sample's picture embeddings that are not the base's, bit for bit."""
         after = encode_images(self.model, self.pictures[:SAMPLE], self.processor)
         return float((after != before[:SAMPLE]).sum())
 
     def english_changed(self) -> float:
-        """Numbers of the embeddings of English texts that are not the base's, bit for bit."""
+        """Count the numbers of the embeddings of English texts that are not the base's, bit for bit."""
         texts = self.english[:SAMPLE]
         return float((self.embed(self.model, texts, None) != self.of_base(texts)).sum())
 
     def report_differs(self, found: dict[str, float]) -> float:
-        """SumR that `nrccr add-language` reported after training, against that of this process."""
+        """Compare the SumR that `nrccr add-language` reported after training with that of this process."""
         report = json.loads((self.step / "report.json").read_text(encoding="utf-8"))["found"]
         names = [name for name in report if name.removeprefix(f"{LANGUAGE}: ") == "this language"]
         return abs(report[names[0]]["sum_recall"] - found["after"])
 
     def cached(self) -> float:
-        """Cached states against full passes, at the boundary of its training."""
+        """Compare cached states with full passes, at the boundary of its training."""
         model = self.open()[0].language_side().train_language(LANGUAGE).eval()
         cache = FeatureCache(model, self.processor.language_side())
         cache.add_texts(self.sample)
@@ -110,7 +110,7 @@ class Examined:
         return difference(encode_texts(model, self.sample, cache, languages=LANGUAGE), self.embeds)
 
     def alone(self) -> float:
-        """Each text alone against all in a batch, and beside texts of the base's own language."""
+        """Compare each text alone with all in a batch, and beside texts of the base's own language."""
         alone = torch.cat([self.embed(self.model, [text]) for text in self.sample])
         english = self.english[:SAMPLE]
         languages = [LANGUAGE] * len(alone) + [None] * len(english)
@@ -119,7 +119,7 @@ class Examined:
         return max(difference(alone, self.embeds), difference(mixed, apart))
 
     def bfloat16(self) -> float:
-        """1 - the lowest cosine of bfloat16 and float32, of texts and pictures."""
+        """Return 1 - the lowest cosine of bfloat16 and float32, of texts and pictures."""
         model, processor = self.open()
         model.to(torch.bfloat16)
         cosines = [(self.embed(model, self.sample).float() * self.embeds).sum(1)]
@@ -129,7 +129,7 @@ class Examined:
         return 1 - float(torch.cat(cosines).min())
 
     def merged(self) -> float:
-        """With its LoRA folded in, saved and opened again."""
+        """Compare the model with itself once its LoRA is folded in, saved and opened again."""
         model = self.open()[0]
         model.merge_language(LANGUAGE)
         with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +139,7 @@ class Examined:
 
     @contextlib.contextmanager
     def saved(self) -> Iterator[str]:
-        """One folder with the language in it, as it is published."""
+        """Yield one folder with the language in it, as it is published."""
         with tempfile.TemporaryDirectory() as folder:
             model, processor = self.open()
             model.save_pretrained(folder)
@@ -148,7 +148,7 @@ class Examined:
             yield folder
 
     def published(self) -> float:
-        """Saved whole, and opened by `AutoModel` and `AutoProcessor`."""
+        """Compare the model with what was saved whole and opened by `AutoModel` and `AutoProcessor`."""
         with self.saved() as folder:
             model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
         return difference(encode_texts(model, self.sample, processor), self.embeds)
@@ -165,7 +165,7 @@ class Examined:
         return max(difference(*pair) for pair in found)
 
     def onnx(self) -> float:
-        """The exported files, asked the sample."""
+        """Compare the exported files with the model, both asked the sample."""
         with tempfile.TemporaryDirectory() as folder:
             naflex = self.has_pictures and self.model.visual_tower.patch_size is not None
             sides = ["text"] if naflex else None  # no exporter follows pictures of any shape
@@ -176,7 +176,7 @@ class Examined:
             return difference(encode_texts(exported, self.sample, processor), self.embeds)
 
     def served(self) -> float:
-        """Embeddings over HTTP; and the hits of a search in the index that the base made before."""
+        """Compare embeddings over HTTP, and the hits of a search in the index that the base made before."""
         with mock.patch.object(serve.uvicorn, "run") as run:  # as it is typed, but for the socket
             serve.serve(self.folder, str(self.index), languages=[f"{LANGUAGE}={self.step}"])
         with TestClient(run.call_args.args[0], base_url="http://127.0.0.1") as client:
@@ -191,7 +191,7 @@ class Examined:
         return [hit.id for hit in index.search(query, k)]
 
     def searched(self, images: torch.Tensor, ids: list[str]) -> float:
-        """The index that the base made before, against a product of embeddings; and a search of it."""
+        """Compare the scores of the index that the base made before with a product of embeddings; and search it."""
         retriever, worst = NrccrRetriever.load(self.index, self.model, self.processor), 0.0
         row = {name: number for number, name in enumerate(ids)}
         for text, embed in zip(self.sample, self.embeds):
@@ -204,7 +204,7 @@ class Examined:
 
 
 def attempt(call: Callable[[], float]) -> float | str:
-    """What it gives, or the first line of its error."""
+    """Return what `call` gives, or the first line of its error."""
     try:
         return call()
     except (Exception, SystemExit) as error:
@@ -213,7 +213,7 @@ def attempt(call: Callable[[], float]) -> float | str:
 
 
 def check(name: str, work: Path, steps: Sequence[str]) -> dict[str, dict]:
-    """What each step finds, and what each check of it gives."""
+    """Return what each step finds, and what each check of it gives."""
     found, images = {}, None
     ids = [f"{number:04d}.png" for number in range(len(captioned("test")[1]))]
     for step in steps:

@@ -69,14 +69,14 @@ CHECKS = {
 
 
 def write_pictures(folder: Path):
-    """The held-out pictures as files, the order of the rows in their names."""
+    """Write the held-out pictures as files, the order of the rows in their names."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in enumerate(captioned("test")[1]):
         picture.save(folder / f"{number:04d}.png")
 
 
 def write_captions(path: Path):
-    """The training captions, one a line: what a base is given whose pictures stay with it."""
+    """Write the training captions, one a line: what a base is given whose pictures stay with it."""
     write_file(path, "\n".join(dict.fromkeys(captioned("train")[0])) + "\n")
 
 
@@ -106,7 +106,7 @@ def add(name: str, step: str, work: Path):
 
 
 def attempt(call: Callable, log: Path) -> str | None:
-    """The error's first line, if there was one; all that was printed goes into `log`."""
+    """Return the error's first line, if there was one; all that was printed goes into `log`."""
     with log.open("w", encoding="utf-8") as stream:
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             try:
@@ -117,7 +117,8 @@ def attempt(call: Callable, log: Path) -> str | None:
 
 
 def walk(name: str, steps: Sequence[str]) -> dict:
-    """All of a base; what an earlier run trained is kept, and what it found where all of it held."""
+    """Train and check all steps of a base. What an earlier run trained is kept, and what it found where all of it
+    held."""
     work, errors = WORK / name, {}
     work.mkdir(parents=True, exist_ok=True)
     found = json.loads((work / FOUND).read_text(encoding="utf-8")) if (work / FOUND).exists() else {}
@@ -157,7 +158,7 @@ def holds(key: str, value: float | str) -> bool:
 
 
 def failures(report: dict[str, dict]) -> list[str]:
-    """What did not hold, a line each."""
+    """Return what did not hold, a line each."""
     lines = []
     for name, of_base in report.items():
         for step, found in of_base["steps"].items():
@@ -183,7 +184,7 @@ def recalls_table(report: dict[str, dict]) -> str:
 
 
 def checks_table(report: dict[str, dict]) -> str:
-    """Of each base the worst of all its steps."""
+    """Return a table of each base's worst of all its steps."""
     rows = []
     for name, of_base in report.items():
         row = [name]

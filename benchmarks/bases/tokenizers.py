@@ -72,7 +72,8 @@ def siglip_tokenizer(captions: Sequence[str], size: int, length: int = 64) -> Si
 
 
 def bpe_of_gemma(captions: Sequence[str], size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of BPE over texts whose spaces are "▁", with a piece for each byte that no other reads."""
+    """Return the vocabulary and merges of BPE over texts whose spaces are "▁", with a piece for each byte that no
+    other reads."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
@@ -100,7 +101,7 @@ def gemma_tokenizer(captions: Sequence[str], size: int, length: int = 512) -> Ge
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The fields of a text configuration that a tokenizer decides."""
+    """Return the fields of a text configuration that a tokenizer decides."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     if tokenizer.bos_token_id is not None:
         ids["bos_token_id"] = tokenizer.bos_token_id

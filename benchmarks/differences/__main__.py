@@ -21,7 +21,7 @@ PAGE = ROOT / "docs/differences.md"
 
 
 def write(page: str, results: dict[str, str]) -> str:
-    """The page with the last cell of each row replaced."""
+    """Return the page with the last cell of each row replaced."""
     for row, result in results.items():
         pattern = re.compile(rf"(?m)^(\| {re.escape(row)} \|.*\| )[^|\n]*\|$")
         page, count = pattern.subn(lambda match, result=result: f"{match[1]}{result} |", page)

@@ -35,7 +35,7 @@ def effect(row: str, costly: bool = False):
 
 
 def models(**changes) -> tuple[NrccrModel, NrccrModel]:
-    """The same weights with published and with repaired behaviour."""
+    """Return the same weights with published and with repaired behaviour."""
     config = dict(text_config=TEXT, visual_feat_dim=64, projection_dim=64, visual_head="attention") | changes
     torch.manual_seed(0)
     repaired = NrccrModel(NrccrConfig(**config)).eval()

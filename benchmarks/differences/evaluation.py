@@ -26,7 +26,7 @@ CAPTIONS = ROOT.parent / "shared/data/multi30k/task1/raw"
 
 @effect("Letters and accents", costly=True)
 def lower_casing() -> str | None:
-    """None where the captions are not there."""
+    """Say how many words the released lower-casing changes; None where the captions are not there."""
     if not CAPTIONS.is_dir():
         return None
     parts = []
@@ -78,13 +78,13 @@ def unsafe_files() -> str:
 
 
 def captioned(items: int, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings of five captions an item, of the items, and the item of each caption."""
+    """Return embeddings of five captions an item, of the items, and the item of each caption."""
     images, owner = unit(items, dim, seed=13), torch.arange(5 * items) // 5
     return images[owner] + 3 * unit(5 * items, dim, seed=14), images, owner
 
 
 def whole_evaluation() -> tuple[float, float]:
-    """CPU seconds of the metrics, and the peak memory of this process in GB."""
+    """Return the CPU seconds of the metrics, and the peak memory of this process in GB."""
     torch.set_num_threads(1)
     embeds, start = captioned(5000, DIM), time.process_time()
     compute_retrieval_metrics(*embeds)

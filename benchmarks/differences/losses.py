@@ -9,7 +9,7 @@ from modeling_nrccr.training.losses import same_item, triplet_loss
 
 
 def outputs(seed: int = 6) -> NrccrOutput:
-    """Embeddings of a batch half way through training: views near their pictures, some nearer than others."""
+    """Return embeddings of a batch half way through training: views near their pictures, some nearer than others."""
     images = unit(BATCH, DIM, seed=seed)
     views = {
         name: F.normalize(images + noise * unit(BATCH, DIM, seed=seed + i + 1), dim=-1).requires_grad_()
@@ -30,7 +30,7 @@ def losses() -> tuple[NrccrLoss, NrccrLoss]:
 
 
 def gradients(loss: NrccrLoss, term: str, names: list[str], batch=None) -> list[torch.Tensor]:
-    """Of one weighted term, with respect to the embeddings of these names."""
+    """Return the gradients of one weighted term, with respect to the embeddings of these names."""
     batch = batch or outputs()
     value = loss.weights[term] * loss(batch)[term]
     inputs = [getattr(batch, name) for name in names]

@@ -17,7 +17,7 @@ from modeling_nrccr import (
 
 
 def toy_rows(count: int, seed: int) -> list[dict]:
-    """Pictures that are bags of words; the translation has three words in ten wrong."""
+    """Return pictures that are bags of words; the translation has three words in ten wrong."""
     generator, rows = np.random.default_rng(seed), []
     for i in range(count):
         chosen = generator.choice(30, 3, replace=False)
@@ -74,7 +74,7 @@ def weights(trained: NrccrTrainer) -> torch.Tensor:
 
 @effect("Choice of the model", costly=True)
 def model_choice() -> str:
-    """Which epoch validation chooses, and what it gives in both directions on other rows."""
+    """Return which epoch validation chooses, and what it gives in both directions on other rows."""
     gains, different = [], 0
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(5):

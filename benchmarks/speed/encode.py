@@ -89,7 +89,7 @@ def prepare_models(folder: Path):
 
 
 def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
-    """Seconds and result of `run(items)`, after a first call that warms up."""
+    """Return the seconds and the result of `run(items)`, after a first call that warms up."""
     run(items[:96] if device().type == "cpu" else items)
     start = clock()
     embeds = run(items)
@@ -97,7 +97,8 @@ def timed(run: Callable, items: list) -> tuple[float, torch.Tensor]:
 
 
 def load_ours(folder: Path, dtype: torch.dtype):
-    """As who only encodes loads it: `search.load_model` brings the retriever, whose imports would count as memory."""
+    """Load our model as who only encodes does: `search.load_model` brings the retriever, whose imports would count as
+    memory."""
     from transformers import AutoProcessor
 
     from modeling_nrccr import NrccrModel
@@ -144,7 +145,7 @@ def picture_model():
 
 
 def picture_side():
-    """A model of ours that gives the tower's features, normalised."""
+    """Return a model of ours that gives the tower's features, normalised, and its processor."""
     from transformers import AutoTokenizer
 
     from modeling_nrccr import NrccrModel, NrccrProcessor

@@ -26,7 +26,7 @@ FEW = {name: count for name, count in (("torchmetrics", 1_000), ("ranx", 100)) i
 
 
 def draw(pictures: int, captions: int) -> tuple[torch.Tensor, ...]:
-    """Pictures, captions near them, their translations, and the picture of each caption."""
+    """Return pictures, captions near them, their translations, and the picture of each caption."""
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(pictures, DIM, generator=generator), dim=-1)
     owner = torch.arange(captions) % pictures
@@ -36,7 +36,7 @@ def draw(pictures: int, captions: int) -> tuple[torch.Tensor, ...]:
 
 
 def cpu_seconds(call) -> tuple[float, object]:
-    """Seconds of all cores, or of the accelerator that the embeddings are on, and the result."""
+    """Return the seconds of all cores, or of the accelerator that the embeddings are on, and the result."""
     now = time.process_time if device().type == "cpu" else clock
     start = now()
     result = call()

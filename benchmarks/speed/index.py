@@ -46,7 +46,8 @@ def unpack(revision: str, folder: Path):
 
 
 def draw(gallery: Path, count: int):
-    """Pictures of 64 x 48 pixels, a hundred to a folder, of which every fifth is a PNG and the others are JPEGs."""
+    """Write pictures of 64 x 48 pixels, a hundred to a folder, of which every fifth is a PNG and the others are
+    JPEGs."""
     generator = np.random.default_rng(0)
     for number in range(count):
         folder = gallery / f"{number // 100:03d}"
@@ -57,7 +58,7 @@ def draw(gallery: Path, count: int):
 
 
 def run(tree: Path, arguments: list[str], cache: Path) -> np.ndarray:
-    """Seconds of a command by the code of `tree`, and those that processors spent on it."""
+    """Return the seconds of a command by the code of `tree`, and those that processors spent on it."""
     environment = os.environ | {"PYTHONPATH": str(tree), "NRCCR_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=environment, cwd=tree, capture_output=True, text=True)

@@ -15,7 +15,7 @@ PAGE = ROOT / "benchmarks/README.md"
 
 
 def gpu_table() -> str:
-    """What a lent GPU gave; its scripts are those of the CPU."""
+    """Return the table of what a lent GPU gave; its scripts are those of the CPU."""
     encode, training = load("gpu encode"), load("gpu training")
     captions, pictures, step = encode["captions"], encode["pictures"], training["step"]
     sides = step["sides"]

@@ -31,7 +31,7 @@ TEXTS = 250  # of each length
 
 
 def captions(count: int, words: int, seed: int = 0) -> list[str]:
-    """Different texts of that many common words (about 1.4 tokens each)."""
+    """Return `count` different texts of that many common words (about 1.4 tokens each)."""
     from datasets_scripts.reading.wordnet import common_words
 
     draw, known = random.Random(seed), common_words(2000)
@@ -45,7 +45,7 @@ def seconds(call) -> float:
 
 
 def slope(points: dict[int, float]) -> float:
-    """Of the straight line through the points on logarithmic axes, by least squares."""
+    """Return the slope of the straight line through the points on logarithmic axes, by least squares."""
     xs, ys = [math.log(x) for x in points], [math.log(y) for y in points.values()]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
@@ -87,7 +87,8 @@ def measure(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def on_paper(found: dict[str, dict[int, float]], dim: int = 512) -> dict:
-    """10 million pictures and 100 million captions on machines like this one, from the dearest measured point."""
+    """Reckon 10 million pictures and 100 million captions on machines like this one, from the dearest measured
+    point."""
     a_picture = found["pictures"][max(PICTURES)] / max(PICTURES)
     a_caption = found["captions"][max(CAPTIONS)] / max(CAPTIONS)
     return {

@@ -32,7 +32,7 @@ DIM, ROWS_A_CLUSTER, K = 512, 100, 10
 
 
 def draw(rows: int, clusters: int, noise: float, seed: int) -> np.ndarray:
-    """L2-normalised rows of shape `(rows, DIM)`, of clusters that depend on their number alone."""
+    """Draw L2-normalised rows of shape `(rows, DIM)`, of clusters that depend on their number alone."""
     centers = np.random.default_rng(0).standard_normal((clusters, DIM), dtype=np.float32)
     generator = np.random.default_rng(seed)
     found = np.empty((rows, DIM), dtype=np.float32)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None):
 
 
 def table(report: dict) -> str:
-    """The results as Markdown, for docs/retriever.md."""
+    """Return the results as Markdown, for docs/retriever.md."""
     lines = [
         "| rows | noise | recall@10 | p50 / p99, ms | raw faiss p50 / p99, ms | ratio of p50 | build, s | memory, MB "
         "| load, s |",

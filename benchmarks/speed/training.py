@@ -75,7 +75,7 @@ def build_model():
 
 
 def step_side(kind: str, steps: int, batch: int) -> dict:
-    """Seconds a step, from the second one on, and the loss of each."""
+    """Return the seconds a step, from the second one on, and the loss of each."""
     from transformers import TrainerCallback
 
     from modeling_nrccr import (
@@ -199,7 +199,7 @@ def pairs() -> tuple[list[str], list[str]]:
 
 
 def contrast_side(kind: str, texts: Path) -> dict:
-    """Forward and backward of one large batch."""
+    """Time the forward and backward of one large batch."""
     from modeling_nrccr.loading.encoders import find_encoder
 
     encoder, (sources, targets) = find_encoder("multilingual-e5-small"), json.loads(texts.read_text())

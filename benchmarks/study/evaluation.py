@@ -12,6 +12,8 @@ from modeling_nrccr.training.experiment import best_fusion_weight
 
 def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.DataFrame, float]:
     """
+    Ask a trained model the queries of validation and test.
+
     Args:
         trainer: With the trained model.
         teacher: Answers the English queries in its place, where the model was made for the target language alone.
@@ -58,7 +60,7 @@ def evaluate(trainer, teacher, rows: dict[str, list[dict]]) -> tuple[dict, pd.Da
 
 
 def embed(trainer, teacher, rows: list[dict]) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Queries by kind `(num_captions, projection_dim)`, pictures, and the picture of each query."""
+    """Return queries by kind `(num_captions, projection_dim)`, pictures, and the picture of each query."""
     target, images, owner = trainer.encode_dataset(rows, "target_caption")
 
     def english(column: str) -> torch.Tensor:

@@ -42,7 +42,7 @@ def interval(value: dict) -> str:
 
 
 def reach(values: list[dict]) -> list[list[float]]:
-    """Of error bars: how far each interval goes below its mean, and above."""
+    """Return the reach of error bars: how far each interval goes below its mean, and above."""
     return [[value["mean"] - value["low"] for value in values], [value["high"] - value["mean"] for value in values]]
 
 
@@ -68,7 +68,8 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def rows_table(study: Study, report: dict, gallery: str, condition: str, language: str) -> str:
-    """SumR of each row and query, with its interval; the two baselines stand apart though they are one model."""
+    """Return a table of SumR of each row and query, with its interval; the two baselines stand apart though they are
+    one model."""
     name, lines = LANGUAGES.get(language, language), []
     for row, spec in listed(study).items():
         if language not in (spec.languages or study.languages):
@@ -121,7 +122,7 @@ def comparisons_table(study: Study, report: dict, condition: str, language: str)
 
 
 def settings_table(study: Study) -> str:
-    """Which point of the grid each row's validation chose, and what a run took."""
+    """Return a table of which point of the grid each row's validation chose, and what a run took."""
     lines = []
     for name, spec in listed(study).items():
         runs = [study.load(run) for run in study.runs() if run.row == name]
@@ -155,7 +156,7 @@ def tables(study: Study) -> str:
 
 
 def compact_tables(study: Study) -> str:
-    """Of a study with many rows: all pictures alone."""
+    """Return the tables of a study with many rows: all pictures alone."""
     report, condition, language = study.summary(), next(iter(study.conditions)), study.languages[0]
     return "\n".join(
         [
@@ -172,8 +173,8 @@ def cell(report: dict, **place) -> str:
 
 
 def together_tables(study: Study) -> str:
-    """Several languages at once: those that are learned, with their mean, the worst and the variance of ranks; those
-    that are not; and differences of each."""
+    """Return the tables of several languages at once: those that are learned, with their mean, the worst and the
+    variance of ranks; those that are not; and differences of each."""
     report, learned, parts = study.summary(), study.consistency, []
     others = [language for language in study.languages if language not in learned]
 
@@ -209,8 +210,8 @@ def together_tables(study: Study) -> str:
 
 
 def quality_table(recommended: Study, czech: Study) -> str:
-    """What better translations give the linear adapter: of each engine chrF against people's captions, and how far it
-    goes from the English-only model to human captions."""
+    """Return a table of what better translations give the linear adapter: of each engine chrF against people's
+    captions, and how far it goes from the English-only model to human captions."""
     quality = json.loads((ROOT / "docs/translation.json").read_text(encoding="utf-8"))["pictures"]
     engines = [
         ("gl", "apertium en-gl", recommended, "linear"),
@@ -250,7 +251,7 @@ def text_table() -> str:
 
 
 def curves_table(study: Study) -> str:
-    """SumR of human target queries by condition, for a study whose conditions are rates of noise."""
+    """Return a table of SumR of human target queries by condition, for a study whose conditions are rates of noise."""
     report, (language,) = study.summary(), study.languages
     lines = []
     for row, spec in study.rows.items():
@@ -261,7 +262,7 @@ def curves_table(study: Study) -> str:
 
 
 def asked_lines(study: Study, asked: tuple[tuple[str, str, str], ...], columns: list[dict]) -> list[list[str]]:
-    """README's lines, each a label, a row and a query, with an interval for each of `columns`: its language and
+    """Return README's lines, each a label, a row and a query, with an interval for each of `columns`: its language and
     gallery."""
     report, condition = study.summary(), next(iter(study.conditions))
     lines = []
@@ -272,7 +273,7 @@ def asked_lines(study: Study, asked: tuple[tuple[str, str, str], ...], columns: 
 
 
 def by_language(study: Study) -> str:
-    """README's table of what adding a language gives: a column a language."""
+    """Return README's table of what adding a language gives: a column a language."""
     asked = (
         ("the base, asked in the language", "english_only", "target"),
         ("**the base, asked the query's machine translation**", "english_only", "translated"),
@@ -292,7 +293,7 @@ def by_language(study: Study) -> str:
 
 
 def figures():
-    """docs/study_rows and docs/study_scenes, as PNG and SVG."""
+    """Draw docs/study_rows and docs/study_scenes, as PNG and SVG."""
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # the same bytes for the same JSON
     import matplotlib
 
@@ -348,7 +349,7 @@ def figures():
 
 
 def gain_figure(plt, save):
-    """docs/study_gain, README's: what adding a language gives, beside what a team would try first."""
+    """Draw docs/study_gain, README's: what adding a language gives, beside what a team would try first."""
     study = Study(STUDIES / "recommended.yaml")
     report = study.summary()
     bars = (
@@ -376,7 +377,7 @@ def gain_figure(plt, save):
 
 
 def few_figure(plt, save):
-    """docs/study_few: SumR against the number of human captions, beside machine translation and alone."""
+    """Draw docs/study_few: SumR against the number of human captions, beside machine translation and alone."""
     study = Study(STUDIES / "few.yaml")
     report, counts = study.summary(), [25, 100, 400, 1350]
     figure, axes = plt.subplots(figsize=(7, 4.2))
@@ -406,7 +407,7 @@ def few_figure(plt, save):
 
 
 def ablation_figure(plt, save):
-    """docs/study_ablation: SumR against the share of the translated query, and against the number of captions."""
+    """Draw docs/study_ablation: SumR against the share of the translated query, and against the number of captions."""
     study = Study(STUDIES / "ablation.yaml")
     report, runs = study.summary(), [study.load(run) for run in study.runs()]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True)

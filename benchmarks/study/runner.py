@@ -23,7 +23,8 @@ class Runner:
         self.experiments, self.encoders = {}, None
 
     def ensure(self, run: Run, blocking: bool = True) -> bool:
-        """The run's line is there afterwards; False where another process is at it and `blocking` is False."""
+        """Run it unless its line is there already. Return False where another process is at it and `blocking` is
+        False."""
         from filelock import FileLock, Timeout
 
         lock = self.study.work / "locks" / f"{run.name}.lock"
@@ -53,7 +54,7 @@ class Runner:
         return self.study.work / "heads" / f"{run.name}.safetensors"
 
     def experiment(self, arguments: tuple):
-        """One a data set, reused by rows; its model and arguments are the row's."""
+        """Return the one experiment of a data set, reused by rows, with the row's model and arguments."""
         from modeling_nrccr.training.experiment import Experiment
 
         script, model, args = arguments
@@ -175,8 +176,8 @@ class Runner:
         trainer.data_collator.processor = own
 
     def rows_of_languages(self, row: Row, run: Run, settings: dict, validation: list[dict]):
-        """Training captions (and words) in the languages of `row.learns_from`, by their translators, as many of each;
-        and captions to choose by: of these languages where the run's is one of them, else its own."""
+        """Return training captions (and words) in the languages of `row.learns_from`, by their translators, as many of
+        each; and captions to choose by: of these languages where the run's is one of them, else its own."""
         from modeling_nrccr.data.load import balance
         from modeling_nrccr.training.run import parse_arguments
 
@@ -189,7 +190,7 @@ class Runner:
         return balance(train, run.seed), held_out if run.language in row.learns_from else validation
 
     def taught(self, experiment, run: Run, base: str, rows: list[dict]) -> list[dict]:
-        """Rows with the base's embeddings of their source captions, which no step then computes again."""
+        """Return rows with the base's embeddings of their source captions, which no step then computes again."""
         from modeling_nrccr.training.experiment import build_model
         from modeling_nrccr.training.teacher import add_teacher_embeds as teach
 
@@ -199,14 +200,14 @@ class Runner:
         return teach([dict(row) for row in rows], model, cache)
 
     def needed(self, run: Run, row: str) -> Path:
-        """The weights of another row's run of the same split and seed."""
+        """Return the weights of another row's run, which is run first if need be, of the same split and seed."""
         needed = replace(run, row=row, point=None, language=self.study.rows[row].trained_in or run.language)
         for other in (*self.study.grid_runs_of(row), needed):
             self.ensure(other)
         return self.heads(needed)
 
     def trained(self, experiment, run: Run, row: str):
-        """The model of another row's run, for use as a teacher."""
+        """Return the model of another row's run, for use as a teacher."""
         from safetensors.torch import load_file
 
         from modeling_nrccr.training.run import parse_arguments
@@ -222,7 +223,7 @@ class Runner:
 
 
 def commit() -> str:
-    """The commit that ran; "+" where tracked files had changed since."""
+    """Return the commit that ran; "+" where tracked files had changed since."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
@@ -230,7 +231,7 @@ def commit() -> str:
 
 
 def work(study: Study):
-    """Every run that is wanting, in the order of the file; what another process is at comes later."""
+    """Run every run that is wanting, in the order of the file; what another process is at comes later."""
     runner = Runner(study)
     for phase in (study.grid_runs, study.runs):
         pending = list(phase())

@@ -146,7 +146,8 @@ class Study:
         self.work = results / self.name if results else WORK / self.name
 
     def grid_runs(self) -> Iterator[Run]:
-        """Hyper-parameters are chosen once, for each row, at the first condition, language, split seed and seed."""
+        """Yield the runs by which hyper-parameters are chosen: once, for each row, at the first condition, language,
+        split seed and seed."""
         for name in self.asked_rows:
             if self.rows[name].tuned_as is None or self.rows[name].tuned_as not in self.asked_rows:
                 yield from self.grid_runs_of(name)
@@ -184,12 +185,12 @@ class Study:
         return next(record["summary"] for record in records.read(self.file) if "summary" in record)
 
     def chosen(self, row: str) -> int:
-        """The point of the grid with the best SumR on validation; its grid runs must be there."""
+        """Return the number of the point of the grid with the best SumR on validation; its grid runs must be there."""
         runs = self.grid_runs_of(row)
         return max(range(len(runs)), key=lambda point: self.load(runs[point])["selection"], default=0)
 
     def run_settings(self, run: Run) -> dict:
-        """What the run changes in the study's `config`; a value may be a mapping, by language."""
+        """Return what the run changes in the study's `config`; a value may be a mapping, by language."""
         row = self.rows[run.row]
         point = self.grid[self.chosen(run.row) if run.point is None else run.point]
         adapter = {"train_language": row.trained_in or run.language} if row.adapter else {}

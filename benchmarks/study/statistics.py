@@ -15,7 +15,7 @@ from modeling_nrccr.retrieval.bootstrap import DRAWS, WAYS, draw_groups, hits, i
 
 
 def group_hits(ranks: pd.DataFrame, groups: list[str]) -> np.ndarray:
-    """[`hits`] of a run's ranks, in the order of `groups`."""
+    """Return [`hits`] of a run's ranks, in the order of `groups`."""
     number = {group: i for i, group in enumerate(groups)}
     parts = [ranks[ranks["direction"] == way] for way in WAYS]
     return hits([part["rank"] for part in parts], [part["group"].map(number) for part in parts], len(groups))
@@ -44,12 +44,12 @@ class Bootstrap:
         return self.counts[key], self.draws[split]
 
     def sums(self, run, gallery: str, query: str) -> np.ndarray:
-        """The SumR of the run, then of each draw, of shape `(1 + DRAWS,)`."""
+        """Return the SumR of the run, then of each draw, of shape `(1 + DRAWS,)`."""
         return sum_recall(*self.load(run, gallery, query))
 
 
 def summary(values: np.ndarray) -> dict[str, float]:
-    """`values` of shape `(num_runs, 1 + DRAWS)`: the mean over runs and its interval."""
+    """Return the mean over runs, and its interval, of `values` of shape `(num_runs, 1 + DRAWS)`."""
     mean = values.mean(0)
     low, high = interval(mean)
     result = {"mean": mean[0], "low": low, "high": high, "runs": len(values), "sd": values[:, 0].std()}
@@ -105,7 +105,8 @@ def compare(study):
 
 
 def consistency(study, runs: dict) -> list[dict]:
-    """Mean rank variance of each row and direction over the study's languages of `consistency`, mean over runs."""
+    """Return the mean rank variance of each row and direction over the study's languages of `consistency`, mean over
+    runs."""
     import torch
 
     from modeling_nrccr.retrieval.metrics import mean_rank_variance

@@ -27,8 +27,8 @@ LANGUAGES = ("de", "fr", "cs")
 
 
 def text_model(folder: str):
-    """A model of texts alone over a frozen encoder, and its processor. Its projection is the identity: it gives the
-    normalised mean of the encoder's states, which training starts from."""
+    """Return a model of texts alone over a frozen encoder, and its processor. Its projection is the identity: it gives
+    the normalised mean of the encoder's states, which training starts from."""
     from modeling_nrccr import NrccrModel, NrccrTextProcessor
 
     set_seed(0)
@@ -75,7 +75,7 @@ def train_on_text(model, processor, rows: dict[str, list[dict]], output_dir: str
 
 
 def text_retrieval(model, processor, captions: dict[str, list[str]]) -> dict[str, dict[str, float]]:
-    """Recalls of each language's captions among those of each other, one caption each way."""
+    """Return the recalls of each language's captions among those of each other, one caption each way."""
     from modeling_nrccr.retrieval.encoding import encode_texts
     from modeling_nrccr.retrieval.metrics import compute_retrieval_metrics
 
@@ -152,7 +152,7 @@ def run(data_dir: str, trained: int) -> dict:
 
 
 def tables(report: dict) -> str:
-    """Markdown of the report."""
+    """Return the report as Markdown."""
     seconds, settings = report["settings"]["seconds"], report["settings"]
     languages = ["en", *LANGUAGES]
     lines = [

@@ -64,7 +64,7 @@ SIGNALS = {  # what could tell a good translation from a bad one; the first is w
 
 @cache
 def engine(row: str):
-    """The engine of a row, behind the cache of translations."""
+    """Load the engine of a row, behind the cache of translations."""
     from datasets_scripts.reading.debian import cache_folder
     from modeling_nrccr.translation.cache import load_engine
 
@@ -73,14 +73,14 @@ def engine(row: str):
 
 
 def round_trip(row: str, sources: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Translations and back-translations."""
+    """Return translations and back-translations."""
     target = ENGINES[row][1]
     made = engine(row).translate(sources, "en", target)
     return made, engine(row).translate(made, target, "en")
 
 
 def pictures(row: str) -> dict:
-    """The training captions of the demo's pictures, translated and back, against those that people wrote."""
+    """Measure the training captions of the demo's pictures, translated and back, against those that people wrote."""
     from modeling_nrccr.data.load import load_caption_dataset
     from modeling_nrccr.translation.noise import Pair
 
@@ -99,7 +99,7 @@ def pictures(row: str) -> dict:
 
 
 def multi30k(row: str, split: str, data_dir: str) -> dict:
-    """Multi30K's captions of a split, against people's where it has them in that language."""
+    """Measure Multi30K's captions of a split, against people's where it has them in that language."""
     from datasets_scripts.multi30k import Multi30k
     from modeling_nrccr.translation.noise import Pair
 
@@ -117,7 +117,8 @@ def multi30k(row: str, split: str, data_dir: str) -> dict:
 
 
 def scenes(noise: float) -> dict:
-    """The synthetic scenes, whose translator errs at a known rate: confidence against the noise of each pair."""
+    """Measure the synthetic scenes, whose translator errs at a known rate: confidence against the noise of each
+    pair."""
     from datasets_scripts.scenes import Scenes
     from modeling_nrccr.translation.noise import dataset_pairs
 
@@ -132,7 +133,7 @@ def scenes(noise: float) -> dict:
 
 
 def measure(pairs: Sequence, target: str) -> dict:
-    """[`measure_noise`] without its 50 worst pairs; instead some drawn at random."""
+    """Return [`measure_noise`] without its 50 worst pairs; instead some drawn at random."""
     from modeling_nrccr.translation.noise import measure_noise
 
     entry = measure_noise(pairs, "en", target, NUM_WORST)
@@ -144,7 +145,8 @@ def measure(pairs: Sequence, target: str) -> dict:
 
 
 def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_encoder: bool = False) -> dict:
-    """[`correlation`] of each of `SIGNALS` with the quality of the pairs, by default chrF against the references."""
+    """Return the [`correlation`] of each of `SIGNALS` with the quality of the pairs, by default chrF against the
+    references."""
     from modeling_nrccr.translation.noise import copied_share, correlation, encoder_agreement, sentence_chrf
 
     quality = quality or [sentence_chrf(pair.translation, pair.reference) for pair in pairs]
@@ -164,7 +166,7 @@ def correlations(pairs: Sequence, quality: Sequence[float] | None = None, with_e
 
 
 def embed(texts: list[str]):
-    """By a frozen encoder, of shape `(len(texts), hidden_size)`, L2-normalised."""
+    """Embed texts by a frozen encoder, of shape `(len(texts), hidden_size)`, L2-normalised."""
     from benchmarks.translation.multi30k_text import text_model
     from modeling_nrccr.loading.encoders import find_encoder
     from modeling_nrccr.retrieval.encoding import encode_texts
@@ -177,13 +179,13 @@ def embed(texts: list[str]):
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown, the first column text, the others numbers; and the empty line after it."""
+    """Return a Markdown table, the first column text, the others numbers; and the empty line after it."""
     marks = ["---"] + ["---:"] * (len(head) - 1)
     return ["| " + " | ".join(cells) + " |" for cells in (head, marks, *rows)] + [""]
 
 
 def measures_table(entries: Mapping[str, Mapping]) -> list[str]:
-    """A measure a line, an entry a column; measures that no entry has are left out."""
+    """Return a table of a measure a line, an entry a column; measures that no entry has are left out."""
     rows = [
         [title, *("–" if entry[name] is None else form.format(entry[name]) for entry in entries.values())]
         for name, (title, form) in COLUMNS.items()
@@ -199,7 +201,7 @@ def both(scores: Mapping | None) -> str:
 
 
 def tables(report: Mapping) -> str:
-    """Markdown of the report."""
+    """Return the report as Markdown."""
     made, text, drawn = report["pictures"], report["multi30k"], report["scenes"]
     lines = [
         f"Training captions of the demo's pictures, split seed {SEED} (Esperanto: stamps alone). Reference: the "
@@ -258,7 +260,7 @@ def tables(report: Mapping) -> str:
 
 
 def jobs(data_dir: str | None) -> dict[tuple[str, str], Callable[[], dict]]:
-    """What is measured, by section and row of the report."""
+    """Return what is measured, by section and row of the report."""
     result = {("pictures", row): partial(pictures, row) for row in ENGINES}
     result |= {("scenes", f"{noise}"): partial(scenes, noise) for noise in SCENES_NOISE}
     if data_dir:

@@ -41,7 +41,7 @@ def stamp_captions(count: int) -> list[str]:
 def measure(
     translator, captions: list[str], pair: tuple[str, str], rounds: int, loop_rounds: int | None = None
 ) -> dict:
-    """Seconds of both ways, and how many answers are the same."""
+    """Return the seconds of both ways, and how many answers are the same."""
 
     def one_by_one() -> list[str]:
         return [translator.translate([caption], *pair, show_progress=False)[0] for caption in captions]

@@ -21,7 +21,7 @@ SHOWN = "gl,ca,es,cs,fr,eo,vi,zu,el,ru,ar,hi,th,ko,ja,zh"
 
 
 def read_pairs(language: str) -> list[tuple[str, str]]:
-    """English captions and those of a language, of all emoji and stamps that have both."""
+    """Read English captions and those of a language, of all emoji and stamps that have both."""
     names, stamps = "unicode-cldr-core", "tuxpaint-stamps-default"
     annotations, folder = find_data({names: CldrEmoji.PACKAGES[names], stamps: Tuxpaint.PACKAGES[stamps]}, None)
     english, target = (read_names(annotations, code) for code in ("en", language))

@@ -109,7 +109,7 @@ class BenchmarkBuilder(CaptionBuilder):
 
     def _official(self, folder: Path, released: dict[str, SplitCaptions]) -> dict[str, SplitCaptions]:
         """
-        Captions by split out of the official files. `released`: the caption files that there are beside them.
+        Read the captions by split out of the official files. `released`: the caption files that there are beside them.
 
         Raises:
             FileNotFoundError: a file is missing; names it.
@@ -149,7 +149,8 @@ class BenchmarkBuilder(CaptionBuilder):
     # -------------------------------------------------------------------------------------------------- captions
 
     def _rows_of(self, split: str, captions: SplitCaptions) -> Iterable[dict]:
-        """A row for each English caption in training (with `target="human"`, each human one), else each human one."""
+        """Yield a row for each English caption in training (with `target="human"`, each human one), else each human
+        one."""
         language, target = self.language, self.config.target
         by_human = split != "train" or target == "human"
         main = captions.human if by_human else captions.source
@@ -179,7 +180,7 @@ class BenchmarkBuilder(CaptionBuilder):
     # ----------------------------------------------------------------------------------------------------- media
 
     def _media(self, splits: Mapping[str, SplitCaptions]) -> tuple[dict[str, dict], set[str]]:
-        """What the media column holds, by item, and the items that are left out for want of it."""
+        """Return what the media column holds, by item, and the items that are left out for want of it."""
         places = {}  # item -> its first caption
         for captions in splits.values():
             for part in (captions.source, captions.human):
@@ -211,7 +212,7 @@ class BenchmarkBuilder(CaptionBuilder):
 
 
 def partner(captions: Captions, main: Captions, key: tuple[str, str], tag: str) -> str:
-    """The caption that belongs to one of `main`."""
+    """Return the caption that belongs to one of `main`. Raises ValueError where there is none."""
     if key not in captions:
         raise ValueError(
             f"{captions.path} has no {key[0]}#{tag}#{key[1]}, which {main.where(key)} wants; fetch both files again"
@@ -220,7 +221,7 @@ def partner(captions: Captions, main: Captions, key: tuple[str, str], tag: str) 
 
 
 def first_of_items(captions: Mapping[tuple[str, str], str]) -> dict[str, str]:
-    """The first caption of each item."""
+    """Return the first caption of each item."""
     first = {}
     for (item, _), caption in captions.items():
         first.setdefault(item, caption)
@@ -238,13 +239,14 @@ def tell_left_out(captions: SplitCaptions, splits: Iterable[Iterable[str]]):
 
 
 def media_files(folder: str | Path, suffixes: Iterable[str]) -> dict[str, Path]:
-    """Files in and below a folder by their name without suffix. Raises ValueError where two have the same."""
+    """Return the files in and below a folder by their name without suffix. Raises ValueError where two have the
+    same."""
     paths = map(Path, visible_files(folder))
     return by_stem(path for path in paths if path.suffix.lower() in suffixes and path.is_file())
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Files by their name without suffix. Raises ValueError where two have the same."""
+    """Return files by their name without suffix. Raises ValueError where two have the same."""
     files = {}
     for path in paths:
         if (other := files.setdefault(path.stem, path)) != path:
@@ -253,7 +255,8 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
 
 
 def fingerprint(data_dir: Path, *folders: Path) -> str:
-    """What tells one state of the captions, and of the features or media, from another: names, sizes and times."""
+    """Return what tells one state of the captions, and of the features or media, from another: names, sizes and
+    times."""
     files = [
         path for folder in (data_dir, data_dir / "TextData", data_dir / "annotations") for path in folder.glob("*")
     ]
@@ -267,7 +270,7 @@ def fingerprint(data_dir: Path, *folders: Path) -> str:
 
 
 def read_json(path: Path):
-    """Raises ValueError for what is no UTF-8 JSON; names file and line."""
+    """Read a JSON file. Raises ValueError for what is no UTF-8 JSON; names file and line."""
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -278,7 +281,7 @@ def read_json(path: Path):
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of several names (glob patterns) in a folder or in its `annotations` or `TextData`."""
+    """Find the first of several names (glob patterns) in a folder or in its `annotations` or `TextData`."""
     for name in names:
         for place in (folder, folder / "annotations", folder / "TextData"):
             if found := sorted(place.glob(name)):
@@ -293,7 +296,7 @@ def require_file(folder: Path, *names: str) -> Path:
 
 
 def read_id_list(path: Path) -> dict[str, int]:
-    """A list of items, one a line, or an array of names (`.npy`); numbers of lines or rows by item."""
+    """Read a list of items, one a line, or an array of names (`.npy`): numbers of lines or rows by item."""
     if path.suffix == ".npy":
         try:
             array = np.load(path, allow_pickle=False)

@@ -55,10 +55,10 @@ def caption_columns(
     source_language: str = "en",
 ) -> dict[str, str | None]:
     """
-    One row without its picture, under the rule that keeps human translations out of what is called machine-translated:
-    with `target="translated"`, training has no target caption and validation and test no source caption until
-    translation fills them. Validation and test target captions are always human; their human English is kept apart.
-    `caption_id`: where a picture has several captions, or the data names them itself.
+    Return one row without its picture, under the rule that keeps human translations out of what is called
+    machine-translated: with `target="translated"`, training has no target caption and validation and test no source
+    caption until translation fills them. Validation and test target captions are always human; their human English is
+    kept apart. `caption_id`: where a picture has several captions, or the data names them itself.
     """
     source_caption, human_caption = (text and clean_caption(text) for text in (source_caption, human_caption))
     is_train, is_human = split == "train", target == "human"
@@ -77,7 +77,7 @@ def caption_columns(
 
 
 def png_bytes(image: Image.Image) -> bytes:
-    """A picture as an RGBA PNG: transparency is kept, the processor puts it on white."""
+    """Write a picture as an RGBA PNG: transparency is kept, the processor puts it on white."""
     buffer = io.BytesIO()
     image.convert("RGBA").save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -135,7 +135,8 @@ class CaptionBuilder(datasets.GeneratorBasedBuilder):
         yield from enumerate(self._rows[split])
 
     def as_dataset(self, split=None, **kwargs):
-        """As in `datasets`, which cannot read an empty split: a small folder may have one, and it is there, empty."""
+        """Read the built data as in `datasets`, which cannot read an empty split: a small folder may have one, and it
+        is there, empty."""
         dataset = super().as_dataset(split, **kwargs)
         if split is not None:
             return dataset
@@ -168,7 +169,7 @@ class CaptionedPictureBuilder(CaptionBuilder):
         return find_data(self.PACKAGES, self.config.data_dir)
 
     def _media(self, png: bytes) -> dict:
-        """The media column of a row, from what `_pictures` yields last."""
+        """Make the media column of a row from what `_pictures` yields last."""
         return {"image": {"path": None, "bytes": png}}
 
     def _pictures(self, paths: list[Path], left_out: Counter) -> Iterator[tuple[str, str, str, bytes]]:
@@ -204,5 +205,5 @@ class CaptionedPictureBuilder(CaptionBuilder):
 
 
 def no_captions_error(folder: Path, language: str, available: Iterable[str]) -> ValueError:
-    """For a language that the data lacks."""
+    """Return the error for a language that the data lacks."""
     return ValueError(f"{folder} has no {language!r} captions; it has: {', '.join(sorted(available)) or 'none'}")

@@ -28,7 +28,7 @@ class FetchError(RuntimeError):
 
 
 def _release() -> str:
-    """The running release and processor, since a home folder may be shared: `debian-12-x86_64`."""
+    """Return the running release and processor, since a home folder may be shared: `debian-12-x86_64`."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -38,7 +38,7 @@ def _release() -> str:
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """Of what is fetched: `cache_dir`, else as this module's docstring says."""
+    """Return the folder of what is fetched: `cache_dir`, else as this module's docstring says."""
     if cache_dir is None:
         cache_dir = os.environ.get("NRCCR_CACHE")
     if not cache_dir:
@@ -70,7 +70,8 @@ def _run(command: Sequence[str], cwd: Path, capture: bool = True) -> str:
 
 
 def _depends(apt: Sequence[str], names: Iterable[str], cwd: Path) -> list[str]:
-    """`names` and what they need to run, by `apt-cache depends`: library names differ from one release to the next."""
+    """Return `names` and what they need to run, by `apt-cache depends`: library names differ from one release to the
+    next."""
     listing = _run(
         ["apt-cache", *apt, "depends", "--recurse", "--no-recommends", "--no-suggests", "--no-conflicts"]
         + ["--no-breaks", "--no-replaces", "--no-enhances", *names],
@@ -182,8 +183,8 @@ def find_data(
     packages: Mapping[str, str], data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> list[Path]:
     """
-    Where the data of Debian packages lies. `packages` maps a package to the path it is wanted for (`usr/share/...`).
-    In `data_dir` if the user names one, and nowhere else; otherwise as installed on this system, or fetched.
+    Find the data of Debian packages. `packages` maps a package to the path it is wanted for (`usr/share/...`). In
+    `data_dir` if the user names one, and nowhere else; otherwise as installed on this system, or fetched.
 
     Raises:
         FileNotFoundError: `data_dir` lacks one of the paths.
@@ -209,8 +210,8 @@ def find_data(
 
 def data_fingerprint(packages: Mapping[str, str], data_dir: str | Path | None = None) -> str:
     """
-    What tells one state of the data from another, for the cache of `datasets`: the names, sizes and times of the files
-    in a folder that the user names, otherwise the Debian release.
+    Return what tells one state of the data from another, for the cache of `datasets`: the names, sizes and times of
+    the files in a folder that the user names, otherwise the Debian release.
     """
     if data_dir is None:
         return _release()

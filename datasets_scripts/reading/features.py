@@ -30,7 +30,7 @@ _ENTRY = re.compile(rf"\s*({_STRING}\s*:\s*[\[(]\s*(?:{_STRING}\s*,?\s*)*[\])])\
 
 
 def read_ids(file: Path) -> list[str]:
-    """Ids separated by white space, none twice."""
+    """Read ids separated by white space. Raises ValueError where one is there twice."""
     try:
         ids = file.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
@@ -44,8 +44,8 @@ def read_ids(file: Path) -> list[str]:
 
 def read_frame_ids(file: Path) -> Iterator[tuple[str, list[str]]]:
     """
-    The items of a `video2frames.txt` with the ids of their frames. It is one Python dict literal of many megabytes,
-    evaluated entry by entry: the syntax tree of the whole would take fifty times its size.
+    Yield the items of a `video2frames.txt` with the ids of their frames. It is one Python dict literal of many
+    megabytes, evaluated entry by entry: the syntax tree of the whole would take fifty times its size.
     """
     text = file.read_text(encoding="utf-8").strip()
     if not (text.startswith("{") and text.endswith("}")):
@@ -80,7 +80,7 @@ class FeatureReader:
         raise NotImplementedError
 
     def __getitem__(self, item: str) -> np.ndarray:
-        """float32, of shape `(num_frames, dim)`."""
+        """Read an item's features, float32, of shape `(num_frames, dim)`."""
         if item not in self:
             raise KeyError(f"{self.path} has no features of {item!r}")
         feats = np.array(self._read(item), dtype=np.float32, ndmin=2)
@@ -238,7 +238,7 @@ class ShardFeatures(FeatureReader):
 
 
 def read_shard_index(file: Path) -> tuple[int, dict[str, tuple[int, int]]]:
-    """The width of a shard, and where each item lies: rows `(start, end)`, or `(row group, row)`."""
+    """Read the width of a shard, and where each item lies: rows `(start, end)`, or `(row group, row)`."""
     if file.suffix == ".safetensors":
         with safe_open(file, "np") as shard:
             metadata, (rows, dim) = shard.metadata() or {}, shard.get_slice("visual_feats").get_shape()
@@ -275,7 +275,7 @@ def _open(path: str) -> FeatureReader:
 
 def open_features(path: str | Path) -> FeatureReader:
     """
-    Features by id, of a folder in any of the layouts of this module. A folder is opened once a process.
+    Open the features by id of a folder in any of the layouts of this module. A folder is opened once a process.
 
     Raises:
         FileNotFoundError: it holds no features.
@@ -285,7 +285,8 @@ def open_features(path: str | Path) -> FeatureReader:
 
 
 def sample_positions(total: int, count: int) -> list[int]:
-    """`count` of `total` frames, uniformly: the middle one of each of `count` equal parts; all if there are fewer."""
+    """Choose `count` of `total` frames, uniformly: the middle one of each of `count` equal parts; all if there are
+    fewer."""
     if total <= count:
         return list(range(total))
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]

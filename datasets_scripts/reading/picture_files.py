@@ -26,7 +26,8 @@ def shown(name: str) -> str:
 
 
 def spellings(name: str) -> list[str]:
-    """A name, and as it is where accents are stored otherwise: composed, or as letters with marks (older macOS)."""
+    """Return a name as it is, and as it would be where accents are stored otherwise: composed, or as letters with
+    marks (older macOS)."""
     return list(dict.fromkeys([name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]))
 
 

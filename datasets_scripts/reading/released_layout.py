@@ -39,7 +39,7 @@ class Captions(dict[Key, str]):
         self.path, self.has_lines, self.engine, self.parts = path, has_lines, engine, parts
 
     def where(self, key: Key) -> str:
-        """The place of a caption, for messages."""
+        """Return the place of a caption, for messages."""
         for part in self.parts:
             if key in part:
                 return part.where(key)
@@ -64,7 +64,7 @@ class Captions(dict[Key, str]):
 
 
 def merged(parts: Iterable[Captions | None]) -> Captions | None:
-    """Captions of several files as one; None where there are none."""
+    """Merge the captions of several files into one; None where there are none."""
     parts = [part for part in parts if part is not None]
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -99,7 +99,8 @@ class SplitCaptions:
 
 def read_caption_file(path: Path, tags: Iterable[str] = (), engine: str | None = None) -> Captions:
     """
-    A caption file. `tags`: the languages that its lines may name (`enc2zh`, ...); `<item>#<k> <caption>` names none.
+    Read a caption file. `tags`: the languages that its lines may name (`enc2zh`, ...); `<item>#<k> <caption>` names
+    none.
 
     Raises:
         ValueError: a line without a caption, with another tag, an id that occurs twice, or not UTF-8; names the line.
@@ -120,7 +121,7 @@ def read_caption_file(path: Path, tags: Iterable[str] = (), engine: str | None =
 
 
 def find_caption_files(folder: Path, language: str) -> dict[tuple[str, str, str], dict[str, Path]]:
-    """Caption files by (collection, split, engine or ""), and by what they hold: a field of [`SplitCaptions`]."""
+    """Find caption files by (collection, split, engine or ""), and by what they hold: a field of [`SplitCaptions`]."""
     fields = {
         (): "source",
         **{(name,): "source" for name in ENGLISH},
@@ -147,7 +148,7 @@ def read_released(
     folder: Path, language: str, collection: str | None = None, engine: str | None = None
 ) -> dict[str, SplitCaptions]:
     """
-    The captions of a folder of caption files, by split (those that there are).
+    Read the captions of a folder of caption files, by split (those that there are).
 
     Raises:
         ValueError: several collections or engines and none is chosen, or a broken file; names it.

@@ -171,7 +171,7 @@ _SHAPES = {
 
 @cache
 def shape_masks(shape: str) -> tuple[Image.Image, Image.Image]:
-    """The area of a shape and that with its outline, 8-bit."""
+    """Draw the area of a shape and that with its outline, 8-bit."""
     mask = Image.new("L", (_MASK_SIZE, _MASK_SIZE))
     draw = ImageDraw.Draw(mask)
     scale = (_MASK_SIZE - 2 * _MARGIN) / 100
@@ -198,7 +198,7 @@ def shape_masks(shape: str) -> tuple[Image.Image, Image.Image]:
 
 @cache
 def pattern_mask(pattern: str) -> Image.Image:
-    """Where the second tone of a pattern lies, 8-bit."""
+    """Draw where the second tone of a pattern lies, 8-bit."""
     mask = Image.new("L", (_MASK_SIZE, _MASK_SIZE))
     draw = ImageDraw.Draw(mask)
     if pattern == "striped":
@@ -269,7 +269,7 @@ def _centres(count: int, place: str, draw: random.Random) -> list[tuple[float, f
 
 
 def _draw_ground(draw: random.Random) -> Image.Image:
-    """What no caption speaks of: a shaded ground with bits of ribbon on it."""
+    """Draw what no caption speaks of: a shaded ground with bits of ribbon on it."""
     size = (PICTURE_SIZE, PICTURE_SIZE)
     tones = [tuple(draw.randint(165, 245) for _ in range(3)) for _ in range(2)]
     shade = Image.linear_gradient("L").rotate(draw.choice((0, 90, 180, 270))).resize(size)
@@ -287,9 +287,9 @@ def _draw_ground(draw: random.Random) -> Image.Image:
 
 def draw_scene(things: Sequence, place: str, draw: random.Random) -> Image.Image:
     """
-    The picture of one to three things (each with `number`, `shape`, `colour`, `size`, `pattern`), RGB, `PICTURE_SIZE`
-    pixels wide and high. `place`: a spot for one; for two `left`, `right`, `above` or `below`, as the first is to the
-    second; for three `row` or `column`. `draw` decides the ground, and shifts, turns and tints things.
+    Draw the picture of one to three things (each with `number`, `shape`, `colour`, `size`, `pattern`), RGB,
+    `PICTURE_SIZE` pixels wide and high. `place`: a spot for one; for two `left`, `right`, `above` or `below`, as the
+    first is to the second; for three `row` or `column`. `draw` decides the ground, and shifts, turns and tints things.
     """
     image = _draw_ground(draw)
     for thing, (x, y) in zip(things, _centres(len(things), place, draw)):

@@ -264,7 +264,7 @@ class Caption:
         return (*(word for phrase in self.phrases for word in phrase), self.place)
 
     def replace_words(self, words: list[Word]) -> "Caption":
-        """The same caption with other words, in the order of `words`."""
+        """Return the same caption with other words, in the order of `words`."""
         rest = iter(words)
         return replace(
             self, phrases=tuple(tuple(next(rest) for _ in phrase) for phrase in self.phrases), place=next(rest)
@@ -326,7 +326,7 @@ _INFLECT = {"en": _english, "cs": _czech, "de": _german, "fr": _french}
 
 
 def _phrase(words: tuple[Word, ...], first: int, language: str, case: str) -> list[tuple[str, int | None]]:
-    """A noun phrase as texts, each with its place in `Caption.words`, which starts at `first`, or None."""
+    """Return a noun phrase as texts, each with its place in `Caption.words`, which starts at `first`, or None."""
     numbers = {word.kind: i for i, word in enumerate(words)}
     noun, is_plural = words[numbers["thing"]].concept, "number" in numbers
     inflect = _INFLECT[language]
@@ -340,7 +340,8 @@ def _phrase(words: tuple[Word, ...], first: int, language: str, case: str) -> li
 
 
 def _parts(caption: Caption, language: str) -> list[tuple[str, int | None]]:
-    """The texts of a caption in the grammar's order, each with its place in `words`; nothing dropped or moved yet."""
+    """Return the texts of a caption in the grammar's order, each with its place in `words`; nothing dropped or moved
+    yet."""
     place = caption.place
     opening, case = _OPENINGS[language][caption.opening]
     is_list = place.concept in ("row", "column")
@@ -362,13 +363,13 @@ def _parts(caption: Caption, language: str) -> list[tuple[str, int | None]]:
 
 
 def surfaces(caption: Caption, language: str) -> list[str]:
-    """How each of `caption.words` reads in a language, inflected."""
+    """Return how each of `caption.words` reads in a language, inflected."""
     texts = {number: text for text, number in _parts(caption, language)}
     return [texts[number] for number in range(len(caption.words))]
 
 
 def realise(caption: Caption, language: str) -> str:
-    """A caption as a sentence of one of `LANGUAGES`, with what was done to its words."""
+    """Write a caption as a sentence of one of `LANGUAGES`, with what was done to its words."""
     words = caption.words
     parts = [part for part in _parts(caption, language) if part[1] is None or not words[part[1]].is_dropped]
     for number, word in enumerate(words):
@@ -387,8 +388,8 @@ NOISE_KINDS = ("wrong_sense", "untranslated", "dropped", "wrong_order")
 
 def noise_rates(noise: float | Mapping[str, float]) -> dict[str, float]:
     """
-    The rate of each of `NOISE_KINDS`, the share of content words that it befalls: given by name, or one number, which
-    the four share equally. Raises ValueError for an unknown name, and for rates below 0 or over 1 together.
+    Return the rate of each of `NOISE_KINDS`, the share of content words that it befalls: given by name, or one number,
+    which the four share equally. Raises ValueError for an unknown name, and for rates below 0 or over 1 together.
     """
     if isinstance(noise, Mapping):
         if unknown := noise.keys() - set(NOISE_KINDS):
@@ -403,8 +404,9 @@ def noise_rates(noise: float | Mapping[str, float]) -> dict[str, float]:
 
 def mistranslate(caption: Caption, source: str, rates: Mapping[str, float], key: str) -> Caption:
     """
-    What a translator at the given `rates` makes of a caption in the language `source`; realise it in the other one. It
-    is drawn by `key` alone: what errs at some rates errs at higher ones too, if their proportions are the same.
+    Return what a translator at the given `rates` makes of a caption in the language `source`; realise it in the other
+    one. It is drawn by `key` alone: what errs at some rates errs at higher ones too, if their proportions are the
+    same.
 
     - `wrong_sense`: another word of its kind, always the same one, as with real words of two senses, and rightly
       inflected; `untranslated`: as it stands in `source`; `dropped`: left out; `wrong_order`: put elsewhere.
@@ -434,9 +436,9 @@ def mistranslate(caption: Caption, source: str, rates: Mapping[str, float], key:
 
 def noise_share(noisy: Caption, clean: Caption, language: str) -> float:
     """
-    The share, 0 to 1, of a caption's content words (things, numbers, sizes, colours, patterns, and where things are,
-    one each) that are wrong, left in another language, missing or moved. A word that is the same in both languages is
-    not wrong, nor is one that merely agrees with a wrong noun.
+    Return the share, 0 to 1, of a caption's content words (things, numbers, sizes, colours, patterns, and where things
+    are, one each) that are wrong, left in another language, missing or moved. A word that is the same in both
+    languages is not wrong, nor is one that merely agrees with a wrong noun.
     """
     if realise(noisy, language) == realise(clean, language):
         return 0.0

@@ -35,8 +35,8 @@ _ROLE = re.compile(r"\b(?:" + "|".join(map(re.escape, _ROLES)) + r")\b")
 
 def group_key(caption: str) -> str:
     """
-    The group that an English caption belongs to: without case, punctuation, a leading article, words of gender and
-    age, and what follows a colon (`"man: red hair"`, `"family: man, woman, boy"`: variants of one emoji).
+    Return the group that an English caption belongs to: without case, punctuation, a leading article, words of gender
+    and age, and what follows a colon (`"man: red hair"`, `"family: man, woman, boy"`: variants of one emoji).
     """
     text = caption.casefold()
     text = text.split(":")[0] or text
@@ -52,8 +52,9 @@ def group_key(caption: str) -> str:
 
 def split_of(group_key: str, seed: int = 0, fractions: Mapping[str, float] = DEFAULT_FRACTIONS) -> str:
     """
-    The split of a group: a function of `(seed, group_key)` alone, by a hash that is the same in every process, so that
-    builders which know nothing of each other agree. `fractions` are those of the groups; the rest is `"train"`.
+    Return the split of a group. It is a function of `(seed, group_key)` alone, by a hash that is the same in every
+    process, so that builders which know nothing of each other agree. `fractions` are those of the groups; the rest is
+    `"train"`.
     """
     if min(fractions.values(), default=0) < 0 or sum(fractions.values()) >= 1:
         raise ValueError(f"fractions must be at least 0 and leave something for train, got {dict(fractions)}")
@@ -68,9 +69,10 @@ def split_of(group_key: str, seed: int = 0, fractions: Mapping[str, float] = DEF
 
 def check_ids(dataset: Mapping[str, Mapping[str, Sequence[str]]]):
     """
-    Raises ValueError where a `caption_id` occurs twice in a split, or a picture is on two sides of `train`,
-    `validation` and `test`: it would be tested on what it was trained on. Names the rows. `dataset`: columns by split.
-    Of pictures of several names that are equal byte for byte it is told: in a published split they stay.
+    Raise ValueError where a `caption_id` occurs twice in a split, or a picture is on two sides of `train`,
+    `validation` and `test`: it would be tested on what it was trained on. The message names the rows. `dataset`:
+    columns by split. Of pictures of several names that are equal byte for byte it is told: in a published split they
+    stay.
     """
     sides, pictures = {}, {}
     for split in ("train", "validation", "test"):

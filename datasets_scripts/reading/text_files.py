@@ -19,8 +19,8 @@ CONVERT = "convert the file, such as by `iconv -f LATIN1 -t UTF-8` (or -f UTF-16
 
 
 def read_text_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The lines of a text file, plain or gzip, numbered from 1, without their ends; blank ones too. It is in UTF-8, or
-    in UTF-16 and says so by its first bytes."""
+    """Yield the lines of a text file, plain or gzip, numbered from 1, without their ends; blank ones too. It is in
+    UTF-8, or in UTF-16 and says so by its first bytes."""
     path, number = Path(path), 0
     try:
         with open_text(path) as file:
@@ -52,7 +52,7 @@ def open_text(path: Path) -> io.BufferedReader:
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """One caption a line, with single spaces. Raises ValueError for a line without text."""
+    """Read one caption a line, with single spaces. Raises ValueError for a line without text."""
     captions = []
     for number, line in read_text_lines(path):
         captions.append(clean_caption(line))
@@ -62,7 +62,7 @@ def read_captions(path: str | Path) -> list[str]:
 
 
 def check_aligned(files: dict[Path, Sequence[str]]):
-    """Line i of one file belongs to line i of the others: raises ValueError where one is shorter."""
+    """Raise ValueError where one file is shorter than another: line i of each belongs to line i of the others."""
     shortest, longest = min(files, key=lambda path: len(files[path])), max(files, key=lambda path: len(files[path]))
     if len(files[shortest]) < len(files[longest]):
         raise ValueError(
@@ -138,11 +138,11 @@ class TextFilesBuilder(CaptionBuilder):
 
     @staticmethod
     def _state_files(data_dir: Path, options: dict) -> Iterable[str]:
-        """The caption files, or folders of them, that a build reads, below `data_dir`."""
+        """List the caption files, or folders of them, that a build reads, below `data_dir`."""
         raise NotImplementedError
 
     def _read(self, dl_manager) -> dict[str, list[dict]]:
-        """Rows by split: the columns of captions, and `picture`, a file's name."""
+        """Read rows by split: the columns of captions, and `picture`, a file's name."""
         raise NotImplementedError
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
@@ -168,7 +168,7 @@ class TextFilesBuilder(CaptionBuilder):
         return [datasets.SplitGenerator(name=name, gen_kwargs={"split": name}) for name, r in self._rows.items() if r]
 
     def _media(self, names: dict[str, str]) -> dict[str, dict | None]:
-        """What the media column holds, by picture name. `names`: picture name -> `image_id`."""
+        """Return what the media column holds, by picture name. `names`: picture name -> `image_id`."""
         folders = self._picture_folders()
         if self.config.visual_feature is not None:
             folders, what, option = [self.config.visual_feature], "features", "visual_feature"
@@ -198,9 +198,9 @@ class TextFilesBuilder(CaptionBuilder):
         return [self.config.image_dir] if self.config.image_dir else []
 
     def _find_pictures(self, names: Iterable[str]) -> dict[str, str]:
-        """The path of each picture that there is."""
+        """Find the path of each picture that there is."""
         return find_pictures(self._picture_folders(), names, self._place)
 
     def _place(self, name: str) -> str:
-        """Where a picture is named, for messages."""
+        """Return where a picture is named, for messages."""
         return ""

@@ -50,7 +50,7 @@ MAX_SECONDS = 3600.0
 
 
 def picture_suffixes() -> frozenset[str]:
-    """Suffixes of pictures, as Pillow knows them."""
+    """Return the suffixes of pictures, as Pillow knows them."""
     Image.init()
     return frozenset(Image.registered_extensions()) - set(VIDEO_SUFFIXES)
 
@@ -74,8 +74,8 @@ def read_frames(
     max_seconds: float = MAX_SECONDS,
 ) -> list[Image.Image]:
     """
-    `num_frames` pictures of a video, sampled uniformly (the middle one of each of as many equal parts), in order; all
-    of them where the video has fewer. A still picture is a video of one frame.
+    Read `num_frames` pictures of a video, sampled uniformly (the middle one of each of as many equal parts), in order;
+    all of them where the video has fewer. A still picture is a video of one frame.
 
     Args:
         video: a path, the bytes of a file, or what a `datasets.Video(decode=False)` column holds.
@@ -125,7 +125,8 @@ def _open(video: str | Path | bytes | dict) -> tuple[str, io.BufferedIOBase]:
 
 
 def _is_animation(header: bytes) -> bool:
-    """What Pillow reads: WebP (of which PyAV sees the first picture at best), GIF, AVIF, and still pictures."""
+    """Tell whether it is of what Pillow reads: WebP (of which PyAV sees the first picture at best), GIF, AVIF, and
+    still pictures."""
     starts = (b"GIF8", b"\x89PNG", b"\xff\xd8\xff", b"BM", b"II*\x00", b"MM\x00*")
     is_webp = header[:4] == b"RIFF" and header[8:12] == b"WEBP"
     return is_webp or header[4:12] in (b"ftypavif", b"ftypavis") or header.startswith(starts)
@@ -184,7 +185,7 @@ def _read_stream(name: str, stream: io.BufferedIOBase, num_frames: int, limits: 
 
 
 def _count_frames(name: str, stream: io.BufferedIOBase, limits: dict) -> int:
-    """Of packets, without decoding: what a container says of its length need not be so."""
+    """Count the frames by the packets, without decoding: what a container says of its length need not be so."""
     total, end = 0, 0.0
     with _video_stream(stream, name) as (container, video):
         context = video.codec_context
@@ -204,7 +205,8 @@ def _count_frames(name: str, stream: io.BufferedIOBase, limits: dict) -> int:
 
 
 def _decode(name: str, stream: io.BufferedIOBase, positions: list[int], limits: dict):
-    """The frames at `positions`, and None; or fewer, and how many there are, where the video ends before the last."""
+    """Decode the frames at `positions`, and None; or fewer, and how many there are, where the video ends before the
+    last."""
     frames, wanted, seen = [], set(positions), 0
     with _video_stream(stream, name) as (container, video):
         for frame in container.decode(video):
@@ -220,7 +222,7 @@ def _decode(name: str, stream: io.BufferedIOBase, positions: list[int], limits: 
 
 
 def _turn(frame) -> Image.Transpose | None:
-    """What brings a frame upright: its display matrix turns and mirrors, by quarters."""
+    """Return what brings a frame upright: its display matrix turns and mirrors, by quarters. None: nothing does."""
     side = [part for part in frame.side_data if part.type.name == "DISPLAYMATRIX"]
     if not side:
         return None

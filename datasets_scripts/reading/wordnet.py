@@ -17,8 +17,8 @@ PARTS = {"1": "noun", "3": "adjective", "5": "adjective satellite"}  # of a sens
 
 
 def common_words(count: int, data_dir: str | Path | None = None) -> list[str]:
-    """`count` nouns and adjectives, the commonest first. Raises as [`find_data`] does, and ValueError where there are
-    not so many."""
+    """Return `count` nouns and adjectives, the commonest first. Raises as [`find_data`] does, and ValueError where
+    there are not so many."""
     if data_dir is not None and not Path(data_dir, PACKAGE["wordnet-base"]).exists():
         data_dir = None  # it holds pictures alone
     path = find_data(PACKAGE, data_dir)[0] / "cntlist.rev"

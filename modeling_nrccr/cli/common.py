@@ -30,7 +30,7 @@ class Stopped(SystemExit):
 
 
 def mistakes() -> tuple[type[Exception], ...]:
-    """The errors whose message says what a user can put right."""
+    """Return the errors whose message says what a user can put right."""
     translation = sys.modules.get("modeling_nrccr.translation.base")  # which takes long to import
     engines = () if translation is None else (translation.TranslationError,)
     return (ValueError, OSError, ImportError, FetchError, *engines)
@@ -177,7 +177,7 @@ def stopped(error: BaseException, kept: str) -> Stopped:
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe that was closed, as by `| head`; what is left goes nowhere then."""
+    """Tell whether standard output is a pipe that was closed, as by `| head`; what is left goes nowhere then."""
     try:
         os.write(sys.stdout.fileno(), b"\n")
     except BrokenPipeError:
@@ -203,7 +203,7 @@ def show_progress():
 
 
 def show_what_can_be():
-    """Letters that the terminal does not have are shown as question marks."""
+    """Show letters that the terminal does not have as question marks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

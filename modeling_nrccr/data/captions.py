@@ -38,8 +38,8 @@ class Captions:
 
 
 def by_language(spec: str, languages: Sequence[str], flag: str) -> dict[str, str]:
-    """What a flag says of each language: "gl=A;ca=B", or one value for all. Raises ValueError for a language that it
-    leaves out, or that is not added."""
+    """Read what a flag says of each language: "gl=A;ca=B", or one value for all. Raises ValueError for a language that
+    it leaves out, or that is not added."""
     if not OF_LANGUAGE.match(spec) or Path(spec).exists():
         return dict.fromkeys(languages, spec)
     pieces = re.split(rf";(?={OF_LANGUAGE.pattern})", spec)
@@ -53,8 +53,8 @@ def by_language(spec: str, languages: Sequence[str], flag: str) -> dict[str, str
 
 def read_captions(path: Path, language: str, with_pictures: bool = False) -> Captions:
     """
-    Captions (a .txt file, a caption a line; .csv, .tsv or .jsonl with a column `caption`, and `image` where they have
-    pictures) or parallel sentences (.tsv; .csv or .jsonl with the columns `source` and `target`).
+    Read captions (a .txt file, a caption a line; .csv, .tsv or .jsonl with a column `caption`, and `image` where they
+    have pictures) or parallel sentences (.tsv; .csv or .jsonl with the columns `source` and `target`).
 
     Args:
         language: of the translations, where the first line of a .tsv names languages.
@@ -85,7 +85,8 @@ def read_captions(path: Path, language: str, with_pictures: bool = False) -> Cap
 
 
 def is_parallel(path: Path) -> bool:
-    """Whether a file has sentences and their translations: every .tsv whose first line names no column `caption`."""
+    """Tell whether a file has sentences and their translations: every .tsv whose first line names no column
+    `caption`."""
     if kind_of(path) == ".tsv":
         return "caption" not in next(read_text_lines(path), (1, ""))[1].split("\t")
     reader = {".csv": read_csv, ".jsonl": read_jsonl}.get(kind_of(path))
@@ -95,8 +96,8 @@ def is_parallel(path: Path) -> bool:
 
 def read_pairs(path: Path, language: str) -> list[tuple[str, str]]:
     """
-    Pairs of a sentence and its translation, each as one line. The first line of a .tsv may name the columns: `source`
-    and `target`, or languages, of which the first is the source's (`en<TAB>gl<TAB>ca`).
+    Read pairs of a sentence and its translation, each as one line. The first line of a .tsv may name the columns:
+    `source` and `target`, or languages, of which the first is the source's (`en<TAB>gl<TAB>ca`).
 
     Raises ValueError for a line without two texts, or columns without the language; names the line.
     """
@@ -127,7 +128,7 @@ def read_pairs(path: Path, language: str) -> list[tuple[str, str]]:
 
 
 def find_all(path: Path, names: Sequence[str | None]) -> dict[str, str]:
-    """The path of each picture that a caption file names: in `images` beside the file, or in its own folder, as
+    """Find the path of each picture that a caption file names: in `images` beside the file, or in its own folder, as
     `CaptionFiles` looks for them. Raises ValueError for those that are nowhere."""
     folders = [folder for folder in (path.parent / "images", path.parent) if folder.is_dir()]
     names = list(dict.fromkeys(filter(None, names)))
@@ -141,7 +142,7 @@ def find_all(path: Path, names: Sequence[str | None]) -> dict[str, str]:
 
 
 def read_eval(path: Path) -> list[dict]:
-    """Rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None)."""
+    """Read rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None)."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of human captions")
     records = read_records(path, needed=("image", "target_caption"))

@@ -72,8 +72,8 @@ class DataCollatorForCrossLingualRetrieval:
         return caption
 
     def media(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """`pixel_values` of the rows' pictures or videos, or `visual_feats`, with the mask of their frames; where the
-        rows bring them, `image_embeds`."""
+        """Return `pixel_values` of the rows' pictures or videos, or `visual_feats`, with the mask of their frames;
+        where the rows bring them, `image_embeds`."""
         if rows[0].get("image_embeds") is not None:
             return {"image_embeds": stack(rows, "image_embeds")}
         if rows[0].get("visual_feats") is not None:
@@ -85,13 +85,13 @@ class DataCollatorForCrossLingualRetrieval:
 
 
 def single_rows(rows: Iterable[dict | list[dict]]) -> Iterator[dict]:
-    """Of rows and groups of rows."""
+    """Yield the single rows of rows and groups of rows."""
     for row in rows:
         yield from row if isinstance(row, list) else (row,)
 
 
 def without_images(dataset):
-    """Rows without their pictures, which would be decoded for nothing."""
+    """Return rows without their pictures, which would be decoded for nothing."""
     media = [name for name in MEDIA_COLUMNS if name in (getattr(dataset, "column_names", None) or ())]
     return dataset.remove_columns(media) if media else dataset
 
@@ -101,5 +101,5 @@ def stack(rows: list[dict], column: str) -> torch.Tensor:
 
 
 def stable_id(image_id: str | int) -> int:
-    """The same 63-bit number for an id in every process and run (Python's `hash` is not)."""
+    """Return the same 63-bit number for an id in every process and run (Python's `hash` is not)."""
     return int.from_bytes(hashlib.blake2b(str(image_id).encode(), digest_size=8).digest(), "big") >> 1

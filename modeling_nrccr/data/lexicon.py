@@ -12,7 +12,7 @@ WORD = "lexicon/"  # begins the image_id of a row that has no picture
 
 
 def check_lexicon(lexicon: str, text_only: bool):
-    """Raises ValueError for a lexicon where training reads pictures."""
+    """Raise ValueError for a lexicon where training reads pictures."""
     if lexicon != "none" and not text_only:
         raise ValueError(f"lexicon={lexicon!r} has no pictures: set text_only, or the lexicon to none")
 
@@ -21,7 +21,7 @@ def lexicon_rows(
     lexicon: str, source_language: str, target_language: str, translator: str, data_dir: str | None = None
 ) -> list[dict]:
     """
-    Words and phrases with their translations, as rows without pictures, to train on beside captions.
+    Load words and phrases with their translations, as rows without pictures, to train on beside captions.
 
     Args:
         lexicon: "wordnet:5000", that many common English words; or a file, a word or phrase a line.

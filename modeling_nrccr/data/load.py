@@ -45,7 +45,7 @@ TRANSLATION_RECORD = "translation.json"  # beside the Parquet files: what was tr
 
 
 def find_font(data_dir: str | None = None) -> Path | None:
-    """A font with the letters of most languages, which Pillow's own lacks; None where it cannot be had."""
+    """Find a font with the letters of most languages, which Pillow's own lacks; None where it cannot be had."""
     if data_dir is not None and not Path(data_dir, "usr").is_dir():
         data_dir = None  # it holds something else than Debian packages
     try:
@@ -158,8 +158,8 @@ def read_translated(
 
 
 def dataset_languages(name: str) -> list[str]:
-    """The target languages that every part of a data set has, in the order of its first part's configurations; none
-    where a part leaves them to the user."""
+    """Return the target languages that every part of a data set has, in the order of its first part's configurations;
+    none where a part leaves them to the user."""
     languages = None
     for part in name.split("+"):
         part, variant = BUILDERS.split(part)
@@ -174,8 +174,8 @@ def dataset_languages(name: str) -> list[str]:
 
 def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator | None:
     """
-    The engine whose translations the data brought, where none is wanting (the released files have Google's) or none
-    is wanted (`translator="none"`).
+    Return the engine whose translations the data brought, where none is wanting (the released files have Google's) or
+    none is wanted (`translator="none"`).
     """
     for split, rows in dataset.items():
         wanted = ("target_caption", "back_translation") if split == "train" else ("source_caption",)
@@ -188,7 +188,7 @@ def translated_by(dataset: datasets.DatasetDict, translator: str) -> Translator 
 
 
 def query_origin(rows: datasets.Dataset) -> str:
-    """Who wrote the target captions of a split, for reports."""
+    """Return who wrote the target captions of a split, for reports."""
     origins = set(rows["target_origin"]) if "target_origin" in rows.column_names else {"human"}
     if origins == {"grammar"}:
         return "written by a grammar, not by people (synthetic)"
@@ -206,8 +206,9 @@ def load_translated_dataset(
     data_dir: str | None,
     **media,
 ) -> tuple[datasets.DatasetDict, Translator]:
-    """The same, translated both ways, and the translator; the time of each part is printed. Of several engines, joined
-    by ',', each gives the training captions once, in rows of its own; the first one gives all else."""
+    """Load a data set as [`load_caption_dataset`] does, translated both ways. Return it and the translator; the time
+    of each part is logged. Of several engines, joined by ',', each gives the training captions once, in rows of its
+    own; the first one gives all else."""
     start = time.perf_counter()
     dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
     for split, rows in dataset.items():
@@ -238,8 +239,8 @@ def load_translated_dataset(
 
 
 def balance(languages: list[list[dict]], seed: int = 0) -> list[dict]:
-    """The rows of several languages, as many of each: those of which there are fewer come again, drawn by the seed; in
-    an order that mixes them."""
+    """Mix the rows of several languages, as many of each: those of which there are fewer come again, drawn by the
+    seed."""
     size, draw = max(map(len, languages)), random.Random(seed)
     rows = []
     for of_language in languages:

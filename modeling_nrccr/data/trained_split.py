@@ -45,8 +45,8 @@ def write_trained_split(
 
 
 def read_trained_split(model: str) -> dict | None:
-    """`dataset`, `split_seed` and, of newer models, `trained_groups` of a folder or hub id; None where it does not
-    say."""
+    """Read `dataset`, `split_seed` and, of newer models, `trained_groups` of a folder or hub id; None where it does
+    not say."""
     for name in (SPLIT_FILE, "metrics.json"):
         path = Path(model, name)
         if not path.is_file() and not Path(model).is_dir():
@@ -66,7 +66,7 @@ def read_trained_split(model: str) -> dict | None:
 
 def split_seed(model: str, seed: int | None, dataset: str | None = None) -> int:
     """
-    The seed of the split that the model was trained with, or `seed` of a model that does not say.
+    Return the seed of the split that the model was trained with, or `seed` of a model that does not say.
 
     Args:
         dataset: what is split; data of which the model has seen nothing may be split by any seed.
@@ -94,14 +94,15 @@ def parts(dataset: str) -> list[str]:
 
 
 def source_captions(rows) -> list[str | None]:
-    """Of a test's rows (a `Dataset`), those that people wrote; none where it has no such column."""
+    """Return the source captions of a test's rows (a `Dataset`) that people wrote; none where it has no such
+    column."""
     column = "reference_source_caption"
     return list(rows[column]) if column in rows.column_names else []
 
 
 def check_unseen(model: str, captions: Iterable[str | None], what: str):
     """
-    Raises ValueError where a model was trained on the groups of a test.
+    Raise ValueError where a model was trained on the groups of a test.
 
     Args:
         captions: source captions of the test's pictures; None is passed over.

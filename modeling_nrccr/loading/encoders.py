@@ -54,7 +54,7 @@ def find_encoder(name: str) -> str:
 
 
 def why_not_on_hub(name: str, config_file: str) -> str | None:
-    """None where the hub has it, or its cache."""
+    """Say why a hub has not a model; None where it has, or its cache."""
     if isinstance(try_to_load_from_cache(name, config_file), str):
         return None
     try:
@@ -72,5 +72,5 @@ def why_not_on_hub(name: str, config_file: str) -> str | None:
 
 
 def encoder_label(path: str) -> str:
-    """The name of an encoder for reports, without the path of this machine."""
+    """Return the name of an encoder for reports, without the path of this machine."""
     return Path(path).name if os.path.isdir(path) else path

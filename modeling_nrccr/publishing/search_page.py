@@ -72,7 +72,8 @@ def save_png(image: Image.Image, path: str | Path):
 
 
 def summary(rows: list[QueryRow]) -> str:
-    """What the numbers are, and how often the right picture came first, and among those shown, where it is known."""
+    """Say what the numbers are, and how often the right picture came first, and among those shown, where it is
+    known."""
     known = [row for row in rows if row.rank_of_correct is not None or any(result.correct for result in row.results)]
     numbers = "Numbers are cosine similarities."
     if not known:
@@ -87,13 +88,13 @@ def summary(rows: list[QueryRow]) -> str:
 
 
 def notes(row: QueryRow) -> list[tuple[str, str]]:
-    """The small print under a query: names and texts."""
+    """Return the small print under a query: names and texts."""
     named = [("English", row.gloss), ("English by machine", row.machine_translation)]
     return [(name, text) for name, text in named if text]
 
 
 def miss(row: QueryRow) -> str:
-    """The line for a right picture that is not among those shown; empty if it is, or if none is known."""
+    """Return the line for a right picture that is not among those shown; empty if it is, or if none is known."""
     if row.rank_of_correct is None or any(result.correct for result in row.results):
         return ""
     return f"The right picture is not here: it is at rank {row.rank_of_correct:g}."
@@ -143,7 +144,7 @@ MARK = (
 
 
 def render_html(title: str, rows: list[QueryRow]) -> str:
-    """The page as text: no script, no file and no address beside it."""
+    """Return the page as text: no script, no file and no address beside it."""
     body = "".join(_section(row) for row in rows)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
@@ -195,7 +196,7 @@ FONTS = (
 
 @cache
 def _load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font by file name, looked for among the system's; None is Pillow's own, which has no accented letters."""
+    """Load a font by file name, looked for among the system's; None is Pillow's own, which has no accented letters."""
     try:
         return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
     except OSError:
@@ -203,7 +204,7 @@ def _load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont | None:
 
 
 def _missing(font: ImageFont.FreeTypeFont, text: str) -> set[str]:
-    """Characters that the font draws as the box of an unknown character."""
+    """Return the characters that the font draws as the box of an unknown character."""
     box = bytes(font.getmask("\uffff"))
     return {char for char in text if not char.isspace() and bytes(font.getmask(char)) == box}
 
@@ -249,7 +250,8 @@ class Pen:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> list[str]:
-    """Lines that fit into `width`; words are kept whole if they fit, and what is too much becomes an ellipsis."""
+    """Return lines that fit into `width`; words are kept whole if they fit, and what is too much becomes an
+    ellipsis."""
     result, line, rest = [], "", " ".join(text.split())
     while rest:
         word = rest.split(" ")[0]
@@ -273,7 +275,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> li
 
 
 def draw_sheet(title: str, rows: list[QueryRow], font: str | Path | None = None) -> Image.Image:
-    """The page as one picture: a card for each query, its text on the left and five pictures a line."""
+    """Draw the page as one picture: a card for each query, its text on the left and five pictures a line."""
     head = Image.new("RGB", (WIDTH - 2 * MARGIN, 220), PAGE)
     pen = Pen(head, font)
     y = pen.write(0, 0, title, 40, head.width, lines=2, bold=True)
@@ -288,7 +290,7 @@ def draw_sheet(title: str, rows: list[QueryRow], font: str | Path | None = None)
 
 
 def _draw_card(row: QueryRow, font: str | Path | None) -> Image.Image:
-    """One query and its pictures, as high as its content."""
+    """Draw one query and its pictures, as high as its content."""
     card = Image.new("RGB", (WIDTH - 2 * MARGIN, 400 + (len(row.results) // PER_LINE + 1) * (TILE + 120)), CARD)
     pen = Pen(card, font)
     y = pen.write(PADDING, PADDING - 4, row.query, 28, TEXT_WIDTH, lines=4, bold=True) + 10
@@ -325,7 +327,7 @@ def _draw_result(pen: Pen, result: Result, x: int, y: int) -> int:
 
 
 def _draw_mark(image: Image.Image, x: int, y: int):
-    """A tick in a disc of 38 pixels, drawn four times as large for smooth edges."""
+    """Draw a tick in a disc of 38 pixels, drawn four times as large for smooth edges."""
     disc = Image.new("RGBA", (152, 152))
     draw = ImageDraw.Draw(disc)
     draw.ellipse([0, 0, 151, 151], fill=CARD)

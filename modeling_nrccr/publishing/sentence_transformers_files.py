@@ -12,8 +12,9 @@ MODULES = [
 
 
 def write_sentence_transformers_files(directory: str | Path, has_pictures: bool = True):
-    """`SentenceTransformer(directory, trust_remote_code=True)` then encodes texts, and pictures where the model has a
-    vision tower, to the embeddings of `get_text_features` and `get_image_features`."""
+    """Write what sentence-transformers reads: `SentenceTransformer(directory, trust_remote_code=True)` then encodes
+    texts, and pictures where the model has a vision tower, to the embeddings of `get_text_features` and
+    `get_image_features`."""
     call = {"text": "get_text_features", "image": "get_image_features"}
     modalities = call if has_pictures else {"text": call["text"]}
     settings = {

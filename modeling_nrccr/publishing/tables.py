@@ -12,7 +12,7 @@ WIDTH = 6
 
 def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """
-    One line for each entry of `rows`, from its name to the metrics of [`compute_retrieval_metrics`]: recalls in
+    Return one line for each entry of `rows`, from its name to the metrics of [`compute_retrieval_metrics`]: recalls in
     percent, median rank and mAP in both directions, and SumR with its interval, of rows that bring `intervals`.
     """
     rows = {printable(name): metrics for name, metrics in rows.items()}  # of sources, which are parts of file names
@@ -35,7 +35,7 @@ def format_table(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def format_markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """The recalls and SumR of the same rows as a Markdown table, with the intervals of rows that bring them."""
+    """Return the recalls and SumR of the same rows as a Markdown table, with the intervals of rows that bring them."""
     shown = [name for name in METRICS if name.startswith("R@")]
     head = ["", *(f"{way} {name}" for way in WAYS for name in shown), "SumR"]
     lines = []
@@ -48,6 +48,6 @@ def format_markdown(rows: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Cells as a Markdown table, all columns but the first aligned to the right."""
+    """Return cells as a Markdown table, all columns but the first aligned to the right."""
     ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in ruled)

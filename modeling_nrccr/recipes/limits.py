@@ -18,7 +18,7 @@ def number(least: float, most: float | None = None, kind: type = int) -> Callabl
 
 
 def check_numbers(options: object, least: Mapping[str, float], above: Mapping[str, float] | None = None):
-    """Raises ValueError for a number of `options` that is less than `least`, or not more than `above`."""
+    """Raise ValueError for a number of `options` that is less than `least`, or not more than `above`."""
     for limits, word in ((least, "at least"), (above or {}, "above")):
         for name, limit in limits.items():
             value = getattr(options, name)

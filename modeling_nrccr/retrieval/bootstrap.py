@@ -16,7 +16,7 @@ WAYS = ("t2v", "v2t")
 
 
 def hits(ranks: Sequence[np.ndarray], groups: Sequence[np.ndarray], num_groups: int) -> np.ndarray:
-    """Of each group: queries, and those found among the first 1, 5 and 10, of shape `(2, 4, num_groups)` for both
+    """Count each group's queries, and those found among the first 1, 5 and 10, of shape `(2, 4, num_groups)` for both
     directions. `ranks`, `groups`: of each direction, `(num_queries,)`; a rank that is NaN is no query."""
     result = np.zeros((len(WAYS), 1 + len(RECALL_AT), num_groups))
     for way, (of_query, group) in enumerate(zip(map(np.asarray, ranks), map(np.asarray, groups), strict=True)):
@@ -28,31 +28,32 @@ def hits(ranks: Sequence[np.ndarray], groups: Sequence[np.ndarray], num_groups: 
 
 
 def draw_groups(num_groups: int, seed: int | Sequence[int] = 0) -> np.ndarray:
-    """How often each group counts, of shape `(1 + DRAWS, num_groups)`: once each, then in every draw."""
+    """Draw how often each group counts, of shape `(1 + DRAWS, num_groups)`: once each, then in every draw."""
     shares = np.full(num_groups, 1 / num_groups)
     draws = np.random.default_rng(seed).multinomial(num_groups, shares, DRAWS)
     return np.concatenate([np.ones((1, num_groups)), draws])
 
 
 def recalls(counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Percent of each draw, of shape `(num_draws, 2, 3)`: both directions, among the first 1, 5 and 10."""
+    """Return the recalls in percent of each draw, of shape `(num_draws, 2, 3)`: both directions, among the first 1, 5
+    and 10."""
     drawn = np.einsum("wkg,dg->dwk", counts, draws)
     return 100 * drawn[..., 1:] / np.maximum(drawn[..., :1], 1)
 
 
 def sum_recall(counts: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """SumR of each draw, of shape `(num_draws,)`."""
+    """Return SumR of each draw, of shape `(num_draws,)`."""
     return recalls(counts, draws).sum((1, 2))
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of draws, of shape `(1 + DRAWS,)`, the first of which is what was measured."""
+    """Return the middle 95 % of draws, of shape `(1 + DRAWS,)`, the first of which is what was measured."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     return float(low), float(high)
 
 
 def intervals(counts: np.ndarray, draws: np.ndarray) -> dict[str, list[float]]:
-    """Low and high end of each recall and of SumR, by their names in `compute_retrieval_metrics`."""
+    """Return the low and high end of each recall and of SumR, by their names in `compute_retrieval_metrics`."""
     found = recalls(counts, draws)
     values = {f"{way}_recall@{k}": found[:, i, j] for i, way in enumerate(WAYS) for j, k in enumerate(RECALL_AT)}
     values["sum_recall"] = found.sum((1, 2))

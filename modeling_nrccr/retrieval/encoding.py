@@ -40,7 +40,7 @@ def encode_texts(
     languages: Language | Sequence[str | None] = ACTIVE,
 ) -> torch.Tensor:
     """
-    Embeddings of `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
+    Embed `texts`, in their order, float32 on the CPU, of shape `(len(texts), projection_dim)`.
 
     Equal texts of one language are encoded once; a pass has at most `batch_size` texts (by default 64 on a CPU, 1,024
     elsewhere), of like length. Nothing of the model is switched, so threads may ask in different languages.
@@ -104,7 +104,7 @@ def tokenize(processor: Callable, texts: list[str], languages: list[str | None])
 
 
 def languages_of(model: NrccrModel, size: int, languages: Language | Sequence[str | None]) -> list[str | None]:
-    """One for each of `size` texts. Raises ValueError for one that the model has not."""
+    """Return one language for each of `size` texts. Raises ValueError for one that the model has not."""
     one_for_all = languages is None or isinstance(languages, str)
     listed = None if languages is ACTIVE else [languages] * size if one_for_all else list(languages)
     if hasattr(model, "languages_of"):
@@ -117,8 +117,8 @@ def languages_of(model: NrccrModel, size: int, languages: Language | Sequence[st
 def encode_images(
     model: NrccrModel, images: Sequence, processor: Callable, batch_size: int = 32, show_progress: bool = False
 ) -> torch.Tensor:
-    """Embeddings of pictures (whatever the processor takes as `images`), float32 on the CPU, of shape
-    `(len(images), projection_dim)`. Pictures are decoded while others are encoded."""
+    """Embed pictures (whatever the processor takes as `images`), float32 on the CPU, of shape `(len(images),
+    projection_dim)`. Pictures are decoded while others are encoded."""
 
     def prepare(chunk: Sequence) -> BatchFeature:
         return processor(images=list(chunk), return_tensors="pt")
@@ -130,8 +130,8 @@ def encode_images(
 
 
 def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor]:
-    """Each picture's first row, in the order of their occurrence, and for each row the number of its picture in that
-    order, of shape `(len(image_ids),)`: several captions may share a picture."""
+    """Return each picture's first row, in the order of their occurrence, and for each row the number of its picture in
+    that order, of shape `(len(image_ids),)`: several captions may share a picture."""
     first_rows = {}
     for row, image_id in enumerate(image_ids):
         first_rows.setdefault(image_id, row)
@@ -140,8 +140,8 @@ def picture_rows(image_ids: Sequence[str]) -> tuple[dict[str, int], torch.Tensor
 
 
 def ahead(chunks: Iterable, prepare: Callable[[Any], Any], device: torch.device) -> Iterator:
-    """What `prepare(chunk)` gives, in order; threads prepare the next chunks while the caller is busy with one on
-    `device` (reading, decoding and tokenizing leave Python's lock): two of them on a CPU, which they take from the
+    """Yield what `prepare(chunk)` gives, in order; threads prepare the next chunks while the caller is busy with one
+    on `device` (reading, decoding and tokenizing leave Python's lock): two of them on a CPU, which they take from the
     caller, else one for each core, up to eight. A single chunk is prepared here."""
     workers = 2 if device.type == "cpu" else min(8, os.cpu_count() or 2)
     chunks = iter(chunks)
@@ -165,7 +165,7 @@ def ahead(chunks: Iterable, prepare: Callable[[Any], Any], device: torch.device)
 def encode(
     model: NrccrModel, items: Sequence, prepare: Callable, embed: Callable, batch_size: int, progress: str | None
 ) -> torch.Tensor:
-    """`embed(prepare(chunk))` of all chunks of `items`, float32 on the CPU, `(len(items), projection_dim)`."""
+    """Return `embed(prepare(chunk))` of all chunks of `items`, float32 on the CPU, `(len(items), projection_dim)`."""
     chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     bar = tqdm(total=len(items), desc=progress or "", unit="item", disable=progress is None)
     parts = []

@@ -37,27 +37,27 @@ class GalleryIndex(Protocol):
     def __len__(self) -> int: ...
 
     def existing(self, ids: Sequence[str | int]) -> set[str | int]:
-        """Those of `ids` that it holds."""
+        """Return those of `ids` that it holds."""
 
     def upsert(self, ids: Sequence[str | int], embeds: np.ndarray, metadata: Sequence[str]):
         """Adds rows; those of an id that it holds are replaced. `embeds`: float32 of shape `(len(ids), dim)`;
         `metadata`: a JSON object each."""
 
     def search(self, embed: np.ndarray, k: int, filter: dict[str, Any] | None) -> list[tuple[str | int, float, Any]]:
-        """The best `k`, best first: id, score and metadata. `embed`: float32 of shape `(dim,)`; `filter`: metadata
-        that a row must have."""
+        """Return the best `k`, best first: id, score and metadata. `embed`: float32 of shape `(dim,)`; `filter`:
+        metadata that a row must have."""
 
     def remove(self, ids: Sequence[str | int]) -> int:
         """Removes what it holds of `ids`, and returns how many."""
 
     def rows(self, embeds: bool = False) -> Iterator[tuple[list[str | int], list[str], np.ndarray | None]]:
-        """All rows, in blocks: ids, metadata as JSON and, if asked for, embeddings."""
+        """Yield all rows, in blocks: ids, metadata as JSON and, if asked for, embeddings."""
 
     def save(self): ...
 
 
 def is_milvus(address: str | Path) -> bool:
-    """Whether `address` is a URI, or a database of Milvus Lite, rather than a folder of faiss."""
+    """Tell whether `address` is a URI, or a database of Milvus Lite, rather than a folder of faiss."""
     return "://" in str(address) or str(address).endswith(".db")
 
 

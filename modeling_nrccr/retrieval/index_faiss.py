@@ -136,7 +136,7 @@ class FaissIndex:
         return sorted(found)
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Numbers and vectors of all rows, as views into the index."""
+        """Yield numbers and vectors of all rows, as views into the index."""
         if self.trained_rows:
             lists = self.vectors.invlists
             for i in range(self.vectors.nlist):
@@ -303,7 +303,7 @@ def _digest(path: Path) -> str:
 
 
 def _named_files(folder: Path) -> set[str]:
-    """The files of the index that is in `folder`; none where it cannot be read."""
+    """Return the files of the index that is in `folder`; none where it cannot be read."""
     try:
         return set(json.loads((folder / INDEX_FILE).read_bytes())["files"])
     except READING_ERRORS:
@@ -311,7 +311,7 @@ def _named_files(folder: Path) -> set[str]:
 
 
 def _read_vectors(path: Path, dim: int, in_lists: bool) -> faiss.Index:
-    """What [`FaissIndex`] searches; anything else that faiss can read is refused."""
+    """Read what [`FaissIndex`] searches; anything else that faiss can read is refused."""
     with path.open("rb") as file, _sizes_below(path.stat().st_size):
         vectors = faiss.read_index(faiss.PyCallbackIOReader(file.read))
     if type(vectors) is not (faiss.IndexIVFFlat if in_lists else faiss.IndexIDMap2):

@@ -200,7 +200,7 @@ class MilvusIndex:
             pages.close()
 
     def save(self):
-        """All is stored already; this writes it out of the server's memory."""
+        """Write all out of the server's memory; it is stored already."""
         self._call("flush")
 
     def _create(self, dim: int):
@@ -239,11 +239,12 @@ class MilvusIndex:
 
 
 def expression(filter: dict[str, str | int | float | bool]) -> str:
-    """Milvus's filter for metadata of these values; JSON's quotes and backslashes are those of its string literals."""
+    """Return Milvus's filter for metadata of these values; JSON's quotes and backslashes are those of its string
+    literals."""
     quoted = {json.dumps(key, ensure_ascii=False): json.dumps(filter[key], ensure_ascii=False) for key in filter}
     return " and ".join(f"metadata[{key}] == {value}" for key, value in quoted.items())
 
 
 def _key(id: str | int) -> str:
-    """A primary key of fixed length that needs no escaping."""
+    """Return a primary key of fixed length that needs no escaping, made of an id."""
     return hashlib.blake2b(json.dumps(id).encode(), digest_size=16).hexdigest()

@@ -69,18 +69,19 @@ def content_hash(path: Path) -> str:
 
 
 def local_folder(name: str, index: str, collection: str) -> Path:
-    """Where this machine keeps its part of the work on an index."""
+    """Return where this machine keeps its part of the work on an index."""
     address = index if "://" in index else str(Path(index).resolve())
     return cache_folder() / name / hashlib.blake2b(f"{address} {collection}".encode(), digest_size=8).hexdigest()
 
 
 def home_folder(index: str, collection: str) -> Path:
-    """The folder of `left_out.csv` and of the lock."""
+    """Return the folder of `left_out.csv` and of the lock."""
     return Path(index) if split_address(index)[0] == "faiss" else local_folder("indexes", index, collection)
 
 
 def read_left_out(path: Path) -> dict[str, str]:
-    """By content the reasons why files were broken; none where the list is not there, or was changed by hand."""
+    """Read, by content, the reasons why files were broken; none where the list is not there, or was changed by
+    hand."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = [LeftOut(**row) for row in csv.DictReader(file)]
@@ -197,7 +198,7 @@ def index_options(index: str | Path | None, collection: str) -> dict[str, str]:
 
 
 def read_shards(folder: Path, fingerprint: torch.Tensor) -> Iterator[tuple[list[tuple[str, dict]], torch.Tensor]]:
-    """Content hash and metadata of each row, and the embeddings; what another model made is removed."""
+    """Yield the content hash and metadata of each row, and the embeddings; what another model made is removed."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -233,8 +234,8 @@ class Indexer:
         self.fingerprint = self.retriever.fingerprint()
 
     def run(self, found: Found | None) -> tuple[int, list[Skipped], list[LeftOut]]:
-        """How many files were encoded, what turned out to be broken, and all that was left out. `found`: in the main
-        process what the gallery holds."""
+        """Update the gallery. Return how many files were encoded, what turned out to be broken, and all that was left
+        out. `found`: in the main process what the gallery holds."""
         self.shards.mkdir(parents=True, exist_ok=True)
         files = [path.relative_to(self.folder).as_posix() for path in found.files] if self.is_main else None
         files = broadcast_object_list([files])[0]
@@ -258,7 +259,8 @@ class Indexer:
         return len(todo) - len(broken), unreadable + broken, left_out
 
     def read(self, file: str) -> tuple[str, str | None, str | None]:
-        """The file, the hash of its content, and why it has none."""
+        """Return the file, the hash of its content, and why it has none. Raises OSError for an unreadable file if
+        `strict`."""
         try:
             return file, content_hash(self.folder / file), None
         except OSError as error:
@@ -270,7 +272,8 @@ class Indexer:
         return items[self.state.process_index :: self.state.num_processes]
 
     def compare(self, hashes: dict[str, str], files: list[str], found: Found) -> dict[str, list[str]]:
-        """By content hash the files that are new, changed or moved. What the index has of them goes into a shard."""
+        """Return, by content hash, the files that are new, changed or moved. What the index has of them goes into a
+        shard."""
         held = {}
         for ids, texts, _ in self.retriever.index.rows():
             held.update(zip(ids, map(json.loads, texts)))
@@ -295,13 +298,15 @@ class Indexer:
         return {"path": str(self.folder / file), "content_hash": content}
 
     def missing(self, changed: dict[str, list[str]]) -> list[tuple[str, str]]:
-        """Content hash and one file of each content that no shard has, and that is not known to be broken."""
+        """Return the content hash and one file of each content that no shard has, and that is not known to be
+        broken."""
         known = {content for rows, _ in read_shards(self.shards, self.fingerprint) for content, _ in rows}
         known.update(self.known_broken)
         return [(content, files[0]) for content, files in changed.items() if content not in known]
 
     def encode(self, todo: list[tuple[str, str]]) -> list[Skipped]:
-        """A shard for every `shard_size` files; each process makes its own."""
+        """Write a shard for every `shard_size` files; each process makes its own. Return the files that were
+        skipped."""
         size, skipped = self.shard_size, []
         with tqdm(total=len(todo), desc="encoding", unit="file", disable=not self.is_main) as progress:
             for start in self.share(range(0, len(todo), size)):

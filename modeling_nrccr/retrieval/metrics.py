@@ -80,7 +80,7 @@ def retrieval_ranks(
     text_embeds: torch.Tensor, image_embeds: torch.Tensor, caption_to_image: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The ranks behind [`compute_retrieval_metrics`], query by query, for paired comparisons of two models.
+    Return the ranks behind [`compute_retrieval_metrics`], query by query, for paired comparisons of two models.
 
     Returns:
         float64 of shape `(num_captions,)`, the rank of each caption's picture, and of shape `(num_images,)`, the rank
@@ -95,8 +95,9 @@ def retrieval_ranks(
 
 
 def mean_rank_variance(ranks: Sequence[torch.Tensor]) -> float:
-    """How differently languages rank the same thing: the variance over languages of its rank, averaged over things
-    (CCRK, arXiv 2406.18254); 0 where all agree. `ranks`: of each language, of shape `(num_queries,)`, in one order.
+    """Return how differently languages rank the same thing: the variance over languages of its rank, averaged over
+    things (CCRK, arXiv 2406.18254); 0 where all agree. `ranks`: of each language, of shape `(num_queries,)`, in one
+    order.
 
     Raises ValueError for fewer than two languages, or another number of queries in one of them.
     """
@@ -111,7 +112,8 @@ def fuse_query_embeds(
     text_embeds: torch.Tensor, source_text_embeds: torch.Tensor, translation_weight: float
 ) -> torch.Tensor:
     """
-    Online query fusion, `normalize((1 - w) * query + w * translated_query)`: needs no other query.
+    Fuse queries and their translations online: `normalize((1 - w) * query + w * translated_query)` needs no other
+    query.
 
     Args:
         text_embeds: queries as they were asked, of shape `(..., embed_dim)`.
@@ -136,7 +138,7 @@ def chance_metrics(
     num_captions: int, num_images: int, caption_to_image: torch.Tensor | None = None
 ) -> dict[str, float]:
     """
-    What a random ranking gets on average, in closed form; the names are those of [`compute_retrieval_metrics`].
+    Return what a random ranking gets on average, in closed form; the names are those of [`compute_retrieval_metrics`].
 
     Args:
         num_captions: number of captions.
@@ -161,7 +163,8 @@ def chance_metrics(
 
 
 def _normalize(embeds: torch.Tensor, name: str) -> torch.Tensor:
-    """L2-normalised rows of shape `(num_rows, embed_dim)`, in float32 or float64."""
+    """Normalise rows of shape `(num_rows, embed_dim)` by L2, in float32 or float64. Raises ValueError for what is not
+    finite, or of another shape or type."""
     if embeds.dim() != 2 or 0 in embeds.shape or not embeds.is_floating_point():
         raise ValueError(
             f"{name} must be floating point of shape (num_rows, embed_dim), got {embeds.dtype} {tuple(embeds.shape)}."
@@ -183,8 +186,8 @@ def _checked(text_embeds, image_embeds, caption_to_image) -> tuple[torch.Tensor,
 
 
 def _captions_of(caption_to_image: torch.Tensor, num_images: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures with captions, those with the most first, so that the j-th caption of each belongs to the first rows
-    only; the captions in the order of these pictures; and the number of captions of each."""
+    """Return pictures with captions, those with the most first, so that the j-th caption of each belongs to the first
+    rows only; the captions in the order of these pictures; and the number of captions of each."""
     counts = torch.bincount(caption_to_image, minlength=num_images)
     order = counts.argsort(descending=True, stable=True)[: int((counts > 0).sum())]
     position = torch.full_like(counts, len(order)).scatter_(0, order, torch.arange(len(order)).to(order))
@@ -223,7 +226,7 @@ def _chunks(num_queries: int, num_items: int):
 
 
 def _scores(queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """Scores of shape `(num_queries, num_items)`, where equal items get equal scores to the last bit."""
+    """Return scores of shape `(num_queries, num_items)`, where equal items get equal scores to the last bit."""
     if len(queries) == 1:
         # One row takes the matrix-vector path, which adds up the last items in another order (seen on MKL).
         return (queries.expand(2, -1) @ items.T)[:1]
@@ -231,14 +234,14 @@ def _scores(queries: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_tiles(items: torch.Tensor) -> torch.Tensor:
-    """With rows of zeros, up to whole tiles of a kernel, which adds up what is left over in another order (seen on MKL
-    with AVX-512: 48 columns)."""
+    """Pad with rows of zeros, up to whole tiles of a kernel, which adds up what is left over in another order (seen on
+    MKL with AVX-512: 48 columns)."""
     return F.pad(items, (0, 0, 0, -len(items) % 48))
 
 
 def _ahead(queries: torch.Tensor, items: torch.Tensor, relevant: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """
-    How many irrelevant items stand ahead of each relevant one, equal ones counted half.
+    Return how many irrelevant items stand ahead of each relevant one, equal ones counted half.
 
     Args:
         queries: of shape `(num_queries, embed_dim)`.
@@ -274,7 +277,7 @@ def _ahead(queries: torch.Tensor, items: torch.Tensor, relevant: torch.Tensor, c
 
 
 def _summary(ahead: torch.Tensor, counts: torch.Tensor, way: str) -> dict[str, float]:
-    """Metrics from the output of [`_ahead`]."""
+    """Return metrics from the output of [`_ahead`]."""
     ends = counts.cumsum(0)
     ranks = 1 + ahead[ends - counts]
     query = torch.arange(len(counts), device=ahead.device).repeat_interleave(counts)
@@ -294,7 +297,8 @@ def _transductive_fusion(
     texts: torch.Tensor, sources: torch.Tensor, images: torch.Tensor, weight: float
 ) -> torch.Tensor:
     """
-    Queries of shape `(num_captions, embed_dim)` whose products with the pictures rank as the published fusion does.
+    Return queries of shape `(num_captions, embed_dim)` whose products with the pictures rank as the published fusion
+    does.
 
     Min-max normalisation over a whole matrix is `(s - low) / (high - low)`, and both matrices are products with the
     same pictures: but for a constant, their weighted sum is the product of the weighted sum of the queries.
@@ -316,7 +320,8 @@ def _transductive_fusion(
 
 
 def _chance(num_items: int, counts: torch.Tensor, way: str) -> dict[str, float]:
-    """Expected metrics of queries with `counts` relevant items each, of shape `(num_queries,)`, among `num_items`."""
+    """Return the expected metrics of queries with `counts` relevant items each, of shape `(num_queries,)`, among
+    `num_items`."""
     sizes, queries = counts.unique(return_counts=True)
     shares = queries.double() / queries.sum()
     rank = torch.arange(num_items, dtype=torch.float64)

@@ -68,8 +68,8 @@ class NrccrEncoder(AbsEncoder):
         )
 
     def encode(self, inputs, *, task_metadata, hf_split, hf_subset, prompt_type=None, **kwargs) -> torch.Tensor:
-        """Embeddings of the texts or pictures of a DataLoader, float32, `(num_rows, projection_dim)`. mteb's prompts
-        are left out: the processor puts the prefix before a text. Raises ValueError for rows of both."""
+        """Embed the texts or pictures of a DataLoader, float32, `(num_rows, projection_dim)`. mteb's prompts are left
+        out: the processor puts the prefix before a text. Raises ValueError for rows of both."""
         columns = {"text", "image"} & set(inputs.dataset.features)
         if len(columns) != 1:
             found = " and ".join(sorted(columns)) or "neither text nor image"
@@ -82,8 +82,8 @@ class NrccrEncoder(AbsEncoder):
         return torch.cat(parts)
 
     def reader(self, task_metadata: TaskMetadata, hf_subset: str) -> str | None:
-        """Which of the model's languages reads a subset: ours are called as the model's languages are, those of mteb
-        say their language ("deu-Latn")."""
+        """Return which of the model's languages reads a subset: ours are called as the model's languages are, those of
+        mteb say their language ("deu-Latn")."""
         reader = read_by(self.model, hf_subset, self.languages)
         spoken = task_metadata.hf_subsets_to_langscripts.get(hf_subset)
         if reader == hf_subset or not spoken:
@@ -92,14 +92,14 @@ class NrccrEncoder(AbsEncoder):
 
 
 def language_code(language: str) -> str:
-    """mteb's name of a language: "gl" is "glg-Latn"."""
+    """Return mteb's name of a language: "gl" is "glg-Latn"."""
     known = Language.get(language).maximize()
     return f"{known.to_alpha3()}-{known.script}"
 
 
 def retrieval_data(rows: Dataset, category: str, caption_column: str = "target_caption") -> dict:
-    """Queries, corpus and relevant pairs of one split, as mteb's retrieval tasks hold them. `rows`: with `image_id`,
-    `image` and captions, of which several may share a picture. `category`: "t2i" or "i2t"."""
+    """Return queries, corpus and relevant pairs of one split, as mteb's retrieval tasks hold them. `rows`: with
+    `image_id`, `image` and captions, of which several may share a picture. `category`: "t2i" or "i2t"."""
     first_rows, owner = picture_rows(rows["image_id"])
     captions = Dataset.from_dict({"id": [f"caption-{i}" for i in range(len(rows))], "text": rows[caption_column]})
     pictures = rows.select(list(first_rows.values())).select_columns("image")
@@ -114,7 +114,7 @@ def retrieval_data(rows: Dataset, category: str, caption_column: str = "target_c
 
 
 def caption_task(name: str, category: str, splits: Mapping[str, Dataset]) -> AbsTaskRetrieval:
-    """A task of the type of XM3600 and xFlickr&CO over test splits by language (see [`retrieval_data`])."""
+    """Return a task of the type of XM3600 and xFlickr&CO over test splits by language (see [`retrieval_data`])."""
     metadata = TaskMetadata(
         name=name + {"t2i": "T2IRetrieval", "i2t": "I2TRetrieval"}[category],
         description=f"Captions that people wrote and pictures of {name}.",
@@ -134,7 +134,7 @@ def caption_task(name: str, category: str, splits: Mapping[str, Dataset]) -> Abs
 
 
 def own_tasks(model: str, dataset: str, languages: list[str], data_dir: str | None = None) -> list[AbsTaskRetrieval]:
-    """Both directions of a data set's test split: of the split that the model was trained with."""
+    """Return both directions of a data set's test split: of the split that the model was trained with."""
     seed = split_seed(model, None, dataset)
     splits = {language: load_caption_dataset(dataset, language, seed, data_dir=data_dir) for language in languages}
     tests = {language: parts["test"] for language, parts in splits.items()}
@@ -146,7 +146,7 @@ def own_tasks(model: str, dataset: str, languages: list[str], data_dir: str | No
 def run(
     encoder: NrccrEncoder, tasks: list[AbsTaskRetrieval], batch_size: int = 64, show_progress: bool = True
 ) -> dict:
-    """`{task: {language: scores}}`, with mteb's names of the scores."""
+    """Run the tasks. Return `{task: {language: scores}}`, with mteb's names of the scores."""
     # cache=None: mteb would keep results under the model's name, which a folder that is trained again keeps too
     result = mteb.evaluate(
         encoder,
@@ -164,8 +164,9 @@ def run(
 
 
 def both_directions(scores: dict) -> dict[str, dict[str, float]]:
-    """Rows for [`format_markdown`] of tasks that were run in both directions: R@k in percent, and their sum. They are
-    those of [`compute_retrieval_metrics`], but for equal scores: mteb ranks them by their ids, we at their middle."""
+    """Return rows for [`format_markdown`] of tasks that were run in both directions: R@k in percent, and their sum.
+    They are those of [`compute_retrieval_metrics`], but for equal scores: mteb ranks them by their ids, we at their
+    middle."""
     names = {"t2i": "T2I", "i2t": "I2T"}
     rows = {}
     for task, languages in scores.items():

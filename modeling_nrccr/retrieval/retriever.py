@@ -173,8 +173,8 @@ class NrccrRetriever:
         on_progress: Callable[[int], Any] = lambda count: None,
     ) -> Encoded:
         """
-        What [`add`] stores, without storing it; threads read and decode what comes next. Whatever is raised for one
-        of them skips that one.
+        Encode what [`add`] stores, without storing it; threads read and decode what comes next. Whatever is raised for
+        one of them skips that one.
 
         Args:
             kind: "images", "videos" or "visual_feats".
@@ -240,7 +240,7 @@ class NrccrRetriever:
         return self.index.remove(list(ids))
 
     def encode_query(self, query: str | Image.Image, language: Language = ACTIVE) -> torch.Tensor:
-        """The L2-normalised embedding of a text, read by `language` as in [`search`], or of a picture, of shape
+        """Return the L2-normalised embedding of a text, read by `language` as in [`search`], or of a picture, of shape
         `(projection_dim,)`."""
         if isinstance(query, Image.Image):
             return encode_images(self.model, [query], self.processor)[0]
@@ -258,8 +258,8 @@ class NrccrRetriever:
         language: Language = ACTIVE,
     ) -> list[Hit]:
         """
-        The `k` pictures (fewer in a smaller gallery) that are most similar to the query, best first. Nothing of the
-        model is switched: threads may ask in different languages.
+        Find the `k` pictures (fewer in a smaller gallery) that are most similar to the query, best first. Nothing of
+        the model is switched: threads may ask in different languages.
 
         Args:
             query: a text, a picture, or an embedding of shape `(projection_dim,)`, which is L2-normalised.
@@ -290,7 +290,8 @@ class NrccrRetriever:
         return [Hit(*row) for row in found]
 
     def _check_embed(self, embed: torch.Tensor) -> torch.Tensor:
-        """A query's embedding, float32 on the CPU and L2-normalised."""
+        """Return a query's embedding, float32 on the CPU and L2-normalised. Raises ValueError for another shape, or
+        one without direction."""
         if embed.shape != (self.index.dim,):
             raise ValueError(
                 f"The query's embedding has shape {tuple(embed.shape)}, the gallery's are {(self.index.dim,)}."
@@ -342,8 +343,8 @@ class NrccrRetriever:
 
     def fingerprint(self, rounded_to: torch.dtype | None = None) -> torch.Tensor:
         """
-        The embedding of a fixed test picture (of fixed features, where the model has no vision tower), computed in
-        float32, of shape `(projection_dim,)`.
+        Return the embedding of a fixed test picture (of fixed features, where the model has no vision tower), computed
+        in float32, of shape `(projection_dim,)`.
 
         It tells visual towers and picture processors apart, on any device and in any precision; an index stays valid
         when only the text side is replaced, for example to gain a language.
@@ -386,7 +387,8 @@ class NrccrRetriever:
             )
 
     def _new_rows(self, ids: Sequence[str | int], metadata: Sequence[dict], skip_existing: bool) -> list[int]:
-        """Rows of the ids that the gallery lacks. Raises ValueError before anything is encoded."""
+        """Return rows of the ids that the gallery lacks. Raises ValueError for an id or metadata that cannot be
+        stored, before anything is encoded."""
         for row, (id, entry) in enumerate(zip(ids, metadata)):
             if type(id) not in (str, int):
                 raise ValueError(f"Row {row}: an id is a text or an integer, got {id!r}.")
@@ -409,7 +411,7 @@ class NrccrRetriever:
         return [row for row, id in enumerate(ids) if id not in existing]
 
     def _encode(self, kind: str, inputs: BatchFeature) -> tuple[torch.Tensor, list[dict[str, int]]]:
-        """Embeddings, and of videos what is to be stored with each."""
+        """Return embeddings and, of videos, what is to be stored with each."""
         extra = []
 
         def embed(inputs: BatchFeature) -> torch.Tensor:
@@ -438,7 +440,7 @@ class NrccrRetriever:
 
 
 def _check_k(k: int) -> int:
-    """`k` as Python's own integer, of whatever library it comes."""
+    """Return `k` as Python's own integer, of whatever library it comes."""
     try:
         number = 0 if isinstance(k, bool) else operator.index(k)
     except TypeError:

@@ -77,7 +77,7 @@ def refused(request: Request, error: StarletteHTTPException) -> Answer:
 
 
 def invalid(request: Request, error: RequestValidationError) -> Answer:
-    """What is wrong with the fields of a request, without repeating them at length."""
+    """Say what is wrong with the fields of a request, without repeating them at length."""
     reasons = []
     for problem in error.errors()[:5]:
         place = [f"[{part}]" if isinstance(part, int) else f".{part[:40]}" for part in problem["loc"][1:]]
@@ -91,7 +91,7 @@ def invalid(request: Request, error: RequestValidationError) -> Answer:
 
 
 async def while_connected(request: Request, work: Awaitable[dict[str, Any]]) -> Response:
-    """What `work` gives; it is cancelled, and so is what of it waits, as soon as the client has left."""
+    """Return what `work` gives; it is cancelled, and so is what of it waits, as soon as the client has left."""
 
     async def left():
         while (await request.receive())["type"] != "http.disconnect":

@@ -94,7 +94,7 @@ class Batcher:
         self.encoded = self.batches = self.largest = 0
 
     async def embed(self, items: Sequence) -> torch.Tensor:
-        """Of shape `(len(items), projection_dim)`, in their order."""
+        """Return the items' embeddings, of shape `(len(items), projection_dim)`, in their order."""
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in items]
         for entry in zip(items, futures):
@@ -102,7 +102,7 @@ class Batcher:
         return torch.stack(await asyncio.gather(*futures))
 
     async def run(self):
-        """Until it is cancelled. While a batch is encoded, the next one gathers in the queue."""
+        """Encode batches until it is cancelled. While a batch is encoded, the next one gathers in the queue."""
         loop = asyncio.get_running_loop()
         while True:
             batch = [await self.next()]
@@ -117,7 +117,7 @@ class Batcher:
                 await self.answer(batch)
 
     async def next(self) -> tuple[Any, asyncio.Future]:
-        """The next one that somebody waits for: clients leave."""
+        """Return the next item that somebody still waits for, since clients leave."""
         while (entry := await self.queue.get())[1].done():
             pass
         return entry
@@ -183,12 +183,12 @@ class Service:
     # ------------------------------------------------------------------------------------------- in their own threads
 
     def encode_texts(self, items: list[tuple[str, str | None]]) -> torch.Tensor:
-        """Texts, each with its language, to embeddings `(len(items), projection_dim)`."""
+        """Map texts, each with its language, to embeddings `(len(items), projection_dim)`."""
         texts, languages = zip(*items)
         return encode_texts(self.model, texts, self.processor, len(items), languages=languages)
 
     def encode_images(self, items: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        """What the processor made of each picture to embeddings `(len(items), projection_dim)`."""
+        """Map what the processor made of each picture to embeddings `(len(items), projection_dim)`."""
 
         def embed(chunk: list[dict[str, torch.Tensor]]) -> torch.Tensor:
             inputs = {name: torch.cat([item[name] for item in chunk]).to(self.model.device) for name in chunk[0]}
@@ -197,7 +197,7 @@ class Service:
         return encode(self.model, items, list, embed, len(items), None)
 
     def check_images(self, images: dict[str, str]) -> dict[str, bytes]:
-        """Base64 to files, by field of the request; nothing of them is decoded."""
+        """Map base64 to files, by field of the request; nothing of them is decoded."""
         files = {field: decode_base64(field, encoded) for field, encoded in images.items()}
         for field, content in files.items():
             if len(content) > self.limits.max_image_bytes:
@@ -209,7 +209,7 @@ class Service:
         return files
 
     def read_image(self, field: str, content: bytes) -> dict[str, torch.Tensor]:
-        """A file to what the model reads of one picture, which is small, however large the picture is."""
+        """Map a file to what the model reads of one picture, which is small, however large the picture is."""
 
         def read() -> dict[str, torch.Tensor]:
             return self.processor(images=[load_image(content, self.limits.max_pixels)], return_tensors="pt")
@@ -230,7 +230,8 @@ class Service:
             self.accepted -= count
 
     def language(self, language: str | None) -> str | None:
-        """Of a request, as the model knows it."""
+        """Return the language of a request, as the model knows it. Raises HTTPException 422 for one that it has
+        not."""
         if language is None:
             return self.model.language
         if language != BASE and language not in self.model.language_adapters:
@@ -247,14 +248,14 @@ class Service:
         return text
 
     async def embed_images(self, images: dict[str, str]) -> torch.Tensor:
-        """Base64 by field of the request; all are read before the first is encoded."""
+        """Embed pictures in base64, by field of the request; all are read before the first is encoded."""
         loop = asyncio.get_running_loop()
         files = await loop.run_in_executor(self.reader, self.check_images, images)
         items = [await loop.run_in_executor(self.reader, self.read_image, *file) for file in files.items()]
         return await self.images.embed(items)
 
     async def embed(self, request: EmbedRequest) -> dict[str, Any]:
-        """Embeddings under the names that [`NrccrModel`] gives them."""
+        """Answer with embeddings under the names that [`NrccrModel`] gives them."""
         for field, largest in (("texts", self.limits.max_texts), ("images", self.limits.max_images)):
             if (size := len(getattr(request, field))) > largest:
                 raise HTTPException(422, f"{field} has {size} entries: {largest} are taken, ask several times")
@@ -272,7 +273,7 @@ class Service:
         return answer
 
     async def search(self, request: SearchRequest) -> dict[str, Any]:
-        """Hits, best first."""
+        """Answer with the hits, best first."""
         if self.index is None:
             raise HTTPException(404, "there is no gallery here: start the server with --index")
         if (request.text is None) == (request.image is None):
@@ -325,7 +326,8 @@ class Service:
 
 
 def decode_base64(field: str, encoded: str) -> bytes:
-    """As browsers (data: URLs) and mail (broken into lines) have it too."""
+    """Decode base64, also as browsers (data: URLs) and mail (broken into lines) have it. Raises HTTPException 422 for
+    what is none."""
     encoded = "".join(encoded[len(found[0]) :].split() if (found := DATA_URL.match(encoded)) else encoded.split())
     try:
         return base64.b64decode(encoded, validate=True)

@@ -72,7 +72,7 @@ class Page:
         return {PICTURES: self.finder.pictures, CLIPS: self.finder.clips, OWN: own and own.index}[where]
 
     def cards(self, embed, hits: list[Hit], language: str, own: OwnPictures | None) -> list[Card]:
-        """Of the hits as far as their pictures are still there."""
+        """Return the cards of the hits as far as their pictures are still there."""
         frames = self.finder.best_frames(embed, hits) if any(hit.id.startswith("clips/") for hit in hits) else {}
         found, gallery = [], self.finder.gallery
         for hit in hits:
@@ -91,7 +91,7 @@ class Page:
         return found
 
     def ask(self, box: dict, language: str) -> tuple[Query | None, dict, str]:
-        """The query in the search box, the box without its picture, and what is wrong with it."""
+        """Return the query in the search box, the box without its picture, and what is wrong with it."""
         # left alone where it can be: somebody may be typing the next query by now
         text = box["text"].encode("utf-8", "replace").decode()  # halves of characters cannot be sent back
         emptied = {"text": text, "files": []} if box["files"] else gr.skip()
@@ -149,7 +149,7 @@ class Page:
         return cards.noise(columns)
 
     def add(self, files: list[str] | None, own: OwnPictures | None):
-        """The visitor's pictures, where to search now, and what became of the files."""
+        """Take files. Return the visitor's pictures, where to search now, and what became of the files."""
         try:
             own, refused = self.finder.add_own(own, files or [])
         finally:
@@ -170,7 +170,7 @@ def discard(files: list[str]):
 
 
 def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
-    """The page over a finder; `weight`: of the translation in query fusion."""
+    """Build the page over a finder; `weight`: of the translation in query fusion."""
     page, shown = Page(finder, weight), {code: LANGUAGES[code] for code in finder.languages}
     first = next(iter(shown))
     kinds = [PICTURES, *([CLIPS] if finder.clips else []), OWN]
@@ -249,7 +249,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
         }
 
         def show(event):
-            """Answers first; what explains them follows."""
+            """Show the answers first; what explains them follows."""
             event = event.then(page.results, state, results, show_progress="minimal", **common)
             for view, output in ((page.why, why), (page.noise, noise)):
                 event = event.then(view, state, output, show_progress="minimal", **common)
@@ -276,7 +276,7 @@ def build(finder: Finder, weight: float = 0.5) -> gr.Blocks:
 
 
 def spoken(model: Path, settings: dict) -> list[str]:
-    """English and the languages that the model has learned, as far as this page knows them."""
+    """Return English and the languages that the model has learned, as far as this page knows them."""
     added = json.loads((model / "config.json").read_text(encoding="utf-8")).get("languages")
     learned = {"en", *(added or [settings.get("language", "gl")])}
     found = [code for code in LANGUAGES if code in learned]

@@ -134,7 +134,7 @@ def write_indexes(folder: Path, data_dir: str | None, stamps: bool, device: str 
     gallery, seed = Gallery(folder / "clips", data_dir), settings.get("split_seed", 0)
 
     def known(ids: list[str]) -> tuple[list[str], list[dict]]:
-        """Those with an English name, and whether pictures of that name were in training."""
+        """Return those of `ids` with an English name, and whether pictures of that name were in training."""
         ids = [id for id in ids if gallery.name(id, "en")]
         return ids, [{"seen": split_of(group_key(gallery.name(id, "en")), seed) == "train"} for id in ids]
 

@@ -24,7 +24,7 @@ class Card:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A thumbnail, transparent where the picture is."""
+    """Write a thumbnail as a data URI, transparent where the picture is."""
     image = image.convert("RGBA") if image.has_transparency_data else image.convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
@@ -57,7 +57,7 @@ def note(text: str, kind: str = "note") -> str:
 
 
 def results(cards: list[Card], text: str, asked: str | None, of: str) -> str:
-    """The answer to a query. `asked`: the picture that was asked with, if one was; `of`: what was searched."""
+    """Show the answer to a query. `asked`: the picture that was asked with, if one was; `of`: what was searched."""
     shown = f'<img src="{asked}" alt="your picture">' if asked else ""
     marked = "<span class=unseen>never seen in training</span>" if any(card.unseen for card in cards) else ""
     head = f"<h2>{escape(text) or 'Like your picture'}</h2><p class=note>{escape(of)}{marked}</p>"
@@ -66,7 +66,7 @@ def results(cards: list[Card], text: str, asked: str | None, of: str) -> str:
 
 
 def why(weights: list[tuple[str, list[float]]], cards: list[Card]) -> str:
-    """The query once for each card, its words shaded by weight."""
+    """Show the query once for each card, its words shaded by weight."""
     largest = max((abs(weight) for _, of_word in weights for weight in of_word), default=0) or 1
     rows = []
     for row, card in enumerate(cards):
@@ -88,7 +88,8 @@ def why(weights: list[tuple[str, list[float]]], cards: list[Card]) -> str:
 
 
 def noise(columns: list[tuple[str, str, set[str], list[Card]]]) -> str:
-    """Queries side by side, each `(heading, text, kept, cards)`; the words in `kept` are marked as not translated."""
+    """Show queries side by side, each `(heading, text, kept, cards)`; the words in `kept` are marked as not
+    translated."""
     parts = []
     for heading, text, kept, cards in columns:
         words = " ".join(
@@ -102,5 +103,5 @@ def noise(columns: list[tuple[str, str, set[str], list[Card]]]) -> str:
 
 
 def plain(word: str) -> str:
-    """A word without case and punctuation at its ends."""
+    """Return a word without case and punctuation at its ends."""
     return word.casefold().strip(".,;:!?¿¡«»“”\"'()")

@@ -80,19 +80,20 @@ class Finder:
         return NrccrRetriever.load(folder, self.model, self.processor)
 
     def counterpart(self, language: str) -> str:
-        """The language that a query is translated into: English, or from English the first other one."""
+        """Return the language that a query is translated into: English, or from English the first other one."""
         return next(code for code in self.languages if code != "en") if language == "en" else "en"
 
     # ------------------------------------------------------------------------------------------------------ search
 
     def embed_texts(self, texts: Sequence[str], language: str) -> torch.Tensor:
-        """By the language's own adapter where the model has one, of shape `(len(texts), projection_dim)`."""
+        """Embed texts by the language's own adapter where the model has one, of shape `(len(texts),
+        projection_dim)`."""
         adapter = language if language in self.model.language_adapters else None
         return encode_texts(self.model, texts, self.processor, languages=adapter)
 
     def query(self, text: str, language: str, picture: Image.Image | None = None) -> Query:
-        """Of a sentence, a picture, or both alike. Raises ValueError for neither, and for a text that is too long, or
-        that no text encoder should read."""
+        """Return the query of a sentence, a picture, or both alike. Raises ValueError for neither, and for a text that
+        is too long, or that no text encoder should read."""
         text = " ".join(text.split())
         if len(text) > MAX_QUERY:
             raise ValueError(f"The query has {len(text)} characters; {MAX_QUERY} are enough for a picture.")
@@ -108,11 +109,11 @@ class Finder:
         return Query(text, language, shown, parts[0] if len(parts) == 1 else fuse_query_embeds(*parts, 0.5))
 
     def search(self, embed: torch.Tensor, index: NrccrRetriever, k: int, unseen: bool = False) -> list[Hit]:
-        """The best `k`; with `unseen`, of what was no part of training."""
+        """Find the best `k`; with `unseen`, of what was no part of training."""
         return index.search(embed, k=k, filter={"seen": False} if unseen else None)
 
     def best_frames(self, embed: torch.Tensor, clips: Sequence[Hit]) -> dict[str, str]:
-        """Of each clip the id of the frame that is most like the query."""
+        """Return, by clip, the id of the frame that is most like the query."""
         best, wanted = {}, {hit.id for hit in clips}
         for hit in self.frames.search(embed, k=len(self.frames)):  # best first
             clip = hit.id.partition("#")[0]
@@ -123,7 +124,8 @@ class Finder:
     # ----------------------------------------------------------------------------------------------------- explain
 
     def word_weights(self, query: Query, index: NrccrRetriever, hits: Sequence[Hit]) -> list[tuple[str, list[float]]]:
-        """For each word by how much the similarity to each hit falls when that word is left out of the query."""
+        """Return each word and by how much the similarity to each hit falls when that word is left out of the
+        query."""
         words = query.text.split()
         if len(words) < 2:
             return [(word, [hit.score for hit in hits]) for word in words]
@@ -135,7 +137,7 @@ class Finder:
         return weights
 
     def translate(self, text: str, source: str) -> tuple[str, str] | None:
-        """A machine translation and the engine's name; None where there is no engine for the pair."""
+        """Return a machine translation and the engine's name; None where there is no engine for the pair."""
         target = self.counterpart(source)
         if (source, target) not in self.translators:
             try:
@@ -158,7 +160,8 @@ class Finder:
     # ------------------------------------------------------------------------------------------------ own pictures
 
     def add_own(self, own: OwnPictures | None, files: Sequence[str | Path]) -> tuple[OwnPictures | None, list[str]]:
-        """A visitor's pictures with `files`, as far as they are sound and there is room; and what was refused."""
+        """Add `files` to a visitor's pictures, as far as they are sound and there is room. Return these, and what was
+        refused."""
         own = own or OwnPictures(NrccrRetriever(self.model, self.processor))
         refused = []
         for file in map(Path, files):
@@ -176,7 +179,8 @@ class Finder:
 
 
 def read_upload(file: str | Path) -> Image.Image:
-    """A visitor's picture, made small. Raises ValueError for a large file, or one that is no sound picture."""
+    """Read a visitor's picture and make it small. Raises ValueError for a large file, or one that is no sound
+    picture."""
     file = Path(file)
     if file.suffix.lower() not in IMAGE_SUFFIXES:
         raise ValueError(f"no picture of a known kind ({', '.join(IMAGE_SUFFIXES)})")

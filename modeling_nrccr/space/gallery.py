@@ -44,7 +44,7 @@ class Gallery:
         ]
 
     def stamp_ids(self) -> list[str]:
-        """Of the stamps with an English caption."""
+        """Return the ids of the stamps with an English caption."""
         paths = (path.relative_to(self.stamps).with_suffix("") for path in sorted(self.stamps.rglob("*.png")))
         ids = [f"stamps/{path.as_posix()}" for path in paths if path.parts[0] != "symbols"]
         return [id for id in ids if self.name(id, "en")]
@@ -53,7 +53,7 @@ class Gallery:
         return [f"clips/{path.stem}" for path in sorted(self.clips.glob("*.webp"))]
 
     def name(self, id: str, language: str) -> str | None:
-        """What people call it; None where nobody has said it in that language."""
+        """Return what people call a picture; None where nobody has said it in that language."""
         kind, _, key = id.partition("/")
         if kind == "stamps":
             text = self.stamps / f"{key}.txt"
@@ -62,7 +62,7 @@ class Gallery:
         return cldr_emoji.find_name(self.emoji_names(language), cldr_emoji.from_code_points(key))
 
     def picture(self, id: str) -> Image.Image:
-        """A picture; of a clip, its frame `clips/1f600#3`. Raises OSError or ValueError where it is gone."""
+        """Return a picture; of a clip, its frame `clips/1f600#3`. Raises OSError or ValueError where it is gone."""
         kind, _, key = id.partition("/")
         if kind == "stamps":
             return load_image(self.stamps / f"{key}.png")
@@ -77,5 +77,6 @@ class Gallery:
         return self.clips / f"{id.partition('/')[2]}.webp"
 
     def frame_file(self, clip: str, frame: int | str) -> Path:
-        """A frame that was taken out when the Space was built: decoding a clip takes a fifth of a second."""
+        """Return the file of a frame, which was taken out when the Space was built: decoding a clip takes a fifth of a
+        second."""
         return self.clips / "frames" / f"{clip}-{frame}.webp"

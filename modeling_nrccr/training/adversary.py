@@ -59,7 +59,7 @@ class LanguageDiscriminator(nn.Module):
             self.classify = nn.Linear(128, 2)
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, sequence_length, input_size)` and its mask -> logits of shape `(batch_size, 2)`."""
+        """Map `(batch_size, sequence_length, input_size)` and its mask to logits of shape `(batch_size, 2)`."""
         if self.pool_padding:
             attention_mask = torch.ones_like(attention_mask)
         mask = attention_mask.unsqueeze(1).to(hidden_states.dtype)
@@ -72,12 +72,13 @@ class LanguageDiscriminator(nn.Module):
 
 
 def discriminator_loss(source_logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
-    """How wrong it is about both, the mean of the two binary cross-entropies; logits of shape `(batch_size, 2)`."""
+    """Return how wrong it is about both, the mean of the two binary cross-entropies; logits of shape `(batch_size,
+    2)`."""
     return (language_loss(source_logits, SOURCE) + language_loss(target_logits, TARGET)) / 2
 
 
 def adversarial_loss(target_logits: torch.Tensor) -> torch.Tensor:
-    """How far the target's states are from passing for the source language."""
+    """Return how far the target's states are from passing for the source language."""
     return language_loss(target_logits, SOURCE)
 
 

@@ -168,7 +168,7 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
             )
 
     def check_processes(self, model: nn.Module | None = None):
-        """Raises ValueError for a launch that would not compute what one process does with the whole batch."""
+        """Raise ValueError for a launch that would not compute what one process does with the whole batch."""
         sharded = {
             "DeepSpeed": self.deepspeed or enabled("ACCELERATE_USE_DEEPSPEED"),
             "FSDP": self.fsdp or enabled("ACCELERATE_USE_FSDP"),
@@ -214,18 +214,18 @@ class NrccrTrainingArguments(NrccrLossArguments, TrainingArguments):
 
 
 def cpu_has_bf16() -> bool | None:
-    """Whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16. None of
-    processors that nothing is known of here."""
+    """Tell whether products of bfloat16 matrices are faster than those of float32: twice with avx512_bf16. Return None
+    of processors that nothing is known of here."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def launched_processes() -> int:
-    """As many as torchrun says that it has started."""
+    """Return as many processes as torchrun says that it has started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def enabled(variable: str) -> bool:
-    """Whether `accelerate launch` has set it."""
+    """Tell whether `accelerate launch` has set this variable of the environment."""
     return bool(str_to_bool(os.environ.get(variable, "false")))

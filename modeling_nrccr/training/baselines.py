@@ -19,7 +19,7 @@ TRUNK_BLOCKS = 3  # of arXiv 2608.30725: the first 3 or 4 text blocks
 
 
 def frozen_cache(model: NrccrModel, processor, rows: list[dict], directory: Path | None = None) -> FeatureCache:
-    """Pooled states of all captions of `rows` by the model's frozen text encoder."""
+    """Cache the pooled states of all captions of `rows` by the model's frozen text encoder."""
     cache = FeatureCache(model, processor, directory)
     columns = ("source_caption", "target_caption", "back_translation", "reference_source_caption")
     cache.add_texts(row.get(column) for row in rows for column in columns)
@@ -30,9 +30,10 @@ def embed_distillation(
     model: NrccrModel, language: str, cache: FeatureCache, rows: list[dict], args: NrccrTrainingArguments
 ) -> NrccrModel:
     """
-    `EmbedDistillLoss` of sentence-transformers 6.2 (cosine), in its trainer with its defaults: the target caption's
-    embedding is pulled to the source's. The student is a Dense on the frozen encoder's pooled state, the identity at
-    first, and the model's own projection: what an adapter of kind "linear" is, into which it is written back.
+    Train by `EmbedDistillLoss` of sentence-transformers 6.2 (cosine), in its trainer with its defaults: the target
+    caption's embedding is pulled to the source's. The student is a Dense on the frozen encoder's pooled state, the
+    identity at first, and the model's own projection: what an adapter of kind "linear" is, into which it is written
+    back.
 
     Raises ImportError where sentence-transformers is not installed.
     """
@@ -101,7 +102,7 @@ def embed_distillation(
 
 
 def m2m(model: NrccrModel, cache: FeatureCache, rows: list[dict], args: NrccrTrainingArguments) -> NrccrModel:
-    """Two linear layers on a frozen multilingual encoder, from English text alone (M2M, arXiv 2601.10096)."""
+    """Train two linear layers on a frozen multilingual encoder, from English text alone (M2M, arXiv 2601.10096)."""
     set_seed(args.seed)
     names = ("projection_dim", "text_pooling", "visual_head", "visual_projection", "text_length")
     settings = {name: getattr(model.config, name) for name in names}
@@ -117,8 +118,8 @@ def m2m(model: NrccrModel, cache: FeatureCache, rows: list[dict], args: NrccrTra
 def trunk_calibration(
     model: NrccrModel, processor, rows: list[dict], args: NrccrTrainingArguments, epochs: int = 3
 ) -> NrccrModel:
-    """The first text blocks trained by InfoNCE with the English embeddings and a cosine anchor to them, from text
-    alone (arXiv 2608.30725; its temperature, weights and rate are not known here: those of `args`, 2e-4)."""
+    """Train the first text blocks by InfoNCE with the English embeddings and a cosine anchor to them, from text alone
+    (arXiv 2608.30725; its temperature, weights and rate are not known here: those of `args`, 2e-4)."""
     set_seed(args.seed)
     student = deepcopy(model)
     args = distillation_arguments(

@@ -118,7 +118,7 @@ class BestWeightsCallback(TrainerCallback):
 
 
 def watched(metrics: dict[str, float], args) -> float | None:
-    """The value of `metric_for_best_model`; None where these are the metrics of another data set."""
+    """Return the value of `metric_for_best_model`; None where these are the metrics of another data set."""
     name = args.metric_for_best_model or ""
     return metrics.get(name if name.startswith("eval_") else f"eval_{name}")
 

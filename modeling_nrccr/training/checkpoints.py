@@ -37,13 +37,14 @@ def mark_incomplete(directory: str | Path):
 
 
 def marked_files(directory: Path) -> dict[str, list[int]]:
-    """Size, and checksum where the mark has it, of each file that `mark_complete` saw."""
+    """Return the size, and checksum where the mark has it, of each file that `mark_complete` saw."""
     marked = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     return {name: value if isinstance(value, list) else [value] for name, value in marked.items()}
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether every file that `mark_complete` saw is there, as long as it was: half deleted is not complete either."""
+    """Tell whether every file that `mark_complete` saw is there, as long as it was: half deleted is not complete
+    either."""
     directory = Path(directory)
     try:
         return all((directory / name).stat().st_size == size for name, (size, *_) in marked_files(directory).items())
@@ -52,7 +53,7 @@ def is_complete(directory: str | Path) -> bool:
 
 
 def damage(directory: str | Path) -> str | None:
-    """What is wrong with a checkpoint, None where it can be resumed from. All of it is read."""
+    """Return what is wrong with a checkpoint; None where it can be resumed from. All of it is read."""
     directory = Path(directory)
     if not is_complete(directory):
         return "is not complete (the run was killed while it was written, or a file is missing)"
@@ -78,7 +79,8 @@ def crc32_of(path: Path) -> int:
 
 
 def last_complete_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole `checkpoint-*` of a run, None where there is none; warns of those that it passes over."""
+    """Return the newest whole `checkpoint-*` of a run, None where there is none. Warns of those that it passes
+    over."""
     for directory in reversed(sort_checkpoints(str(output_dir))):
         if (reason := damage(directory)) is None:
             return directory

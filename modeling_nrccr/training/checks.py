@@ -68,7 +68,7 @@ def fit_batches(args, dataset: Iterable | None, eval_dataset: Iterable | None = 
 
 
 def checksum(model: nn.Module) -> torch.Tensor:
-    """Of the bits of each parameter that is trained, `(num_parameters,)`: what has moved differs."""
+    """Return a checksum of the bits of each parameter that is trained, `(num_parameters,)`: what has moved differs."""
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     parameters = [p.detach() for p in model.parameters() if p.requires_grad]
     sums = [p.contiguous().view(whole[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
@@ -146,7 +146,7 @@ def no_step(args) -> str:
 
 
 def not_a_number(args, state, what: str) -> str:
-    """What is said of a step whose loss or gradient is NaN or infinite."""
+    """Return the message about a step whose loss or gradient is NaN or infinite."""
     kept = last_complete_checkpoint(args.output_dir)
     kept = f"{kept} is the last good checkpoint" if kept else "no checkpoint had been written before"
     return (

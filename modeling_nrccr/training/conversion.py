@@ -78,7 +78,7 @@ KNOWN_VALUES = {
 def convert_original_checkpoint(
     state_dicts: Sequence[Mapping[str, torch.Tensor] | None], options: Mapping, text_config: Mapping
 ) -> tuple[NrccrModel, LanguageDiscriminator | None, NrccrLoss]:
-    """The model with its published behaviour in `model.config`, its discriminator and its loss.
+    """Return the model with its published behaviour in `model.config`, its discriminator and its loss.
 
     Args:
         state_dicts: Of the five parts, in the order of `PARTS`, names with or without `module.`; the discriminator
@@ -117,8 +117,8 @@ def check_options(options: Mapping):
 
 
 def convert_options(options: Mapping, text_config: Mapping, parts: Mapping[str, Mapping]) -> NrccrConfig:
-    """The architecture that the options describe, with the published behaviour; only the numbers of positions, which
-    no option gives, come from the tensors of `parts`."""
+    """Return the architecture that the options describe, with the published behaviour; only the numbers of positions,
+    which no option gives, come from the tensors of `parts`."""
     check_options(options)
     positions = {
         name: len(parts[part][POSITIONS])
@@ -156,7 +156,7 @@ def convert_options(options: Mapping, text_config: Mapping, parts: Mapping[str, 
 
 
 def convert_loss(options: Mapping) -> NrccrLoss:
-    """The published loss with the weights, the margin and the kind of hinge that the options give."""
+    """Return the published loss with the weights, the margin and the kind of hinge that the options give."""
     return NrccrLoss.published(
         losses={
             "triplet": 1.0,
@@ -194,13 +194,13 @@ def discriminator_kind(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def unwrap(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A part's tensors that are read, by their bare names."""
+    """Return the tensors of a part that are read, by their bare names."""
     bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     return {name: tensor for name, tensor in bare.items() if not UNREAD.fullmatch(name)}
 
 
 def released_names(part: str, module: torch.nn.Module) -> dict[str, str]:
-    """Our name of each tensor of a part, by its name there."""
+    """Return our name of each tensor of a part, by its name there."""
     names = {}
     for name in module.state_dict():
         if ours := next((prefix for prefix in PREFIXES[part] if name.startswith(prefix)), None):

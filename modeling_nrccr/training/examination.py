@@ -95,9 +95,8 @@ class Examination:
             self.ask(FUSED.format(name), fuse_query_embeds(queries, self.translated, SHARE))
         self.ask_english(ENGLISH.format(name), model, processor)
 
-    def report(self, ours: tuple, rivals: dict[str, tuple], anchored: bool = False) -> dict:
-        """`verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`.
-        `anchored`: English was taught beside the language; the reasons say whether a language need be given."""
+    def report(self, ours: tuple, rivals: dict[str, tuple]) -> dict:
+        """Return `verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`."""
         self.ask_base()
         self.ask_model(OURS, *ours)
         model, language, processor = ours
@@ -121,8 +120,8 @@ class Examination:
 def embed_pictures(
     names, load: Callable, base: NrccrModel, processor, work=None, skip_broken: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The base's embedding of each picture, by name, and those that cannot be read, with the reason. `work`: folder
-    that keeps what was computed."""
+    """Return the base's embedding of each picture, by name, and those that cannot be read, with the reason. `work`:
+    folder that keeps what was computed."""
     side = base.language_side().set_trained_layers(0, False)
     cache = FeatureCache(side, processor.language_side(), work)
     broken = cache.add_images(names, load, skip_broken=skip_broken)
@@ -136,7 +135,7 @@ def embed_pictures(
 
 def verdict(sums: dict[str, np.ndarray], name: str, num_groups: int) -> tuple[str, list[str]]:
     """
-    What to do, and why.
+    Return what to do, and why.
 
     Of the base as it is, the language alone, the base asked in translation and both fused (in this order: each costs
     more than the one before) the first is taken that is not surely worse than the best. English that surely loses more
@@ -195,7 +194,7 @@ def compared(sums: dict[str, np.ndarray], row: str, other: str) -> str:
 
 
 def merge_reports(tested: dict[str, dict]) -> dict:
-    """All of several languages, each line and reason with its language, and the sternest verdict."""
+    """Merge the reports of several languages, each line and reason with its language, and the sternest verdict."""
     if len(tested) < 2:
         return next(iter(tested.values()), {})
     counts = {name: sum(part[name] for part in tested.values()) for name in ("queries", "pictures", "groups")}

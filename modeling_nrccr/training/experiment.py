@@ -113,7 +113,8 @@ class Experiment:
         )
 
     def keep_captions(self, count: int):
-        """So many of the training captions, each with all its translations."""
+        """Keep so many of the training captions, each with all its translations. Raises ValueError for fewer than 2,
+        or more than there are."""
         train = self.dataset["train"]
         captions = list(dict.fromkeys(train["caption_id"]))
         if not 2 <= count <= len(captions):
@@ -127,7 +128,7 @@ class Experiment:
         return rows.select([i for i, name in enumerate(rows["caption_id"]) if name in self.kept])
 
     def add_human_captions(self, count: int):
-        """Of so many training captions (-1: all), drawn by the split seed, the human target caption; beside the
+        """Add the human target caption of so many training captions (-1: all), drawn by the split seed; beside the
         translated ones, or with `target="human"` alone."""
         rows = self.of_kept(self.load("human", split_engines(self.script.translator)[0])[0]["train"])
         if count > len(rows):
@@ -138,7 +139,8 @@ class Experiment:
         self.dataset["train"] = concatenate_datasets([*beside, rows])
 
     def cached(self, model: NrccrModel, processor: NrccrProcessor) -> FeatureCache:
-        """Of all splits; the first process of each machine computes them, the others read what it wrote."""
+        """Return the cache of all splits; the first process of each machine computes them, the others read what it
+        wrote."""
         key = (model.text_tower.num_trained_layers, model.cached_text_pooling, self.args.needed_views())
         if key not in self.caches:
             self.caches[key] = self.compute_cache(model, processor)
@@ -189,7 +191,7 @@ class Experiment:
             logger.info("\n".join(f"  {reason}" for reason in broken.values()))
 
     def picture(self, split: str, row: int):
-        """A row's picture, or the frames of its video."""
+        """Return a row's picture, or the frames of its video."""
         try:
             media = self.dataset[split][row][self.media]
             return self.load_video(media) if self.media == "video" else media
@@ -204,7 +206,7 @@ class Experiment:
         return read_frames(video, self.script.num_frames)
 
     def base(self) -> NrccrTrainer:
-        """Of `base` as it is, to be asked in English and to teach."""
+        """Return a trainer of `base` as it is, to be asked in English and to teach."""
         args = copy(self.args)
         args.train_language, args.trained_text_layers, args.distillation_relation = None, 0, "picture"
         self.english = self.trainer(args)
@@ -212,7 +214,7 @@ class Experiment:
         return self.english
 
     def train(self, name: str, **changes) -> NrccrTrainer:
-        """A trained model, the best on validation; `changes` to the training arguments."""
+        """Train a model and return its trainer, with the best on validation; `changes`: to the training arguments."""
         directory = Path(f"{self.args.output_dir}-checkpoints", name)
         args = copy(self.args)  # not dataclasses.replace: __post_init__ of TrainingArguments cannot run twice
         for key, value in (changes | {"output_dir": str(directory)}).items():
@@ -227,8 +229,8 @@ class Experiment:
         return trainer
 
     def build(self, args: NrccrTrainingArguments) -> tuple[NrccrModel, NrccrProcessor]:
-        """New heads, drawn from the seed, over encoders that are loaded once; a copy of them where they train. With
-        `base` its own."""
+        """Build new heads, drawn from the seed, over encoders that are loaded once; a copy of them where they train.
+        With `base`, its own."""
         if self.script.base is not None:
             model, processor = load_model(self.script.base)
             set_seed(args.seed)
@@ -243,7 +245,7 @@ class Experiment:
         return self.with_language(model, args), processor
 
     def with_language(self, model: NrccrModel, args: NrccrTrainingArguments) -> NrccrModel:
-        """With the adapter of `args.train_language`, which alone is then trained; on its device."""
+        """Return the model with the adapter of `args.train_language`, which alone is then trained; on its device."""
         if args.train_language is None:
             return model.set_trained_layers(args.trained_text_layers, args.train_vision_tower).to(args.device)
         model.add_language(args.train_language, **self.model.adapter)
@@ -284,7 +286,8 @@ class Experiment:
         return None
 
     def has(self, column: str) -> bool:
-        """Whether every row of validation and test has a caption in `column`; human English is no machine's query."""
+        """Tell whether every row of validation and test has a caption in `column`; human English is no machine's
+        query."""
         held_out = [self.rows[split] for split in ("validation", "test")]
         if column == "source_caption" and self.script.translator == "none":
             if any(rows[column] == rows["reference_source_caption"] for rows in held_out):
@@ -292,17 +295,17 @@ class Experiment:
         return not any(rows.data.column(column).null_count for rows in held_out)
 
     def test(self, trainer: NrccrTrainer, query_column: str, split: str = "test"):
-        """Embeddings of queries and pictures, and the picture of each query."""
+        """Encode the test split. Return embeddings of queries and pictures, and the picture of each query."""
         rows = self.rows[split] if isinstance(trainer.data_collator.processor, FeatureCache) else self.dataset[split]
         return trainer.encode_dataset(rows, query_column)
 
     def queries(self, trainer: NrccrTrainer, query_column: str, split: str = "test") -> torch.Tensor:
-        """Embeddings of other queries for pictures that `test` has encoded."""
+        """Return embeddings of other queries for pictures that `test` has encoded."""
         return trainer.encode_captions(self.rows[split], query_column)
 
 
 def best_fusion_weight(target: torch.Tensor, source: torch.Tensor, images: torch.Tensor, owner: torch.Tensor) -> float:
-    """The share of the translated query that gives the best sum of recalls."""
+    """Find the share of the translated query that gives the best sum of recalls."""
     weights = [i / 10 for i in range(11)]
     return max(
         weights,

@@ -80,8 +80,8 @@ class FeatureCache:
         self.is_exact: bool | None = None  # not known before there are captions
 
     def add_texts(self, captions: Iterable[str | None], batch_size: int = 128):
-        """States of every new caption at the boundary, as one pooled state where nothing reads more; None is passed
-        over."""
+        """Add the states of every new caption at the boundary, as one pooled state where nothing reads more; None is
+        passed over."""
         captions = sorted({c for c in captions if c}, key=lambda caption: (len(caption), caption))
         if captions and self.is_exact is None:
             self.is_exact = self.compare(captions[:-1][:: -(-len(captions) // SAMPLE)] + captions[-1:])
@@ -105,7 +105,7 @@ class FeatureCache:
 
     @torch.no_grad()
     def compare(self, captions: list[str]) -> bool:
-        """Whether embeddings from cached states are those of a full pass."""
+        """Tell whether embeddings from cached states are those of a full pass."""
         model = self.model
 
         def embed(inputs: BatchFeature) -> torch.Tensor:
@@ -139,7 +139,7 @@ class FeatureCache:
     def add_images(
         self, image_ids: Iterable[str], load: Callable, batch_size: int = 16, skip_broken: bool = False
     ) -> dict[str, str]:
-        """Features of every new picture or video; `load(image_id)` returns a picture, or a list of frames.
+        """Add the features of every new picture or video; `load(image_id)` returns a picture, or a list of frames.
 
         Returns:
             With `skip_broken`, the ids that cannot be loaded, each with the reason; else that is a ValueError which
@@ -224,8 +224,8 @@ class FeatureCache:
 
 
 def load_media(image_id: str, load: Callable):
-    """What `load` gives; a ValueError that names `image_id` where that fails, whatever a decoder raises, or where a
-    video has no frames."""
+    """Return what `load` gives. Raises ValueError that names `image_id` where that fails, whatever a decoder raises,
+    or where a video has no frames."""
     try:
         media = load(image_id)
         if isinstance(media, Image):
@@ -264,13 +264,14 @@ class Store:
             self.read()
 
     def __getitem__(self, key: str) -> torch.Tensor:
-        """The vectors of one sequence, of shape `(length, width)`."""
+        """Return the vectors of one sequence, of shape `(length, width)`."""
         number = self.numbers([key])
         start = int(self.starts[number])
         return self.matrix[start : start + int(self.lengths[number])]
 
     def numbers(self, keys: Sequence[str]) -> torch.Tensor:
-        """For [`gather`], of shape `(len(keys),)`; they hold until something is added."""
+        """Return the numbers of sequences for [`gather`], of shape `(len(keys),)`; they hold until something is
+        added."""
         try:
             return torch.tensor(list(map(self.rows.__getitem__, keys)), dtype=torch.long)
         except KeyError as error:
@@ -279,8 +280,8 @@ class Store:
             ) from None
 
     def gather(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequences as one batch `(batch_size, length, width)`, padded with zeros, and its mask
-        `(batch_size, length)`."""
+        """Return sequences as one batch `(batch_size, length, width)`, padded with zeros, and its mask `(batch_size,
+        length)`."""
         lengths = self.lengths[numbers]
         position = torch.arange(int(lengths.max()))
         mask = position < lengths[:, None]
@@ -327,7 +328,7 @@ class Store:
 
     @contextmanager
     def lock(self):
-        """The right to replace the file. Whoever waits for it finds what it was going to compute."""
+        """Hold the right to replace the file. Whoever waits for it finds what it was going to compute."""
         if self.path is None:
             yield
             return
@@ -352,8 +353,9 @@ class Store:
         lost: dict[str, torch.Tensor],
         device: torch.device,
     ) -> Iterator[tuple[dict[str, int], torch.Tensor]]:
-        """The lengths of some sequences, and their vectors in a row. `lost`: what this process holds and the file no
-        longer has, because somebody removed it and another process began anew. `device`: where `compute` runs."""
+        """Yield the lengths of some sequences, and their vectors in a row. `lost`: what this process holds and the
+        file no longer has, because somebody removed it and another process began anew. `device`: where `compute`
+        runs."""
         is_first = self.matrix is None
         if lost:
             yield {key: len(vectors) for key, vectors in lost.items()}, torch.cat(list(lost.values()))
@@ -454,12 +456,12 @@ class Store:
         self.starts = 1 + self.lengths.cumsum(0) - self.lengths
 
     def index(self) -> dict[str, int]:
-        """The length of each sequence."""
+        """Return the length of each sequence."""
         return dict(zip(self.rows, self.lengths.tolist()))
 
 
 def file_state(path: Path | None) -> tuple | None:
-    """What tells a file from the one that takes its place; None where there is none."""
+    """Return what tells a file from the one that takes its place; None where there is none."""
     try:
         stat = path.stat() if path is not None else None
     except FileNotFoundError:
@@ -468,12 +470,12 @@ def file_state(path: Path | None) -> tuple | None:
 
 
 def as_bytes(vectors: torch.Tensor):
-    """Their memory, for writing; no copy."""
+    """Return the vectors' memory, for writing; no copy."""
     return vectors.contiguous().view(torch.uint8).numpy()
 
 
 def processor_settings(processor) -> str:
-    """All that decides what a processor gives, wherever it was loaded from and whatever code it carries."""
+    """Return all that decides what a processor gives, wherever it was loaded from and whatever code it carries."""
     settings = re.sub(r'"auto_map": \{[^}]*\},\s*', "", repr(processor))
     backend = getattr(getattr(processor, "tokenizer", None), "backend_tokenizer", None)
     if backend is None:  # of a slow tokenizer the folder alone tells the vocabulary
@@ -483,7 +485,7 @@ def processor_settings(processor) -> str:
 
 
 def fingerprint(*parts) -> str:
-    """Of modules (their weights) and of anything with a faithful `repr` or `to_dict`."""
+    """Return a fingerprint of modules (their weights) and of anything with a faithful `repr` or `to_dict`."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, torch.nn.Module):

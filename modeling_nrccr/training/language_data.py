@@ -28,7 +28,7 @@ HUMAN = ["image_id", "target_caption", "reference_source_caption"]
 
 
 def is_data_set(data: str) -> bool:
-    """Whether `data` names data sets, or the folder of one, and no file of captions."""
+    """Tell whether `data` names data sets, or the folder of one, and no file of captions."""
     if data.partition("+")[0].partition(":")[0] in (*BUILDERS, "parquet") or Path(data).is_dir():
         return True
     return not (OF_LANGUAGE.match(data) or Path(data).exists() or Path(data).suffix)

@@ -51,7 +51,7 @@ SINKHORN_STEPS = 20
 
 
 def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -> torch.Tensor:
-    """Boolean `(size, size)`: pairs off the diagonal that show the same picture, so are no negatives."""
+    """Return a boolean `(size, size)`: pairs off the diagonal that show the same picture, so are no negatives."""
     if image_ids is None:
         return torch.zeros(size, size, dtype=torch.bool, device=device)
     same = image_ids[:, None] == image_ids[None, :]
@@ -59,9 +59,10 @@ def same_item(image_ids: torch.Tensor | None, size: int, device: torch.device) -
 
 
 def similarities(a: torch.Tensor, b: torch.Tensor, measure: str = "cosine") -> torch.Tensor:
-    """`(n, n)`, b in rows. "order" is the negative order violation |max(b - a, 0)| (VSE++, arXiv 1707.05612);
-    "euclidean" and "l2" are the negative squared distance, "l1" the negative sum of absolute differences. "l1_norm"
-    and "l2_norm" are, as released, the POSITIVE mean over the width, so they push pairs apart: kept for parity alone.
+    """Return similarities `(n, n)`, b in rows. "order" is the negative order violation |max(b - a, 0)| (VSE++, arXiv
+    1707.05612); "euclidean" and "l2" are the negative squared distance, "l1" the negative sum of absolute differences.
+    "l1_norm" and "l2_norm" are, as released, the POSITIVE mean over the width, so they push pairs apart: kept for
+    parity alone.
     """
     if measure not in MEASURES:
         raise ValueError(f"triplet_measure={measure!r}: one of {', '.join(MEASURES)}")
@@ -84,7 +85,7 @@ def triplet_loss(
     direction: str = "all",
     measure: str = "cosine",
 ) -> torch.Tensor:
-    """Hinge on the hardest (or on every) negative, both ways (paper, eq. 8; VSE++, arXiv 1707.05612).
+    """Return the hinge on the hardest (or on every) negative, both ways (paper, eq. 8; VSE++, arXiv 1707.05612).
 
     a, b: `(n, dim)`, pairs in rows; ignored: boolean `(n, n)`, pairs that are no negatives. "mean" averages over all
     hinges of each direction (released: a plain sum), and the two directions add up.
@@ -104,15 +105,15 @@ def triplet_loss(
 
 
 def mean_of_pairs(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """Of one value a pair, `(n,)`; with `weights` `(n,)` their weighted mean."""
+    """Return the mean of one value a pair, `(n,)`; with `weights` `(n,)` their weighted mean."""
     return values.mean() if weights is None else (weights * values).sum() / weights.sum().clamp(min=1e-6)
 
 
 def agreement_weights(source: torch.Tensor, back_translation: torch.Tensor) -> torch.Tensor:
-    """`(n,)` in 0..1: how far a caption and its back-translation, both `(n, dim)`, agree beyond what unrelated
-    captions of the batch do. By a frozen encoder, as OSA weighs pairs (arXiv 2410.01944): the excess is squared; its
-    factor `1 - excess^2`, made for the small cosines of text and picture, would give perfect agreement no weight, and
-    is left out."""
+    """Return weights `(n,)` in 0..1: how far a caption and its back-translation, both `(n, dim)`, agree beyond what
+    unrelated captions of the batch do. By a frozen encoder, as OSA weighs pairs (arXiv 2410.01944): the excess is
+    squared; its factor `1 - excess^2`, made for the small cosines of text and picture, would give perfect agreement no
+    weight, and is left out."""
     cosines = source @ back_translation.t()
     unrelated = (cosines.sum() - cosines.trace()) / max(1, cosines.numel() - len(cosines))
     return ((cosines.diagonal() - unrelated) / (1 - unrelated).clamp(min=1e-6)).clamp(0, 1).square().detach()
@@ -122,9 +123,9 @@ def agreement_weights(source: torch.Tensor, back_translation: torch.Tensor) -> t
 def transport_weights(
     anchors: Sequence[torch.Tensor], target: torch.Tensor, ignored: torch.Tensor, temperature: float = 0.1
 ) -> torch.Tensor:
-    """`(n,)` in 0..1: the share of each target caption that the best transport of the batch's anchors to its target
-    captions, all `(n, dim)`, leaves in its own place; averaged over the kinds of anchors, sources and pictures. By
-    embeddings that are being learned, so that confidence grows with them. After DCOT (arXiv 2309.05451),
+    """Return weights `(n,)` in 0..1: the share of each target caption that the best transport of the batch's anchors
+    to its target captions, all `(n, dim)`, leaves in its own place; averaged over the kinds of anchors, sources and
+    pictures. By embeddings that are being learned, so that confidence grows with them. After DCOT (arXiv 2309.05451),
     whose costs and schedule of the two views are its own."""
     shares = []
     for anchor in anchors:
@@ -138,8 +139,8 @@ def transport_weights(
 def ranking_cross_entropy(
     queries: torch.Tensor, items: torch.Tensor, owner: torch.Tensor, scale: torch.Tensor, rows: int = 4096
 ) -> float:
-    """Softmax cross-entropy of `queries` `(n, dim)` over all `items` `(m, dim)`, of which `owner` `(n,)` is each
-    query's: what recalls measure, but without their steps."""
+    """Return the softmax cross-entropy of `queries` `(n, dim)` over all `items` `(m, dim)`, of which `owner` `(n,)` is
+    each query's: what recalls measure, but without their steps."""
     losses = [
         F.cross_entropy(scale * part @ items.t(), own, reduction="sum")
         for part, own in zip(queries.split(rows), owner.split(rows))
@@ -154,7 +155,8 @@ def contrastive_loss(
     scale: torch.Tensor,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Symmetric softmax contrast (InfoNCE, arXiv 1807.03748; CLIP, arXiv 2103.00020) of `(n, dim)` and `(n, dim)`."""
+    """Return the symmetric softmax contrast (InfoNCE, arXiv 1807.03748; CLIP, arXiv 2103.00020) of `(n, dim)` and `(n,
+    dim)`."""
     logits = (scale * b @ a.t()).masked_fill(ignored, float("-inf"))
     return clip_loss(logits, lambda values: mean_of_pairs(values, weights))
 
@@ -169,7 +171,8 @@ def distillation_loss(
     weights: torch.Tensor | None = None,
     teacher_items: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Similarity view: the teacher's softmax over the batch is the student's soft target, both ways (eq. 10-11).
+    """Return the loss of the similarity view: the teacher's softmax over the batch is the student's soft target, both
+    ways (eq. 10-11).
 
     items, student, teacher: `(n, dim)`; teacher_items: what the teacher is compared with, by default `items`.
     `detach_targets=False` lets targets carry gradient through `items`, as released; the teacher itself is always
@@ -196,7 +199,7 @@ def feature_distillation_loss(
     detach_targets: bool,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Feature view: the target embedding is pulled to the teacher's (paper, eq. 12).
+    """Return the loss of the feature view: the target embedding is pulled to the teacher's (paper, eq. 12).
 
     "cosine" is 1 - cosine, in 0..2. "smooth_l1" is as released: on unit vectors it is their mean squared difference
     over 2 beta, near 1e-4, and has no effect.

@@ -238,7 +238,7 @@ def write_outputs(output_dir: Path, experiment: Experiment, trainer: NrccrTraine
 
 
 def report_rows(report: dict) -> dict[str, dict]:
-    """The table that a run prints: what was asked, and how well it was answered."""
+    """Return the table that a run prints: what was asked, and how well it was answered."""
     language = report["settings"]["language"]
     english = report["settings"]["source_language"]
     model = "NRCCR" if "target" in report["settings"]["views"] else f"{english}-only model"
@@ -256,7 +256,7 @@ def report_rows(report: dict) -> dict[str, dict]:
 
 
 def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, shown: int = 5) -> list[QueryRow]:
-    """Queries drawn at random (not chosen) by the run's seed, with the best pictures of each."""
+    """Draw queries at random (not chosen) by the run's seed, with the best pictures of each."""
     rows = experiment.rows["test"]
     captions, references = rows["target_caption"], rows["reference_source_caption"]
     source = experiment.script.search_page

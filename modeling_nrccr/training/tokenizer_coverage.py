@@ -23,14 +23,16 @@ def words_of(text: str) -> list[str]:
 
 
 def script_of(word: str) -> str:
-    """The script of most of its letters, by the first word of their Unicode names: "Greek", "Cyrillic", "Thai"."""
+    """Return the script of most of a word's letters, by the first word of their Unicode names: "Greek", "Cyrillic",
+    "Thai"."""
     names = Counter(unicodedata.name(sign, "UNKNOWN").split()[0].split("-")[0] for sign in word)
     name = names.most_common(1)[0][0]
     return name if name == "CJK" else name.capitalize()
 
 
 def signs_of(word: str) -> int:
-    """Its length in signs; a wide one (Chinese, Japanese, Korean) is a syllable or a word, and counts two."""
+    """Return a word's length in signs; a wide one (Chinese, Japanese, Korean) is a syllable or a word, and counts
+    two."""
     return sum(2 if unicodedata.east_asian_width(sign) in "WF" else 1 for sign in word)
 
 

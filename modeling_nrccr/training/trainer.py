@@ -192,7 +192,8 @@ class NrccrTrainer(Trainer):
         return torch.ones_like(inputs[f"{prefix}input_ids"]) if mask is None else mask
 
     def pad_to_whole_batch(self, inputs: dict) -> dict:
-        """Where padding is pooled too (published), it is as long as the longest row of all processes wants it."""
+        """Pad a part of the batch as far as the longest row of all processes wants it, where padding is pooled too
+        (published)."""
         if self.args.world_size == 1 or not self.model.config.pool_padding:
             return inputs
         for name, value in inputs.items():
@@ -203,8 +204,8 @@ class NrccrTrainer(Trainer):
         return inputs
 
     def gather_batch(self, outputs: NrccrOutput, image_ids: torch.Tensor | None):
-        """The embeddings of all processes, with gradient, so that each computes the loss of the whole batch: DDP's
-        mean over processes of these gradients is then the gradient that one process with the whole batch has."""
+        """Gather the embeddings of all processes, with gradient, so that each computes the loss of the whole batch:
+        DDP's mean over processes of these gradients is then the gradient that one process with the whole batch has."""
         if self.args.world_size == 1:
             return outputs, image_ids
         gathered = {
@@ -215,7 +216,7 @@ class NrccrTrainer(Trainer):
         return NrccrOutput(**gathered), None if image_ids is None else self.accelerator.gather(image_ids)
 
     def discriminator_step(self, outputs: NrccrOutput, mask: torch.Tensor, target_mask: torch.Tensor) -> torch.Tensor:
-        """One step of the discriminator, on detached states, before the encoder's loss is computed through it."""
+        """Take one step of the discriminator, on detached states, before the encoder's loss is computed through it."""
         loss = discriminator_loss(
             self.judge(outputs.text_hidden_states.detach(), mask),
             self.judge(outputs.target_text_hidden_states.detach(), target_mask),
@@ -229,7 +230,8 @@ class NrccrTrainer(Trainer):
         return loss
 
     def judge(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The discriminator's logits `(batch_size, 2)`, in its own precision whatever autocast does around."""
+        """Return the discriminator's logits of shape `(batch_size, 2)`, in its own precision whatever autocast does
+        around."""
         with torch.autocast(states.device.type, enabled=False):
             return self.discriminator(states.to(next(self.discriminator.parameters()).dtype), mask)
 
@@ -252,9 +254,9 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Metrics over the full split, both directions, with `args.eval_query_column` as queries, and `cross_entropy`,
-        by which evaluations that are equal by `metric_for_best_model` are told apart; a dict of datasets gives each
-        its name as a prefix."""
+        """Return metrics over the full split, both directions, with `args.eval_query_column` as queries, and
+        `cross_entropy`, by which evaluations that are equal by `metric_for_best_model` are told apart; a dict of
+        datasets gives each its name as a prefix."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, dict):
             parts = (self.evaluate(part, None, f"{metric_key_prefix}_{name}") for name, part in eval_dataset.items())
@@ -273,7 +275,7 @@ class NrccrTrainer(Trainer):
         return metrics
 
     def encode_dataset(self, dataset, query_column: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings of the captions in `query_column` and of each picture once (or of its first caption in
+        """Return embeddings of the captions in `query_column`, of each picture once (or of its first caption in
         `args.eval_gallery_column`), and the row of each caption's picture `(num_captions,)`; the same on every
         process, each of which encodes a part, none twice."""
         first_rows, caption_to_image = picture_rows([row["image_id"] for row in without_images(dataset)])
@@ -285,7 +287,7 @@ class NrccrTrainer(Trainer):
         return queries, images, caption_to_image
 
     def encode_captions(self, dataset, column: str) -> torch.Tensor:
-        """Embeddings of a column of captions, of shape `(num_rows, projection_dim)`, the same on every process."""
+        """Embed a column of captions, of shape `(num_rows, projection_dim)`, the same on every process."""
         captions = [row[column] for row in without_images(dataset)]
         for i, caption in enumerate(captions):
             if not caption:
@@ -311,7 +313,7 @@ class NrccrTrainer(Trainer):
         return encode_images(model, indices, media, batch_size)
 
     def shared_out(self, items: list, encode) -> torch.Tensor:
-        """`encode` over `items`; whole batches are dealt out to the processes, because with `pool_padding` a row
+        """Map `encode` over `items`; whole batches are dealt out to the processes, because with `pool_padding` a row
         depends on its batch. The whole, in order, on each, of shape `(len(items), projection_dim)`."""
         processes, size = self.args.world_size, self.args.per_device_eval_batch_size
         if processes == 1:
@@ -324,7 +326,8 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- batches, schedule
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; of a stream too, a last batch that is not full is left out (`dataloader_drop_last`)."""
+        """Return the DataLoader as the Trainer does; of a stream too, a last batch that is not full is left out
+        (`dataloader_drop_last`)."""
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
         names = ("drop_last", "num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
@@ -334,7 +337,7 @@ class NrccrTrainer(Trainer):
         return self.accelerator.prepare(loader)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """As the Trainer's; a warm-up that would never end takes a tenth of the steps."""
+        """Create the schedule as the Trainer does; a warm-up that would never end takes a tenth of the steps."""
         if (warmup := self.args.get_warmup_steps(num_training_steps)) >= num_training_steps:
             self.args.warmup_steps = num_training_steps // 10
             logger.warning(
@@ -345,8 +348,8 @@ class NrccrTrainer(Trainer):
     # ------------------------------------------------------------------------------------------- saving, resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As the Trainer's; `True` takes the newest whole checkpoint, or starts anew where there is none. Raises
-        TimeoutError where another run is writing the same checkpoints."""
+        """Train as the Trainer does; `True` takes the newest whole checkpoint, or starts anew where there is none.
+        Raises TimeoutError where another run is writing the same checkpoints."""
         writes = self.args.should_save and self.args.save_strategy != "no"
         with writing(self.args.output_dir) if writes else nullcontext():
             return self.train_alone(resume_from_checkpoint, **kwargs)
@@ -383,7 +386,7 @@ class NrccrTrainer(Trainer):
 
     @torch.no_grad()
     def calibrate_language(self):
-        """The adapter's shift and the size of its noise, from the first training captions."""
+        """Set the adapter's shift and the size of its noise, from the first training captions."""
         adapted = self.accelerator.unwrap_model(self.model)
         model, processor = self.base or (adapted, self.data_collator.processor)
         own_language = None if self.base else self.args.train_language  # which the base has not
@@ -404,7 +407,7 @@ class NrccrTrainer(Trainer):
         adapted.adapter(self.args.train_language).calibrate(states["source_caption"], states["target_caption"])
 
     def set_initial_training_values(self, args, dataloader):
-        """No epoch is left for a run that had ended: the Trainer would take another step before it notices."""
+        """Leave no epoch for a run that had ended: the Trainer would take another step before it notices."""
         num_train_epochs, *others, max_steps = super().set_initial_training_values(args, dataloader)
         if (state := self.resumed_state) is not None:
             stopping = state.stateful_callbacks.get("EarlyStoppingCallback", {"args": {}, "attributes": {}})

@@ -215,8 +215,8 @@ def build_model(tokenizer: MarianTokenizer, script: TranslatorArguments) -> Mari
 
 def keep_padding_zero(model: MarianMTModel):
     """
-    Decoding starts from padding, whose embedding is zero in Marian (engines such as CTranslate2 rely on it); through
-    the tied output layer it would be trained.
+    Keep the embedding of padding zero, as it is in Marian. Decoding starts from it (engines such as CTranslate2 rely
+    on it); through the tied output layer it would be trained.
     """
     weight, pad = model.get_input_embeddings().weight, model.config.pad_token_id
     with torch.no_grad():

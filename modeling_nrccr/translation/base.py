@@ -22,13 +22,13 @@ class TranslationError(RuntimeError):
 
 
 def one_line(text: str) -> str:
-    """A text as engines get it and caches know it: accents composed (NFC), control characters and line breaks single
-    spaces."""
+    """Return a text as engines get it and caches know it: accents composed (NFC), control characters and line breaks
+    single spaces."""
     return " ".join(re.sub(r"[\x00-\x1f\x7f]", " ", unicodedata.normalize("NFC", text)).split())
 
 
 def file_fingerprint(paths: Iterable[str | Path]) -> str:
-    """Of the names and contents of files, wherever they lie; for `version`."""
+    """Return a fingerprint of the names and contents of files, wherever they lie; for `version`."""
     digest = hashlib.blake2b(digest_size=8)
     for path in map(Path, paths):
         with path.open("rb") as file:
@@ -71,7 +71,7 @@ class Translator:
     leaves_untranslated: bool = False
 
     def supported_pairs(self) -> list[tuple[str, str]]:
-        """The pairs `(source, target)` of language codes that this installation has."""
+        """Return the pairs `(source, target)` of language codes that this installation has."""
         raise NotImplementedError
 
     def _batches(self, texts: list[str], source: str, target: str) -> Iterable[list[str]]:
@@ -87,7 +87,7 @@ class Translator:
 
     def check_pair(self, source: str, target: str) -> tuple[str, str]:
         """
-        The supported pair that is meant: `pt-BR` is `pt` where there is but one Portuguese, `glg` is `gl`.
+        Return the supported pair that is meant: `pt-BR` is `pt` where there is but one Portuguese, `glg` is `gl`.
 
         Raises:
             ValueError: there is none; the message lists what there is, or the codes nearest to a wrong one.

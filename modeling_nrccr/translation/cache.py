@@ -73,7 +73,7 @@ class TranslationCache:
         connection.execute("COMMIT")
 
     def lookup(self, translator: Translator, source: str, target: str, texts: Iterable[str]) -> dict[str, str]:
-        """The answers that there are, by text; an empty one says that the engine had none."""
+        """Look up the answers that there are, by text; an empty one says that the engine had none."""
         keys = {text: _storable(text) for text in texts}
         wanted, found = list(dict.fromkeys(keys.values())), {}
         if not wanted:
@@ -108,7 +108,7 @@ class TranslationCache:
 
 
 def _storable(text: str) -> str:
-    """Half a surrogate pair, which no file can hold, becomes a question mark."""
+    """Make half a surrogate pair, which no file can hold, a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -156,7 +156,7 @@ class CachedTranslator(Translator):
         return self._cached_batches(list(texts), *self.check_pair(source, target))
 
     def _found(self, texts: Iterable[str], source: str, target: str) -> dict[str, str]:
-        """What an engine answered; where it had no answer, it is asked again."""
+        """Return what an engine answered. Where it had no answer, it is asked again."""
         found = self.cache.lookup(self.translator, source, target, texts)
         return {text: answer for text, answer in found.items() if answer}
 
@@ -192,7 +192,7 @@ class CachedTranslator(Translator):
 
 
 def translation_cache_path() -> Path:
-    """Where all examples keep what was translated, whatever the data set."""
+    """Return where all examples keep what was translated, whatever the data set."""
     return cache_folder() / "translations.sqlite"
 
 
@@ -206,8 +206,8 @@ def load_engine(
     **options,
 ) -> CachedTranslator:
     """
-    The engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a name:
-    that of the pair) need of Debian is fetched.
+    Load the engine of a spec, see [`load_translator`], behind the cache. What `apertium` and `dictionary` (without a
+    name: that of the pair) need of Debian is fetched.
 
     Args:
         pairs: what is wanted, `(source, target)`; the way back comes last.

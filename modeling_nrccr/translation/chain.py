@@ -37,7 +37,7 @@ class ChainTranslator(Translator):
         return sorted(found)
 
     def _stages(self, source: str, target: str) -> list[tuple[Translator, str, str]]:
-        """Each engine and its pair, in the order of the engines or, where that is the way, in the other."""
+        """Return each engine and its pair, in the order of the engines or, where that is the way, in the other."""
         problems = []
         for engines, pivots in ((self.engines, self.pivots), (self.engines[::-1], self.pivots[::-1])):
             codes = [source, *pivots, target]

@@ -108,7 +108,8 @@ class ChatTranslator(Translator):
         self._client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
 
     def supported_pairs(self) -> list[tuple[str, str]]:
-        """Of the languages that Whisper names, as examples: `check_pair` takes every other one too."""
+        """Return the pairs of the languages that Whisper names, as examples: `check_pair` takes every other one
+        too."""
         return [(source, target) for source in LANGUAGES for target in LANGUAGES if source != target]
 
     def check_pair(self, source: str, target: str) -> tuple[str, str]:
@@ -135,7 +136,7 @@ class ChatTranslator(Translator):
             pool.shutdown(cancel_futures=True)  # after a failure, the rest of the batch is not asked for
 
     def _ask(self, text: str, instruction: str, source: str, target: str) -> str:
-        """The translation, or "" where the model gives none however it is asked."""
+        """Ask for the translation, or "" where the model gives none however it is asked."""
         language, problem, refused = _language_name(target).partition(" (")[0], "", 0
         for attempt in range(self.max_retries + 1):
             if attempt and not refused:
@@ -179,7 +180,7 @@ class ChatTranslator(Translator):
 
 def read_answer(content: str, text: str, language: str, cut: bool = False) -> tuple[str, str]:
     """
-    The translation that a model's answer holds, and what is wrong with it ("" if nothing is).
+    Read the translation that a model's answer holds, and what is wrong with it ("" if nothing is).
 
     Args:
         text: what was to be translated: signs that it has itself are no decoration.
@@ -210,7 +211,7 @@ def read_answer(content: str, text: str, language: str, cut: bool = False) -> tu
 
 
 def undecorated(line: str, text: str) -> str:
-    """Without quotation marks, backticks and asterisks around the whole."""
+    """Return a line without quotation marks, backticks and asterisks around the whole."""
     line = line.strip()
     while len(line) > 2 and _QUOTES.get(line[0]) == line[-1] and text[0] != line[0]:
         line = line[1:-1].strip()

@@ -30,8 +30,8 @@ _HAVE_NO_ARTICLES = set("be bs cs et fi hi hr id ja ko la lt lv ms pl ru sk sl s
 
 def dictionary_package(source: str, target: str) -> str:
     """
-    The name of the Debian package that FreeDict's dictionary of a pair has, if there is one: `dict-freedict-eng-ces`
-    for en-cs. Its index lies at `usr/share/dictd/freedict-eng-ces.index`.
+    Return the name of the Debian package that FreeDict's dictionary of a pair has, if there is one:
+    `dict-freedict-eng-ces` for en-cs. Its index lies at `usr/share/dictd/freedict-eng-ces.index`.
     """
     try:
         codes = [Language.get(code).to_alpha3() for code in (source, target)]
@@ -42,8 +42,8 @@ def dictionary_package(source: str, target: str) -> str:
 
 def read_dictd(index: str | Path) -> dict[str, list[str]]:
     """
-    Headwords and their translations, in order, of a dictionary in the format of dictd: tab-separated headword, offset
-    and length in base 64, beside a gzipped text (https://github.com/cheusov/dictd, dictfmt(1)).
+    Read headwords and their translations, in order, of a dictionary in the format of dictd: tab-separated headword,
+    offset and length in base 64, beside a gzipped text (https://github.com/cheusov/dictd, dictfmt(1)).
 
     Raises:
         TranslationError: a file is missing or damaged; it is named, with the line.
@@ -97,8 +97,8 @@ def _translations(lines: Iterable[str]) -> Iterator[str]:
 
 def _best(entries: dict[str, list[str]]) -> dict[str, str]:
     """
-    One translation a word: of those with the fewest words the one that translates the fewest other words, since what
-    stands for everything ("thing", "lump") means little. Chosen on training captions, by chrF: 32.4 for emoji in
+    Choose one translation a word: of those with the fewest words the one that translates the fewest other words, since
+    what stands for everything ("thing", "lump") means little. Chosen on training captions, by chrF: 32.4 for emoji in
     Czech, where the first translation has 28.4 and the shortest 27.5.
     """
     uses = Counter(translation for found in entries.values() for translation in found)
@@ -110,7 +110,7 @@ def _best(entries: dict[str, list[str]]) -> dict[str, str]:
 
 
 def _english_lemmas(word: str) -> Iterator[str]:
-    """What an English word may be an inflected form of: cats, boxes, ponies, running, baked, tried, dog's."""
+    """Yield what an English word may be an inflected form of: cats, boxes, ponies, running, baked, tried, dog's."""
     for ending, replacements in (
         ("'s", [""]),
         ("’s", [""]),
@@ -168,7 +168,7 @@ class DictionaryTranslator(Translator):
         return self._pairs
 
     def _table(self, source: str, target: str) -> dict[str, str]:
-        """The one translation of each word."""
+        """Return the one translation of each word."""
         if (source, target) not in self._tables:
             entries = self._entries
             if (source, target) != self._pairs[0]:

@@ -31,7 +31,7 @@ _PIVOT = re.compile(rf"({_QUOTED})|\+([a-z]{{2,3}}(?:-[A-Za-z0-9]+)*)\+")
 
 
 def split_engines(specs: str) -> list[str]:
-    """The specs of several engines, joined by ','; not at one that stands in double quotes, as in
+    """Split the specs of several engines at ','; not at one that stands in double quotes, as in
     `apertium,file:"a,b.tsv"`. Raises ValueError for a quotation mark without its second."""
     if specs.count('"') % 2:
         raise ValueError(f"{specs!r} has an odd number of quotation marks: each opens or closes a path")
@@ -39,8 +39,8 @@ def split_engines(specs: str) -> list[str]:
 
 
 def split_spec(spec: str) -> tuple[list[str], list[str]]:
-    """The engines of a spec and the languages between them: `apertium+es+apertium`, one engine twice by way of es.
-    Nothing is split within double quotes, which stay."""
+    """Split a spec into its engines and the languages between them: `apertium+es+apertium`, one engine twice by way of
+    es. Nothing is split within double quotes, which stay."""
     engines, pivots, start = [], [], 0
     for match in _PIVOT.finditer(spec):
         if match[2]:

@@ -13,7 +13,7 @@ _SAME = 5  # CLDR's distance up to which two codes are one language: pt-BR and p
 
 
 def _language(code: str) -> Language:
-    """Raises a ValueError if that is no BCP 47, written with "-" or "_"."""
+    """Parse a code. Raises ValueError if it is no BCP 47, written with "-" or "_"."""
     first, *rest = code.replace("_", "-").split("-")
     return Language.get("-".join([_ALIASES.get(first, first), *rest]))
 
@@ -24,7 +24,7 @@ def _is_same(language: Language, other: Language) -> bool:
 
 def standard_code(code: str) -> str:
     """
-    The shortest BCP 47 code, which is ISO 639-1 where there is one: `gl` for `glg`, `glg_Latn` and `gl_ES`, but
+    Return the shortest BCP 47 code, which is ISO 639-1 where there is one: `gl` for `glg`, `glg_Latn` and `gl_ES`, but
     `zh-Hant` for `zho_Hant`. What is no language code stays as it is.
     """
     try:
@@ -41,8 +41,8 @@ def _rank(code: str, language: str) -> tuple:
 
 def standard_codes(codes: Iterable[str]) -> dict[str, str]:
     """
-    Standard codes and the engine's own for them. Where two of its codes are one language (`zho_Hans` and `zho_Hant`,
-    `kas_Arab` and `kas_Deva`), the usual one has the short code and the others keep what tells them apart.
+    Return standard codes and the engine's own for them. Where two of its codes are one language (`zho_Hans` and
+    `zho_Hant`, `kas_Arab` and `kas_Deva`), the usual one has the short code and the others keep what tells them apart.
     """
     groups = defaultdict(list)
     for code in codes:
@@ -60,7 +60,8 @@ def standard_codes(codes: Iterable[str]) -> dict[str, str]:
 
 
 def closest_code(code: str, known: Iterable[str]) -> str | None:
-    """The one of `known` that is the same language (`pt-BR`: `pt`, `glg`: `gl`, `zh-TW`: `zh-Hant`), else None."""
+    """Find the one of `known` that is the same language (`pt-BR`: `pt`, `glg`: `gl`, `zh-TW`: `zh-Hant`), else
+    None."""
     known = list(known)
     if code in known:
         return code
@@ -73,7 +74,8 @@ def closest_code(code: str, known: Iterable[str]) -> str | None:
 
 
 def nearest_codes(code: str, known: Iterable[str], count: int = 5) -> str:
-    """For messages: up to `count` of `known` that may have been meant; `cs` first for `cz`, the country's code."""
+    """Name, for messages, up to `count` of `known` that may have been meant; `cs` first for `cz`, the country's
+    code."""
     known = sorted(known)
     guesses = []
     try:

@@ -55,16 +55,17 @@ def _identifier():
 
 def sentence_chrf(hypothesis: str, reference: str) -> float:
     """
-    chrF (Popović, 2015, https://aclanthology.org/W15-3049) of one pair, 0 to 100. Upper and lower case are alike here
-    and in all that follows: engines begin with a capital where emoji names do not, which matters to no picture.
+    Return chrF (Popović, 2015, https://aclanthology.org/W15-3049) of one pair, 0 to 100. Upper and lower case are
+    alike here and in all that follows: engines begin with a capital where emoji names do not, which matters to no
+    picture.
     """
     return _chrf().sentence_score(hypothesis, [reference]).score
 
 
 def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], language: str) -> dict[str, float]:
     """
-    `chrf` and `bleu` of a corpus, 0 to 100, as sacrebleu computes them with `lowercase=True`; `language`: of both
-    sides, for BLEU's tokenizer.
+    Return `chrf` and `bleu` of a corpus, 0 to 100, as sacrebleu computes them with `lowercase=True`; `language`: of
+    both sides, for BLEU's tokenizer.
     """
     from sacrebleu.metrics import BLEU
 
@@ -74,15 +75,15 @@ def corpus_scores(hypotheses: Sequence[str], references: Sequence[str], language
 
 
 def copied_share(source: str, translation: str) -> float:
-    """The share of a translation's letters, 0 to 1, in words that stand in the source too: mostly left untranslated,
-    though some words are the same in both languages."""
+    """Return the share of a translation's letters, 0 to 1, in words that stand in the source too: mostly left
+    untranslated, though some words are the same in both languages."""
     words, known = WORD.findall(translation.casefold()), set(WORD.findall(source.casefold()))
     return sum(len(word) for word in words if word in known) / max(sum(map(len, words)), 1)
 
 
 def translation_confidence(source: str, translation: str, back_translation: str) -> float:
     """
-    How far a translation can be trusted, 0 to 1, from the three texts alone:
+    Return how far a translation can be trusted, 0 to 1, from the three texts alone:
 
         chrF(back_translation, source) / 100 * (1 - copied_share(source, translation)) ** 2
 
@@ -100,8 +101,8 @@ def encoder_agreement(
     sources: Sequence[str], translations: Sequence[str], embed: Callable[[list[str]], ArrayLike]
 ) -> np.ndarray:
     """
-    How much closer each translation lies to its own caption than to any, by a multilingual encoder: 0 as close as to
-    the others on average, 1 in one place. Of shape `(len(sources),)`.
+    Return how much closer each translation lies to its own caption than to any, by a multilingual encoder: 0 as close
+    as to the others on average, 1 in one place. Of shape `(len(sources),)`.
 
     Args:
         embed: texts to L2-normalised embeddings of shape `(len(texts), embed_dim)`.
@@ -116,8 +117,8 @@ def encoder_agreement(
 
 def wrong_language(text: str, target: str, source: str) -> str | None:
     """
-    The language that a text is in, if that is clearly not `target`: py3langid finds `source` e times likelier, or any
-    other language 20 times. None where it is `target`, or too short to tell.
+    Return the language that a text is in, if that is clearly not `target`: py3langid finds `source` e times likelier,
+    or any other language 20 times. None where it is `target`, or too short to tell.
 
     Raises:
         ValueError: the identifier does not know `target`; [`knows_language`] tells.
@@ -136,7 +137,7 @@ def wrong_language(text: str, target: str, source: str) -> str | None:
 
 
 def knows_language(code: str) -> bool:
-    """Whether the identifier knows a language, given by its ISO 639-1 or BCP 47 code."""
+    """Tell whether the identifier knows a language, given by its ISO 639-1 or BCP 47 code."""
     return _identifier_code(code) in _languages()
 
 
@@ -152,7 +153,8 @@ def _languages() -> list[str]:
 
 def correlation(first: Sequence[float], second: Sequence[float]) -> dict[str, float | None]:
     """
-    `spearman` and `pearson` of two sequences of one length; ties share their mean rank; None where one is constant.
+    Compute `spearman` and `pearson` of two sequences of one length; ties share their mean rank; None where one is
+    constant.
 
     Raises ValueError if the lengths differ, or are below 2.
     """
@@ -195,7 +197,7 @@ class Pair:
 
 def measure_noise(pairs: Sequence[Pair], source_language: str, target_language: str, num_worst: int = 50) -> dict:
     """
-    What a translation did to a set of captions.
+    Measure what a translation did to a set of captions.
 
     Returns:
         `dict` of:
@@ -271,12 +273,12 @@ def measure_noise(pairs: Sequence[Pair], source_language: str, target_language: 
 
 
 def _key(text: str) -> str:
-    """A text without case and punctuation; two texts with the same one say the same."""
+    """Return a text without case and punctuation; two texts with the same one say the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def _worst(rows: list[dict], count: int) -> list[dict]:
-    """The `count` worst, each pair of texts once; equals by length, then in the order of the rows."""
+    """Return the `count` worst pairs, each pair of texts once; equals by length, then in the order of the rows."""
     by = next((name for name in ("quality", "confidence") if None not in [row[name] for row in rows]), None)
     if by is None:
         return []
@@ -288,7 +290,7 @@ def dataset_pairs(
     dataset, references: Mapping[str, str] | None = None, engine: str | None = None
 ) -> dict[tuple[str, str], list[Pair]]:
     """
-    The machine translations of a split with the builders' columns, by direction `(source, target)`.
+    Return the machine translations of a split with the builders' columns, by direction `(source, target)`.
 
     - A row whose `target_caption` is a translation: from `source_caption`, back in `back_translation`; outside
       training from `reference_source_caption`, back in `source_caption`.
@@ -336,7 +338,7 @@ def dataset_pairs(
 
 
 def translation_engines(dataset) -> list[str]:
-    """The engines whose translations stand in columns of their own, `target_caption_<engine>`."""
+    """Return the engines whose translations stand in columns of their own, `target_caption_<engine>`."""
     prefix = "target_caption_"
     return [name.removeprefix(prefix) for name in dataset.column_names if name.startswith(prefix)]
 
@@ -345,8 +347,9 @@ def noise_report(
     dataset_dict, references: Mapping[str, Mapping[str, str]] | None = None, num_worst: int = 50
 ) -> list[dict]:
     """
-    [`measure_noise`] of every split of a translated `DatasetDict`, one entry a split, direction and engine: `split`,
-    `engine` (None where people wrote the captions that were translated, since no column names it) and the measures.
+    Return [`measure_noise`] of every split of a translated `DatasetDict`, one entry a split, direction and engine:
+    `split`, `engine` (None where people wrote the captions that were translated, since no column names it) and the
+    measures.
 
     Args:
         references: human target captions, by split and `caption_id`.

@@ -14,7 +14,7 @@ def apertium_root(
     pairs: Iterable[tuple[str, str]], data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> Path | None:
     """
-    The folder for `ApertiumTranslator(root=...)` that holds Apertium with `pairs` of ISO 639-1 codes, such as
+    Find the folder for `ApertiumTranslator(root=...)` that holds Apertium with `pairs` of ISO 639-1 codes, such as
     `[("en", "gl"), ("gl", "en")]`: `data_dir` if that has an Apertium; None where the Apertium on the PATH has them
     all; otherwise fetched.
     """
@@ -32,7 +32,7 @@ def freedict_index(
     source: str, target: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """
-    The index of the FreeDict dictionary of a pair of ISO 639-1 codes, in that direction or else in the other
+    Find the index of the FreeDict dictionary of a pair of ISO 639-1 codes, in that direction or else in the other
     (`DictionaryTranslator` reads both ways): below `data_dir` if that has it, as installed on this system, or fetched.
     """
 

@@ -85,7 +85,7 @@ class FileTranslator(Translator):
 
 
 def _rows(file: Path) -> Iterator[tuple[str, tuple]]:
-    """Place and values of each row; the first are the names of the columns."""
+    """Yield the place and values of each row; the first are the names of the columns."""
     try:
         if file.suffix == ".parquet":
             table = pyarrow.parquet.read_table(file)

@@ -49,8 +49,8 @@ class LanguageScheme:
 
 def language_scheme(tokenizer, name: str, pairs: Sequence[tuple[str, str]] | None = None) -> LanguageScheme:
     """
-    What a tokenizer lists: the tags `>>cs<<` of Marian, or its `source_lang` and `target_lang`; the codes of M2M100
-    (`gl`), NLLB (`glg_Latn`) and mBART-50 (`gl_ES`); the tokens `<2gl>` of MADLAD.
+    Return the languages that a tokenizer lists: the tags `>>cs<<` of Marian, or its `source_lang` and `target_lang`;
+    the codes of M2M100 (`gl`), NLLB (`glg_Latn`) and mBART-50 (`gl_ES`); the tokens `<2gl>` of MADLAD.
 
     Args:
         name (`str`): of the model, for messages.
@@ -173,7 +173,7 @@ class Seq2SeqTranslator(Translator):
         return self.scheme.pairs
 
     def _encode(self, texts: list[str], source: str, target: str) -> list[list[int]]:
-        """Token ids of each text with the special tokens of its pair, cut to `max_length`."""
+        """Return the token ids of each text with the special tokens of its pair, cut to `max_length`."""
         if self.scheme.forces_target:
             self.tokenizer.src_lang = self.scheme.sources[source]
         elif self.scheme.prefix:
@@ -249,7 +249,7 @@ class Seq2SeqTranslator(Translator):
     def _generate(
         self, ids: list[list[int]], forced_token: int | None, max_new_tokens: int, target: str
     ) -> list[list[int]]:
-        """The answers' token ids, up to the end token."""
+        """Generate the answers' token ids, up to the end token."""
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         made = self.model.generate(
             input_ids=batch["input_ids"],
