@@ -1,5 +1,5 @@
-"""Folds the active language into plain weights: LoRA into the text encoder, the adapter into the affine maps before and
-after the pooled state. What is left is of a class that knows nothing of languages."""
+"""Folds the active language into plain weights: LoRA into the text encoder, the adapter into the affine maps before
+and after the pooled state. What is left is of a class that knows nothing of languages."""
 
 from operator import attrgetter
 

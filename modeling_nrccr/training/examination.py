@@ -95,8 +95,9 @@ class Examination:
             self.ask(FUSED.format(name), fuse_query_embeds(queries, self.translated, SHARE))
         self.ask_english(ENGLISH.format(name), model, processor)
 
-    def report(self, ours: tuple, rivals: dict[str, tuple]) -> dict:
-        """Return `verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`."""
+    def report(self, ours: tuple, rivals: dict[str, tuple], anchored: bool = False) -> dict:
+        """Return `verdict`, `reasons`, `found` and counts. `ours`, and each of `rivals`: as of `ask_model`.
+        `anchored`: English was taught beside the language; the reasons say whether a language need be given."""
         self.ask_base()
         self.ask_model(OURS, *ours)
         model, language, processor = ours

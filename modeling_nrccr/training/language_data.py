@@ -142,7 +142,7 @@ def translators(script: LanguageArguments, language: str) -> list[str]:
 
 
 def check_anchor(script: LanguageArguments, captions: dict[str, Captions]):
-    """Raises ValueError for words that are to anchor the source language where there is no lexicon."""
+    """Raise ValueError for words that are to anchor the source language where there is no lexicon."""
     if "words" not in ANCHORS[script.source_anchor]:
         return
     parallel = all(of_language.translations is not None for of_language in captions.values())

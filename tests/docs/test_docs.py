@@ -20,7 +20,6 @@ PLACES = ("", "benchmarks", "docs", "docs/study", "modeling_nrccr/recipes", "mod
 PAGES = sorted(str(path.relative_to(ROOT)) for place in PLACES for path in (ROOT / place).glob("*.md"))
 PAGES.remove("CHANGELOG.md")  # says what was
 PAGES.remove("model_card.md")  # a template
-PAGES.remove("README.md")  # until it is rewritten: delete this line then
 FOLDERS = "benchmarks|datasets_scripts|docs|examples|modeling_nrccr|tests"
 A_PATH = re.compile(rf"(?<![\w/.:-])(?:{FOLDERS})/[\w./*-]*")
 STANDS_FOR_ANY = re.compile(r"\b(?:X|NAME|STUDY)\b")
