@@ -30,7 +30,8 @@ LORA = RLock()  # of peft's layers, which hold what is active: threads take turn
 
 
 def load_peft():
-    """Import peft, when a language with LoRA is met, and inside `try`: the Hub's loader demands all other imports."""
+    """Import peft, when a language with LoRA is met, and inside `try`: the Hub's loader demands all other imports.
+    Raises ImportError without it."""
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -190,7 +191,8 @@ class NrccrLanguagesMixin:
             self.set_language(before)
 
     def languages_of(self, size: int, languages: str | Sequence[str | None] | None) -> list[str | None]:
-        """Return one language for each of `size` texts; by default the active one."""
+        """Return one language for each of `size` texts; by default the active one. Raises ValueError for another
+        number of them."""
         languages = self.language if languages is None else languages
         if languages is None or isinstance(languages, str):
             languages = [languages] * size
@@ -280,8 +282,8 @@ class NrccrLanguagesMixin:
             yield
 
     def merge_language(self, language: str):
-        """Folds the language's LoRA into the text tower, for good: the model then reads that language alone, and
-        loads where there is no peft."""
+        """Folds the language's LoRA into the text tower, for good: the model then reads that language alone, and loads
+        where there is no peft. Raises ValueError for a language without LoRA."""
         if not self.has_lora(language):
             raise ValueError(f"{language!r} has no LoRA to merge: save_pretrained keeps its adapter as it is")
         with LORA:

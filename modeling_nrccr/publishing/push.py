@@ -105,7 +105,8 @@ def renamed(card: ModelCard, name: str) -> str:
 
 
 def read_report(folder: Path, base: str | None) -> dict:
-    """Return what `nrccr add-language` reported, without folders of this machine. `base`: how its base is called."""
+    """Return what `nrccr add-language` reported, without folders of this machine. `base`: how its base is called.
+    Raises ValueError where there is no report."""
     if not (folder / REPORT).is_file():
         raise ValueError(f"{folder} has no {REPORT}: name the folder that `nrccr add-language` wrote")
     report = json.loads(without_folders((folder / REPORT).read_text(encoding="utf-8")))
@@ -131,7 +132,8 @@ def write_language(source: Path, folder: Path, name: str, base: str | None):
 def write_model(
     source: Path, folder: Path, name: str, languages: Sequence[str], base: str | None, dtype: str | None = None
 ):
-    """Write what is uploaded of a model: weights, processor, code and card; with `languages` in it."""
+    """Write what is uploaded of a model: weights, processor, code and card; with `languages` in it. Raises ValueError
+    where there is no model."""
     if not (source / "config.json").is_file():
         raise ValueError(f"{source} holds no model: name what `nrccr train` wrote (make demo: outputs/demo)")
     if not languages:

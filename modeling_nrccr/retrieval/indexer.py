@@ -54,7 +54,8 @@ class LeftOut(NamedTuple):
 
 
 def list_media(gallery: Path) -> Found:
-    """Find pictures and videos under `gallery`, and what is passed over; see [`walk`]."""
+    """Find pictures and videos under `gallery`, and what is passed over; see [`walk`]. Raises ValueError for a folder
+    whose name is not UTF-8."""
     if not is_utf8(gallery):
         raise ValueError(f"{printable(gallery)}: {NOT_UTF8}")
     found = walk(gallery, SUFFIXES)

@@ -122,6 +122,9 @@ def fuse_query_embeds(
 
     Returns:
         L2-normalised embeddings of shape `(..., embed_dim)`.
+
+    Raises:
+        ValueError: for a weight that is not in 0..1, and for two shapes.
     """
     if not 0.0 <= translation_weight <= 1.0:
         raise ValueError(f"translation_weight must be between 0 and 1, got {translation_weight}.")
@@ -145,6 +148,10 @@ def chance_metrics(
         num_images: number of pictures.
         caption_to_image: LongTensor of shape `(num_captions,)`, as in [`compute_retrieval_metrics`]; without it the
             captions are spread over the pictures evenly.
+
+    Raises:
+        ValueError: there are no captions or no pictures, or `caption_to_image` has another number of rows than
+            captions.
     """
     if num_captions < 1 or num_images < 1:
         raise ValueError(f"Needs captions and pictures, got {num_captions} captions and {num_images} pictures.")

@@ -234,14 +234,14 @@ class NrccrRetriever:
             self._store(embeds, ids, metadata, rows)
 
     def remove(self, ids: Sequence[str | int]) -> int:
-        """Removes what the gallery has of `ids`, and returns how many that were."""
+        """Removes what the gallery has of `ids`, and returns how many that were. Raises ValueError for a single id."""
         if isinstance(ids, (str, int)):
             raise ValueError(f"remove() takes a list of ids, got {ids!r}.")
         return self.index.remove(list(ids))
 
     def encode_query(self, query: str | Image.Image, language: Language = ACTIVE) -> torch.Tensor:
         """Return the L2-normalised embedding of a text, read by `language` as in [`search`], or of a picture, of shape
-        `(projection_dim,)`."""
+        `(projection_dim,)`. Raises ValueError for a text that no text encoder should read."""
         if isinstance(query, Image.Image):
             return encode_images(self.model, [query], self.processor)[0]
         if problem := text_problem(query):
@@ -311,6 +311,9 @@ class NrccrRetriever:
         Args:
             target: a folder, `NAME.db` or a URI.
             options: of the engine of `target`, if that is another.
+
+        Raises:
+            ValueError: a gallery that is in memory only, without `target`.
         """
         here = self.index.location
         target = here if target is None else target

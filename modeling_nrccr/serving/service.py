@@ -197,7 +197,8 @@ class Service:
         return encode(self.model, items, list, embed, len(items), None)
 
     def check_images(self, images: dict[str, str]) -> dict[str, bytes]:
-        """Map base64 to files, by field of the request; nothing of them is decoded."""
+        """Map base64 to files, by field of the request; nothing of them is decoded. Raises HTTPException 413 and 422
+        for more bytes and pixels than are taken."""
         files = {field: decode_base64(field, encoded) for field, encoded in images.items()}
         for field, content in files.items():
             if len(content) > self.limits.max_image_bytes:

@@ -209,7 +209,8 @@ def released_names(part: str, module: torch.nn.Module) -> dict[str, str]:
 
 
 def load(module: torch.nn.Module, parts: Mapping[str, Mapping[str, torch.Tensor]]):
-    """Loads every part; what the released model lacks (`logit_scale`) keeps its initial value."""
+    """Loads every part; what the released model lacks (`logit_scale`) keeps its initial value. Raises ValueError for
+    tensors that do not fit the options."""
     weights, faults = module.state_dict(), []
     for part, tensors in parts.items():
         names = released_names(part, module)

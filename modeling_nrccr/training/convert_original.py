@@ -70,7 +70,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def bert_config_of(text_encoder: Mapping[str, torch.Tensor]) -> dict:
-    """Return the sizes of a BERT, read from its tensors; its heads are 64 wide, as in every published one."""
+    """Return the sizes of a BERT, read from its tensors; its heads are 64 wide, as in every published one. Raises
+    ValueError for tensors of no such BERT."""
     sizes = {name.removeprefix("text_bert.text_bert."): t.shape for name, t in unwrap(text_encoder).items()}
     try:
         vocab_size, hidden_size = sizes["embeddings.word_embeddings.weight"]

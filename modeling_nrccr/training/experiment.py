@@ -42,7 +42,8 @@ load_tokenizer = lru_cache(AutoTokenizer.from_pretrained)  # a large vocabulary 
 
 
 def build_model(fields: ModelArguments, encoders: NrccrModel | None = None) -> tuple[NrccrModel, NrccrProcessor]:
-    """Return a new model and its processor; over the towers of `encoders` where they are given."""
+    """Return a new model and its processor; over the towers of `encoders` where they are given. Raises ValueError for
+    `do_lower_case` with a tokenizer that ignores it."""
     with PartialState().main_process_first():  # it may fetch and build them
         text_encoder = find_encoder(fields.text_encoder)
         vision_encoder = None if fields.vision_encoder == "none" else find_encoder(fields.vision_encoder)
@@ -129,7 +130,7 @@ class Experiment:
 
     def add_human_captions(self, count: int):
         """Add the human target caption of so many training captions (-1: all), drawn by the split seed; beside the
-        translated ones, or with `target="human"` alone."""
+        translated ones, or with `target="human"` alone. Raises ValueError for more than there are."""
         rows = self.of_kept(self.load("human", split_engines(self.script.translator)[0])[0]["train"])
         if count > len(rows):
             raise ValueError(f"human_captions={count}, but there are {len(rows)}: -1 takes all")

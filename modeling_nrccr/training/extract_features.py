@@ -81,7 +81,8 @@ def write_shard(path: Path, feats: dict[str, np.ndarray]):
 
 
 def start(output: Path, settings: dict) -> ShardFeatures:
-    """Return the shards that are there, once it is sure that they were made with the same settings."""
+    """Return the shards that are there, once it is sure that they were made with the same settings. Raises ValueError
+    for other ones."""
     state, record = PartialState(), output / "settings.json"
     with state.main_process_first():
         output.mkdir(parents=True, exist_ok=True)

@@ -270,8 +270,8 @@ class Store:
         return self.matrix[start : start + int(self.lengths[number])]
 
     def numbers(self, keys: Sequence[str]) -> torch.Tensor:
-        """Return the numbers of sequences for [`gather`], of shape `(len(keys),)`; they hold until something is
-        added."""
+        """Return the numbers of sequences for [`gather`], of shape `(len(keys),)`; they hold until something is added.
+        Raises KeyError for a sequence that was not added."""
         try:
             return torch.tensor(list(map(self.rows.__getitem__, keys)), dtype=torch.long)
         except KeyError as error:

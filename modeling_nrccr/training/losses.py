@@ -62,7 +62,7 @@ def similarities(a: torch.Tensor, b: torch.Tensor, measure: str = "cosine") -> t
     """Return similarities `(n, n)`, b in rows. "order" is the negative order violation |max(b - a, 0)| (VSE++, arXiv
     1707.05612); "euclidean" and "l2" are the negative squared distance, "l1" the negative sum of absolute differences.
     "l1_norm" and "l2_norm" are, as released, the POSITIVE mean over the width, so they push pairs apart: kept for
-    parity alone.
+    parity alone. Raises ValueError for another measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"triplet_measure={measure!r}: one of {', '.join(MEASURES)}")
@@ -454,7 +454,8 @@ class NrccrLoss:
         return value
 
     def items(self, outputs: NrccrOutput) -> torch.Tensor:
-        """Return what captions are to find, `(n, dim)`: pictures, or texts of the source language in their place."""
+        """Return what captions are to find, `(n, dim)`: pictures, or texts of the source language in their place.
+        Raises ValueError without pictures for the losses triplet and contrastive."""
         if outputs.image_embeds is not None:
             return outputs.image_embeds
         if outputs.teacher_text_embeds is not None:

@@ -256,7 +256,8 @@ def report_rows(report: dict) -> dict[str, dict]:
 
 
 def search_rows(experiment: Experiment, queries, images, owner, count: int = 8, shown: int = 5) -> list[QueryRow]:
-    """Draw queries at random (not chosen) by the run's seed, with the best pictures of each."""
+    """Draw queries at random (not chosen) by the run's seed, with the best pictures of each. Raises ValueError for a
+    source that no picture is of."""
     rows = experiment.rows["test"]
     captions, references = rows["target_caption"], rows["reference_source_caption"]
     source = experiment.script.search_page

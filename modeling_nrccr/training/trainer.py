@@ -287,7 +287,8 @@ class NrccrTrainer(Trainer):
         return queries, images, caption_to_image
 
     def encode_captions(self, dataset, column: str) -> torch.Tensor:
-        """Embed a column of captions, of shape `(num_rows, projection_dim)`, the same on every process."""
+        """Embed a column of captions, of shape `(num_rows, projection_dim)`, the same on every process. Raises
+        ValueError for a row without one."""
         captions = [row[column] for row in without_images(dataset)]
         for i, caption in enumerate(captions):
             if not caption:

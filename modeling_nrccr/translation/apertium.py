@@ -15,7 +15,8 @@ from .pairs import APERTIUM
 
 
 def debian_package(source: str, target: str) -> str:
-    """Return the Debian package of an Apertium pair, given as ISO 639-1 codes."""
+    """Return the Debian package of an Apertium pair, given as ISO 639-1 codes. Raises ValueError where none is
+    known."""
     packages = {frozenset(map(standard_code, pair.split("-"))): f"apertium-{pair}" for pair in APERTIUM}
     pair = frozenset(map(standard_code, (source, target)))
     if pair not in packages:

@@ -41,6 +41,9 @@ def add_translations(dataset_dict, translator: Translator, source: str = "en", t
 
     Returns:
         `DatasetDict`: new, with the same columns, rows and pictures.
+
+    Raises:
+        ValueError: a split lacks a column, or is of another target language.
     """
     needed = ("caption_id", "source_caption", "target_caption", "back_translation", "target_origin", "target_language")
     result = {}

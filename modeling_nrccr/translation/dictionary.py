@@ -31,7 +31,8 @@ _HAVE_NO_ARTICLES = set("be bs cs et fi hi hr id ja ko la lt lv ms pl ru sk sl s
 def dictionary_package(source: str, target: str) -> str:
     """
     Return the name of the Debian package that FreeDict's dictionary of a pair has, if there is one:
-    `dict-freedict-eng-ces` for en-cs. Its index lies at `usr/share/dictd/freedict-eng-ces.index`.
+    `dict-freedict-eng-ces` for en-cs. Its index lies at `usr/share/dictd/freedict-eng-ces.index`. Raises ValueError
+    for what is no language code.
     """
     try:
         codes = [Language.get(code).to_alpha3() for code in (source, target)]

@@ -106,6 +106,9 @@ def encoder_agreement(
 
     Args:
         embed: texts to L2-normalised embeddings of shape `(len(texts), embed_dim)`.
+
+    Raises:
+        ValueError: for unequal numbers of captions, translations and embeddings.
     """
     rows = np.asarray(embed([*sources, *translations]), dtype=np.float64)
     if rows.shape[0] != 2 * len(sources) or len(sources) != len(translations):
