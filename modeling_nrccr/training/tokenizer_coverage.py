@@ -17,7 +17,7 @@ LONGER = 1.6
 
 
 def words_of(text: str) -> list[str]:
-    """Runs of letters and their marks, composed: digits, signs and apostrophes part them."""
+    """Return the runs of letters and their marks, composed: digits, signs and apostrophes part them."""
     text = unicodedata.normalize("NFC", text)
     return "".join(sign if unicodedata.category(sign)[0] in "LM" else " " for sign in text).split()
 
