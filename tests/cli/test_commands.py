@@ -145,13 +145,13 @@ def test_an_old_flag_says_its_new_name(capsys):
 def test_while_a_command_is_being_imported(tmp_path):
     """Ctrl+C, and a working folder that has been deleted."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    search = [sys.executable, "-m", "modeling_nrccr", "search", "x", "y"]
-    process = subprocess.Popen(search, env=environment, stderr=subprocess.PIPE)
-    time.sleep(1)
+    train = [sys.executable, "-m", "modeling_nrccr", "train", "--data", "no-such-data"]
+    process = subprocess.Popen(train, env=environment, stderr=subprocess.PIPE)
+    time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert error.startswith(b"stopped by Ctrl+C; noth") and error.count(b"\n") == 1 and process.returncode == 130
-    gone = ["sh", "-c", f"cd {tmp_path}/gone && rmdir ../gone && exec {' '.join(search)}"]
+    assert error.startswith(b"stopped by Ctrl+C; ") and error.count(b"\n") == 1 and process.returncode == 130
+    gone = ["sh", "-c", f"cd {tmp_path}/gone && rmdir ../gone && exec {' '.join(train)}"]
     (tmp_path / "gone").mkdir()
     result = subprocess.run(gone, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1) and "has been deleted" in result.stderr
@@ -174,7 +174,7 @@ def test_numbers_that_do_nothing_are_refused_when_parsed(flags, reason):
 
 
 def test_flags_that_are_given_and_false_means_false():
-    flags = "--per_device_train_batch_size=3 --max_steps 5 --language gl --report_to none --bf16_if_fast no"
+    flags = "--per_device_train_batch_size=3 --max_steps 5 --target_language gl --report_to none --bf16_if_fast no"
     given = given_flags([TrainingArguments], flags.split())
     assert given == {"per_device_train_batch_size": 3, "max_steps": 5, "report_to": "none"}
     assert given_flags([TrainingArguments], as_flags(given)) == given

@@ -26,7 +26,7 @@ from PIL import Image
 from modeling_nrccr.cli import translate as nrccr_translate
 from modeling_nrccr.data import load as data
 from modeling_nrccr.data import translate
-from modeling_nrccr.translation import cache, packages
+from modeling_nrccr.translation import cache, engines
 from modeling_nrccr.translation.base import TranslationError, Translator
 from modeling_nrccr.translation.cache import CachedTranslator
 from tests.support import ROOT
@@ -271,7 +271,7 @@ def test_training_translates_by_the_same_cache(pictures, monkeypatch, no_bars, t
 
 def test_what_engines_need_is_fetched_and_pairs_are_checked_first(monkeypatch, tmp_path):
     specs, wanted = [], []
-    monkeypatch.setattr(packages, "apertium_root", lambda pairs, *folders: wanted.append(pairs) or "root")
+    monkeypatch.setattr(engines, "apertium_root", lambda pairs, *folders: wanted.append(pairs) or "root")
     monkeypatch.setattr(cache, "load_translator", lambda spec, **options: specs.append((spec, options)) or Slow())
     pairs = [("en", "cs"), ("cs", "en")]
     index = tmp_path / "usr/share/dictd/freedict-eng-ces.index"
