@@ -268,8 +268,8 @@ def write_readme(report: dict) -> str:
         f"Written by `nrccr export --to immich`: it reads {read}, for libraries indexed by `{base}`.{verdict}\n"
     )
     place = (
-        "Immich keeps a model in its cache as `clip/NAME/` (in the container `/cache`), by the names of its list; NAME "
-        "is the one that the library was indexed with, under Machine Learning, Smart Search. "
+        "Immich keeps a model in its cache as `clip/NAME/` (in the container `/cache`), by the names of its list; "
+        "NAME is the one that the library was indexed with, under Machine Learning, Smart Search. "
     )
     if pictures is None:
         place += (
