@@ -1,6 +1,7 @@
 """Write a model for applications that know nothing of this package, and show that nothing changed:
 
     nrccr export outputs/demo outputs/demo-onnx --to onnx --int8
+    nrccr export BASE outputs/gl-immich --to immich --sides text --language gl=outputs/gl
 
 Random batches are compared with the model, and where a file gives other embeddings nothing is written. A file reads
 texts in one language, the model's or `--language gl` (`gl=FOLDER` for one of `nrccr add-language`). `--data` counts
@@ -25,7 +26,7 @@ def main(argv: list[str] | None = None):
         metavar="FORMAT",
         help=f"{', '.join(FORMATS)}, or your own: module:function",
     )
-    options.add_argument("--sides", nargs="+", choices=["text", "image"], help="of onnx; default: both")
+    options.add_argument("--sides", nargs="+", choices=["text", "image"], help="of onnx and immich; default: both")
     options.add_argument("--int8", action="store_true", default=None, help="of onnx: also with weights of 8 bits")
     options.add_argument("--torch_export", metavar="FOLDER", help="of onnx: for torch.export programs, elsewhere")
     options.add_argument("--data", help='test each file on it: data sets, joined by "+", such as tuxpaint+cldr_emoji')
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None):
     for kind, (folder, found) in written.items():
         if kind == "onnx":
             print(f"{format_report(found)}\n")
+        elif "summary" in found:
+            print(found["summary"])
         print(f"{kind}: {folder}")
     if report:
         reports = {kind: found for kind, (_, found) in written.items()}

@@ -1,7 +1,9 @@
 """The formats that a model is exported to, by name. A format is a function `write(model, processor, folder, name=,
-...)` that writes a folder, whole or not at all, and returns a report; its other parameters are its options."""
+...)` that writes a folder, whole or not at all, and returns a report (its "summary" is what the command says); its
+other parameters are its options, but for `verdicts`: what is known of the model's languages."""
 
 import inspect
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,22 @@ from ..registry import Registry
 
 
 FORMATS = Registry("export format", {"onnx": ".onnx:export_onnx", "immich": ".immich:export_immich"}, __package__)
+
+
+def read_verdicts(name: str, languages: Sequence[str]) -> dict[str, str]:
+    """Return, by language, what `nrccr add-language` found: of the model's own, and of those that are loaded from a
+    folder (`CODE=FOLDER`)."""
+    places = [(None, Path(name))]
+    for code, _, source in (spec.partition("=") for spec in languages):
+        places += [(code, Path(source))] if source else []
+    verdicts = {}
+    for code, place in places:
+        file = (place if place.is_dir() else place.parent) / "report.json"
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            each = found.get("verdicts") or dict.fromkeys(str(found.get("language")).split(","), found.get("verdict"))
+            verdicts |= {code: each.get(code)} if code else each
+    return verdicts
 
 
 def export_model(
@@ -48,10 +66,10 @@ def export_model(
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := [key for key in given if not any(key in parameters for parameters in known.values())]:
         raise ValueError(f"no option of {', '.join(writers)}: {', '.join(unknown)}")
-    written = {}
+    written, beside = {}, {"name": name, "verdicts": read_verdicts(name, languages)}
     model, processor = load_with_languages(name, languages, "cpu", "float32")
     for kind, write in writers.items():
         place = Path(folder, kind.replace(":", ".")) if len(writers) > 1 else Path(folder)
-        own = {key: value for key, value in given.items() if key in known[kind]}
-        written[kind] = place, write(model, processor, place, name=name, **own)
+        own = {key: value for key, value in (given | beside).items() if key in known[kind]}
+        written[kind] = place, write(model, processor, place, **own)
     return written

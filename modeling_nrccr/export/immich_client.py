@@ -1,5 +1,5 @@
 """Reads a folder as Immich's machine-learning service does: onnxruntime, tokenizers, numpy and Pillow alone. Nothing
-of this package is imported, so that the file also runs beside a folder where the package is not installed."""
+of this package is imported, so that the file also runs where the package is not installed."""
 
 import json
 import string
