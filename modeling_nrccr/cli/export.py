@@ -1,11 +1,12 @@
 """Write a model for applications that know nothing of this package, and show that nothing changed:
 
     nrccr export outputs/demo outputs/demo-onnx --to onnx --int8
-    nrccr export BASE outputs/gl-immich --to immich --sides text --language gl=outputs/gl
+    nrccr export openai/clip-vit-base-patch32 outputs/gl-clip --language gl=outputs/gl \\
+        --to transformers sentence-transformers open_clip
 
-Random batches are compared with the model, and where a file gives other embeddings nothing is written. A file reads
-texts in one language, the model's or `--language gl` (`gl=FOLDER` for one of `nrccr add-language`). `--data` counts
-what each file finds, `--report` keeps the numbers. See docs/export.md.
+Random batches, or 200 texts and 20 pictures, are compared with the model, and where anything gives other embeddings
+nothing is written. An export reads texts in one language, the model's or `--language gl` (`gl=FOLDER` for one of
+`nrccr add-language`). `--data` counts what each file of onnx finds, `--report` keeps the numbers. See docs/export.md.
 """
 
 import json
@@ -47,11 +48,16 @@ def main(argv: list[str] | None = None):
     for kind, (folder, found) in written.items():
         if kind == "onnx":
             print(f"{format_report(found)}\n")
-        elif "summary" in found:
-            print(found["summary"])
+        for side, numbers in found.get("compared", {}).items() if kind != "onnx" else ():
+            print(
+                f"{numbers['count']} {side} as the model reads them: largest difference "
+                f"{numbers['max_difference']:.0e}, lowest cosine {numbers['min_cosine']:.4f}"
+            )
+        if reason := found.get("texts_only"):
+            print(f"texts alone: {reason}")
         print(f"{kind}: {folder}")
     if report:
         reports = {kind: found for kind, (_, found) in written.items()}
         write_file(report, json.dumps(reports if len(reports) > 1 else found, indent=1) + "\n")
         print(f"the numbers: {report}")
-    print("what loads these files: docs/export.md")
+    print("what loads these files: README.md beside them, or docs/export.md")

@@ -10,7 +10,17 @@ from pathlib import Path
 from ..registry import Registry
 
 
-FORMATS = Registry("export format", {"onnx": ".onnx:export_onnx", "immich": ".immich:export_immich"}, __package__)
+FORMATS = Registry(
+    "export format",
+    {
+        "onnx": ".onnx:export_onnx",
+        "transformers": ".transformers_folder:write_transformers",
+        "sentence-transformers": ".sentence_transformers_folder:write_sentence_transformers",
+        "open_clip": ".open_clip_folder:write_open_clip",
+        "immich": ".immich:export_immich",
+    },
+    __package__,
+)
 
 
 def read_verdicts(name: str, languages: Sequence[str]) -> dict[str, str]:
@@ -70,6 +80,6 @@ def export_model(
     model, processor = load_with_languages(name, languages, "cpu", "float32")
     for kind, write in writers.items():
         place = Path(folder, kind.replace(":", ".")) if len(writers) > 1 else Path(folder)
-        own = {key: value for key, value in (given | beside).items() if key in known[kind]}
-        written[kind] = place, write(model, processor, place, **own)
+        own = {key: value for key, value in (given | {"languages": languages}).items() if key in known[kind]}
+        written[kind] = place, write(model, processor, place, name=name, **own)
     return written

@@ -11,17 +11,19 @@ MODULES = [
 ]
 
 
+def modality_config(has_pictures: bool = True) -> dict[str, dict[str, str]]:
+    """Return how a model that embeds texts, and pictures, in one space is called by the Transformer module."""
+    call = {"text": "get_text_features"} | ({"image": "get_image_features"} if has_pictures else {})
+    return {name: {"method": method, "method_output_name": "pooler_output"} for name, method in call.items()}
+
+
 def write_sentence_transformers_files(directory: str | Path, has_pictures: bool = True):
     """Write what sentence-transformers reads: `SentenceTransformer(directory, trust_remote_code=True)` then encodes
     texts, and pictures where the model has a vision tower, to the embeddings of `get_text_features` and
     `get_image_features`."""
-    call = {"text": "get_text_features", "image": "get_image_features"}
-    modalities = call if has_pictures else {"text": call["text"]}
     settings = {
         "transformer_task": "feature-extraction",
-        "modality_config": {
-            name: {"method": method, "method_output_name": "pooler_output"} for name, method in modalities.items()
-        },
+        "modality_config": modality_config(has_pictures),
         "module_output_name": "sentence_embedding",
     }
     files = {
