@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None):
     for kind, (folder, found) in written.items():
         if kind == "onnx":
             print(f"{format_report(found)}\n")
-        for side, numbers in found.get("compared", {}).items() if kind != "onnx" else ():
+        elif "summary" in found:
+            print(found["summary"])
+        for side, numbers in found.get("compared", {}).items() if "summary" not in found and kind != "onnx" else ():
             print(
                 f"{numbers['count']} {side} as the model reads them: largest difference "
                 f"{numbers['max_difference']:.0e}, lowest cosine {numbers['min_cosine']:.4f}"

@@ -1,9 +1,8 @@
 """The formats that a model is exported to, by name. A format is a function `write(model, processor, folder, name=,
 ...)` that writes a folder, whole or not at all, and returns a report (its "summary" is what the command says); its
-other parameters are its options, but for `verdicts`: what is known of the model's languages."""
+other parameters are its options, but for `languages`: as they were loaded."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,22 +20,6 @@ FORMATS = Registry(
     },
     __package__,
 )
-
-
-def read_verdicts(name: str, languages: Sequence[str]) -> dict[str, str]:
-    """Return, by language, what `nrccr add-language` found: of the model's own, and of those that are loaded from a
-    folder (`CODE=FOLDER`)."""
-    places = [(None, Path(name))]
-    for code, _, source in (spec.partition("=") for spec in languages):
-        places += [(code, Path(source))] if source else []
-    verdicts = {}
-    for code, place in places:
-        file = (place if place.is_dir() else place.parent) / "report.json"
-        if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            each = found.get("verdicts") or dict.fromkeys(str(found.get("language")).split(","), found.get("verdict"))
-            verdicts |= {code: each.get(code)} if code else each
-    return verdicts
 
 
 def export_model(
@@ -76,10 +59,10 @@ def export_model(
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := [key for key in given if not any(key in parameters for parameters in known.values())]:
         raise ValueError(f"no option of {', '.join(writers)}: {', '.join(unknown)}")
-    written, beside = {}, {"name": name, "verdicts": read_verdicts(name, languages)}
+    written, beside = {}, {"name": name, "languages": languages}
     model, processor = load_with_languages(name, languages, "cpu", "float32")
     for kind, write in writers.items():
         place = Path(folder, kind.replace(":", ".")) if len(writers) > 1 else Path(folder)
-        own = {key: value for key, value in (given | {"languages": languages}).items() if key in known[kind]}
-        written[kind] = place, write(model, processor, place, name=name, **own)
+        own = {key: value for key, value in (given | beside).items() if key in known[kind]}
+        written[kind] = place, write(model, processor, place, **own)
     return written

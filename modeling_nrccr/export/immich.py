@@ -27,6 +27,7 @@ from ..processor_inputs import text_problem
 from ..publishing.card import hub_name
 from ..retrieval.encoding import encode_texts
 from .onnx import export_side, load_onnx, quiet, trace
+from .readme import find_report
 from .sides import Side, list_sides, one_text_side
 
 
@@ -305,7 +306,7 @@ def export_immich(
     folder: str | Path,
     name: str,
     sides: Sequence[str] = ("text", "image"),
-    verdicts: dict[str, str] | None = None,
+    languages: Sequence[str] = (),
 ) -> dict:
     """
     Write the folder that Immich keeps of a model: `config.json`, `textual`, `visual`, `README.md`.
@@ -314,7 +315,7 @@ def export_immich(
         model: in float32, on the CPU; its active language reads the texts.
         name: of the model, as it was loaded.
         sides: of "text", "image"; "text" alone leaves out `visual`.
-        verdicts: of its languages, as `nrccr add-language` found them.
+        languages: as they were loaded; where the report of one is found.
 
     Returns:
         What was compared, `summary` in a line.
@@ -339,7 +340,7 @@ def export_immich(
         "model": hub_name(name),
         "base": hub_name(model.made_for()["name"] or name),
         "language": model.language,
-        "verdict": (verdicts or {}).get(model.language),
+        "verdict": find_report(name, model.language, languages).get("verdict"),
         "context_length": length,
     }
     with replacing_folder(folder, is_exported, "an export for Immich") as work, model.lora(model.language):

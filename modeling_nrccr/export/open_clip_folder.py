@@ -205,7 +205,7 @@ def write_open_clip(
         ValueError: for a model that is no CLIP or cannot be folded, and where the folder reads anything otherwise than
             the model.
     """
-    folder, report = Path(folder), find_report(name, model.language, list(languages))
+    folder, report = Path(folder), find_report(name, model.language, languages)
     folded = fold_language(model)
     if not isinstance(folded, CLIPModel):
         raise ValueError(

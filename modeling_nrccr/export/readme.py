@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCardData
@@ -26,7 +27,7 @@ def is_exported_folder(folder: Path, path: Path) -> bool:
     return ours and all(file.name == "README.md" or file.suffix in SUFFIXES for file in files)
 
 
-def find_report(name: str, language: str | None, languages: list[str]) -> dict:
+def find_report(name: str, language: str | None, languages: Sequence[str]) -> dict:
     """Return what `nrccr add-language` says of a language, beside its file or the model; {} where nobody says it."""
     places = [spec.partition("=")[2] for spec in languages if spec.partition("=")[0] == language]
     for place in [*filter(None, places), name]:
@@ -34,7 +35,7 @@ def find_report(name: str, language: str | None, languages: list[str]) -> dict:
         if language and (path / "report.json").is_file():
             report = json.loads((path / "report.json").read_text(encoding="utf-8"))
             if "verdict" in report:
-                return report
+                return report | {"verdict": report.get("verdicts", {}).get(language, report["verdict"])}
     return {}
 
 

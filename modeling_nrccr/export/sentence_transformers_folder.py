@@ -122,7 +122,7 @@ def write_sentence_transformers(
         ValueError: for a model that cannot be folded, and where the folder reads anything otherwise than the model.
     """
     sentence_transformer, *_ = load_sentence_transformers()
-    folder, report = Path(folder), find_report(name, model.language, list(languages))
+    folder, report = Path(folder), find_report(name, model.language, languages)
     if model.source_text_side is not None:
         if model.language is None:
             raise ValueError(

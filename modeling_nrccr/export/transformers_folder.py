@@ -75,7 +75,7 @@ def write_transformers(
     Raises:
         ValueError: for a model that cannot be folded, and where the folder reads anything otherwise than the model.
     """
-    folder, report = Path(folder), find_report(name, model.language, list(languages))
+    folder, report = Path(folder), find_report(name, model.language, languages)
     folded = fold_language(model)
     plain = plain_processor(folded.config, processor)
     with replacing_folder(folder, partial(is_exported_folder, folder), "an export") as work:

@@ -16,7 +16,8 @@ from transformers import AutoModel, CLIPImageProcessorPil, PreTrainedTokenizerFa
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.cli.export import main
 from modeling_nrccr.export import immich
-from modeling_nrccr.export.formats import export_model, read_verdicts
+from modeling_nrccr.export.formats import export_model
+from modeling_nrccr.export.readme import find_report
 from modeling_nrccr.export.immich import ImmichText, export_immich, list_texts, make_tokenizer
 from modeling_nrccr.export.immich_client import ImmichClient
 from modeling_nrccr.processing_nrccr import NrccrTextProcessor
@@ -94,7 +95,9 @@ def test_a_language_beside_the_pictures_of_its_base(tmp_path):
     }
     add_galician(model, kind="lora", rank=2, layers=1)
     model.config.dual_encoder = {"name": "some/clip", "revision": None}
-    text = export_immich(model, processor, tmp_path / "gl", "clip", ["text"], verdicts={"gl": "use"})
+    (tmp_path / "language").mkdir()
+    (tmp_path / "language/report.json").write_text('{"verdict": "use"}')
+    text = export_immich(model, processor, tmp_path / "gl", "clip", ["text"], [f"gl={tmp_path / 'language'}"])
     assert {path.name for path in (tmp_path / "gl").iterdir()} == {"README.md", "config.json", "textual"}
     assert (text["base"], text["language"], text["verdict"], text["texts"]["number"]) == (
         "some/clip",
@@ -202,8 +205,9 @@ def test_the_verdict_is_that_of_the_language(tmp_path):
     (tmp_path / "gl").mkdir()
     (tmp_path / "gl/report.json").write_text(json.dumps({"language": "gl", "verdict": "use"}))
     (tmp_path / "report.json").write_text(json.dumps({"verdict": "do not use", "verdicts": {"cs": "do not use"}}))
-    assert read_verdicts(str(tmp_path), [f"gl={tmp_path / 'gl'}", "cs"]) == {"cs": "do not use", "gl": "use"}
-    assert read_verdicts("some/clip", ["gl"]) == {}
+    verdicts = [find_report(str(tmp_path), code, [f"gl={tmp_path / 'gl'}", "cs"])["verdict"] for code in ("gl", "cs")]
+    assert verdicts == ["use", "do not use"]
+    assert find_report("some/clip", "gl", ["gl"]) == {}
 
 
 @pytest.mark.slow
