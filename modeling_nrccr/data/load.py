@@ -79,20 +79,21 @@ def find_source(name: str, data_dir: str | None) -> tuple[str, str | None]:
 
 def load_caption_dataset(
     name: str = "tuxpaint+cldr_emoji",
-    target_language: str = "gl",
-    seed: int = 0,
-    target: str = "translated",
+    language: str = "gl",
+    split_seed: int = 0,
+    target_captions: str = "translated",
     data_dir: str | None = None,
     source_language: str = "en",
     visual_feature: str | None = None,
     media_dir: str | None = None,
-    missing: str = "error",
+    strict: bool = True,
     dataset_options: dict | None = None,
 ) -> datasets.DatasetDict:
     """Return splits `train`, `validation`, `test` (and others) of one or several of `BUILDERS`, joined by "+", with
     the builders' columns; `my_module:MyBuilder` is one of your own. What stands before the language in a
     configuration's name comes after a colon: `multi30k:task1`; and which file of a folder with several is meant:
-    `caption_files:captions.csv`. `visual_feature`, `media_dir`, `missing`: see [`BenchmarkConfig`]. `dataset_options`:
+    `caption_files:captions.csv`. `visual_feature`, `media_dir`: see [`BenchmarkConfig`]. `strict`: a row
+    whose media are not there is an error; else it is left out, and counted. `dataset_options`:
     more options of the builder. `parquet`: what `nrccr translate` wrote into `data_dir`. A file of captions, or the
     folder of either: its path.
 
@@ -102,20 +103,20 @@ def load_caption_dataset(
     for part in name.split("+"):
         part, variant = BUILDERS.split(part)
         if part == PARQUET:
-            parts.append(read_translated(data_dir, source_language, target_language, seed, target))
+            parts.append(read_translated(data_dir, source_language, language, split_seed, target_captions))
             continue
         builder_class = BUILDERS[part]
-        options = {"seed": seed, "target": target, "source_language": source_language}
-        options["target_language"] = target_language
+        options = {"seed": split_seed, "target": target_captions, "source_language": source_language}
+        options["target_language"] = language
         options |= {"visual_feature": visual_feature, "media_dir": media_dir, "image_dir": media_dir}
-        options |= {"missing": missing} | (dataset_options or {})
+        options |= {"missing": "error" if strict else "skip"} | (dataset_options or {})
         known = builder_class.BUILDER_CONFIG_CLASS.__dataclass_fields__
         options = {key: value for key, value in options.items() if key in known}
         # a builder of any two languages takes them as options, the others as the name of a configuration
-        language = None if "target_language" in options else target_language
+        own = None if "target_language" in options else language
         if variant and "caption_file" in known:
             options["caption_file"], variant = variant, ""
-        config = "-".join(filter(None, (variant, language))) or None
+        config = "-".join(filter(None, (variant, own))) or None
         builder = builder_class(config_name=config, data_dir=data_dir, **options)
         builder.download_and_prepare()
         parts.append(builder.as_dataset())
@@ -199,9 +200,9 @@ def query_origin(rows: datasets.Dataset) -> str:
 def load_translated_dataset(
     name: str,
     source_language: str,
-    target_language: str,
-    seed: int,
-    target: str,
+    language: str,
+    split_seed: int,
+    target_captions: str,
     translator: str,
     data_dir: str | None,
     **media,
@@ -210,7 +211,7 @@ def load_translated_dataset(
     of each part is logged. Of several engines, joined by ',', each gives the training captions once, in rows of its
     own; the first one gives all else. Raises ValueError for an empty split, and for rows without media."""
     start = time.perf_counter()
-    dataset = load_caption_dataset(name, target_language, seed, target, data_dir, source_language, **media)
+    dataset = load_caption_dataset(name, language, split_seed, target_captions, data_dir, source_language, **media)
     for split, rows in dataset.items():
         for column in MEDIA_COLUMNS:
             if column in rows.column_names and rows.data.column(column).null_count:
@@ -221,17 +222,17 @@ def load_translated_dataset(
     if empty := [split for split in ("train", "validation", "test") if not len(dataset.get(split, ()))]:
         raise ValueError(f"{name} has no {' and no '.join(empty)} split here: see docs/datasets.md")
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in dataset.items())
-    logger.info(f"data: {name}, {source_language} -> {target_language}: {sizes} ({time.perf_counter() - start:.0f} s)")
+    logger.info(f"data: {name}, {source_language} -> {language}: {sizes} ({time.perf_counter() - start:.0f} s)")
     if engine := translated_by(dataset, translator):
         logger.info(f"not translated here; the data came with translations by {engine.name}")
         return dataset, engine
     start = time.perf_counter()
-    pairs = [(source_language, target_language), (target_language, source_language)]
+    pairs = [(source_language, language), (language, source_language)]
     engines = [load_engine(spec, pairs, data_dir) for spec in split_engines(translator)]
     train = datasets.DatasetDict(train=dataset["train"])
-    dataset = add_translations(dataset, engines[0], source_language, target_language)
+    dataset = add_translations(dataset, engines[0], source_language, language)
     for other in engines[1:]:
-        more = add_translations(train, other, source_language, target_language)
+        more = add_translations(train, other, source_language, language)
         dataset["train"] = datasets.concatenate_datasets([dataset["train"], more["train"]])
     engines[0].name = ", ".join(engine.name for engine in engines)
     logger.info(f"translated by {engines[0].name} ({time.perf_counter() - start:.0f} s)")

@@ -45,7 +45,7 @@ class Examination:
         unavailable: tuple = (ValueError,),
     ):
         first, _ = picture_rows([row["image_id"] for row in rows])
-        embeds, self.broken = embed_pictures(first, lambda name: load(first[name]), base, processor, skip_broken=True)
+        embeds, self.broken = embed_pictures(first, lambda name: load(first[name]), base, processor, strict=False)
         rows = [row for row in rows if row["image_id"] in embeds]
         if not rows:
             reason = next(iter(self.broken.values()))
@@ -119,13 +119,13 @@ class Examination:
 
 
 def embed_pictures(
-    names, load: Callable, base: NrccrModel, processor, work=None, skip_broken: bool = False
+    names, load: Callable, base: NrccrModel, processor, work=None, strict: bool = True
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the base's embedding of each picture, by name, and those that cannot be read, with the reason. `work`:
     folder that keeps what was computed."""
     side = base.language_side().set_trained_layers(0, False)
     cache = FeatureCache(side, processor.language_side(), work)
-    broken = cache.add_images(names, load, skip_broken=skip_broken)
+    broken = cache.add_images(names, load, strict=strict)
     good = [name for name in dict.fromkeys(names) if name not in broken]
     if not good:
         return {}, broken

@@ -109,7 +109,7 @@ class Experiment:
             script.data_dir,
             visual_feature=script.visual_feature,
             media_dir=script.media_dir,
-            missing="error" if script.strict else "skip",
+            strict=script.strict,
             dataset_options=json.loads(script.dataset_options or "{}"),
         )
 
@@ -166,7 +166,7 @@ class Experiment:
                     broken |= cache.add_images(
                         index,
                         lambda image_id, s=split, at=index: self.picture(s, at[image_id]),
-                        skip_broken=not self.script.strict,
+                        strict=self.script.strict,
                     )
         state.wait_for_everyone()
         if shared is not None and state.is_local_main_process:

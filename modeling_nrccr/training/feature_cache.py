@@ -137,12 +137,12 @@ class FeatureCache:
         return False
 
     def add_images(
-        self, image_ids: Iterable[str], load: Callable, batch_size: int = 16, skip_broken: bool = False
+        self, image_ids: Iterable[str], load: Callable, batch_size: int = 16, strict: bool = True
     ) -> dict[str, str]:
         """Add the features of every new picture or video; `load(image_id)` returns a picture, or a list of frames.
 
         Returns:
-            With `skip_broken`, the ids that cannot be loaded, each with the reason; else that is a ValueError which
+            Without `strict`, the ids that cannot be loaded, each with the reason; else that is a ValueError which
             names the first. What was computed before an error stays.
         """
         new = [image_id for image_id in dict.fromkeys(image_ids) if image_id not in self.images.rows]
@@ -154,7 +154,7 @@ class FeatureCache:
                 try:
                     loaded[image_id] = load_media(image_id, load)
                 except ValueError as error:
-                    if not skip_broken:
+                    if strict:
                         raise
                     broken[image_id] = str(error)
             if not loaded:

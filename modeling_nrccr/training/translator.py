@@ -102,7 +102,7 @@ def language_tag(language: str) -> str:
 def caption_pairs(name: str, script: TranslatorArguments, data_dir: str | None) -> dict[str, list[tuple[str, str]]]:
     """Return human captions of each split, `(source, target)`. Raises ValueError for a caption that is no person's."""
     dataset = load_caption_dataset(
-        name, script.language, target="human", data_dir=data_dir, source_language=script.source_language
+        name, script.language, target_captions="human", data_dir=data_dir, source_language=script.source_language
     )
     pairs = {}
     for split, rows in dataset.items():

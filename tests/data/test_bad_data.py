@@ -130,7 +130,7 @@ def test_the_cache_keeps_what_can_be_read(tmp_path):
     with pytest.raises(ValueError, match=r"^blue cannot be read \(OSError\): repair it, or leave it out$"):
         cache.add_images(pictures, load, batch_size=1)
     assert list(cache.images.rows) == ["red"]  # what came before stays
-    broken = cache.add_images(pictures, load, batch_size=2, skip_broken=True)
+    broken = cache.add_images(pictures, load, batch_size=2, strict=False)
     assert list(broken) == ["blue", "none", "empty"]
     assert broken["none"] == "none is no picture: leave it out"
     assert broken["empty"] == "empty is a video of no frames: leave it out"
@@ -143,7 +143,7 @@ def test_the_cache_keeps_what_can_be_read(tmp_path):
         raise ImportError("PyAV is needed")
 
     with pytest.raises(ImportError, match="PyAV"):  # of every video: none is left out for it
-        cache.add_images(["clip"], without_pyav, skip_broken=True)
+        cache.add_images(["clip"], without_pyav, strict=False)
 
 
 # ------------------------------------------------------------------------------------------ captions without a picture
@@ -170,7 +170,7 @@ def test_a_caption_without_picture_is_named_or_left_out_and_listed(folder, capsy
     message = r"captions.csv, line 6: .*7\.png, nor of 1 others of 6; add them.*skip"
     with pytest.raises(FileNotFoundError, match=message):
         load_caption_dataset("caption_files", data_dir=str(folder))
-    dataset = load_caption_dataset("caption_files", data_dir=str(folder), missing="skip")
+    dataset = load_caption_dataset("caption_files", data_dir=str(folder), strict=False)
     assert {split: rows["caption_id"][:] for split, rows in dataset.items()} == {
         "train": ["pictures/0.png#0", "pictures/1.png#0"],
         "validation": ["pictures/2.png#0"],
@@ -180,7 +180,7 @@ def test_a_caption_without_picture_is_named_or_left_out_and_listed(folder, capsy
     assert "left out, without pictures: 2 of 6\n  " + "\n  ".join(places) + "\n" in capsys.readouterr().out
     write_captions(folder, "7.png,e,train")
     with pytest.raises(FileNotFoundError, match=r"line 2: .* has no pictures of 7\.png"):  # a wrong folder
-        load_caption_dataset("caption_files", data_dir=str(folder), missing="skip")
+        load_caption_dataset("caption_files", data_dir=str(folder), strict=False)
     write_captions(folder, *SPLITS, ",e,train")
     with pytest.raises(ValueError, match=r"captions.csv, line 6: image is empty; fill it or leave the line out"):
         load_caption_dataset("caption_files", data_dir=str(folder))

@@ -241,14 +241,14 @@ def test_translated_data_that_does_not_fit_is_refused(pictures, slow):
     output = str(pictures.parent / "out")
     nrccr_translate.main(flags_of(pictures))
     for match, options in (
-        ("target_language is cs, not gl", {"target_language": "gl"}),
-        ("was split by seed 0, not 3: --split_seed 0", {"seed": 3}),
-        ("is translated; human captions are in the data", {"target": "human"}),
+        ("target_language is cs, not gl", {"language": "gl"}),
+        ("was split by seed 0, not 3: --split_seed 0", {"split_seed": 3}),
+        ("is translated; human captions are in the data", {"target_captions": "human"}),
         ("parquet needs data_dir.*has no data/", {"data_dir": str(pictures)}),
         ("parquet needs data_dir", {"data_dir": None}),
     ):
         with pytest.raises(ValueError, match=match):
-            data.load_caption_dataset("parquet", **({"target_language": "cs", "data_dir": output} | options))
+            data.load_caption_dataset("parquet", **({"language": "cs", "data_dir": output} | options))
     with pytest.raises(SystemExit, match="out came with translations by slow: nothing is wanting"):
         nrccr_translate.main(flags_of(pictures, "--data", output, "--output_dir", output + "2"))
 

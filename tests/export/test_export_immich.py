@@ -17,9 +17,9 @@ from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_tex
 from modeling_nrccr.cli.export import main
 from modeling_nrccr.export import immich
 from modeling_nrccr.export.formats import export_model
-from modeling_nrccr.export.readme import find_report
 from modeling_nrccr.export.immich import ImmichText, export_immich, list_texts, make_tokenizer
 from modeling_nrccr.export.immich_client import ImmichClient
+from modeling_nrccr.export.readme import find_report
 from modeling_nrccr.processing_nrccr import NrccrTextProcessor
 from tests.model.test_dual_encoders import DUAL_ENCODERS
 from tests.support import tiny_model

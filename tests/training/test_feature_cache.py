@@ -248,7 +248,7 @@ def test_where_nothing_is_new_nothing_is_written(tmp_path):
     cache = cache_of(tmp_path)
     cache.images.fill(["a"], lambda ids: {"a": torch.ones(1, 13)}, 9, cache.model)
     state = feature_cache.file_state(cache.images.path)
-    broken = cache.add_images(["a", "b"], {}.__getitem__, skip_broken=True)
+    broken = cache.add_images(["a", "b"], {}.__getitem__, strict=False)
     assert broken == {"b": "b cannot be read ('b'): repair it, or leave it out"}
     assert feature_cache.file_state(cache.images.path) == state and cache(images=["a"])["visual_feats"].sum() == 13
 
