@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers import Tokenizer, normalizers
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import SiglipTokenizer
 
 from ..files import replacing_folder
 from ..modeling_nrccr import NrccrModel
@@ -29,6 +30,7 @@ from ..retrieval.encoding import encode_texts
 from .onnx import export_side, load_onnx, quiet, trace
 from .readme import find_report
 from .sides import Side, list_sides, one_text_side
+from .siglip_tokenizer import LOWER_CASE, convert_siglip
 
 
 if TYPE_CHECKING:
@@ -36,13 +38,14 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of float32: the largest difference between two numbers of an embedding of length 1, or two pixels
 NUM_TEXTS, NUM_PICTURES = 200, 20
+PADDED = (
+    "The model was trained on pictures filled up with white to a square, which Immich does not do: expect less of it."
+)
 TITLE = "# For Immich: "  # of README.md, by which an earlier export is told from a model that Immich fetched
 FILES = {
     "textual": {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json"},
     "visual": {"model.onnx", "model.onnx.data", "preprocess_cfg.json"},
 }
-# Python lower-cases a Greek sigma that ends a word to another letter than one inside it; tokenizers do not
-FINAL_SIGMA = Regex(r"(?<=\p{L})Σ(?!\p{L})")
 SENTENCES = (
     "a photo of a dog that runs on the beach",
     "Two old men playing chess under a tree, 1950s!",
@@ -103,18 +106,19 @@ def make_tokenizer(processor: NrccrProcessor) -> Tokenizer:
     """Return the tokenizer with all that the processor does to a text before it. Raises ValueError where it cannot."""
     tokenizer = processor.tokenizer
     kind = type(tokenizer).__name__
-    if not tokenizer.is_fast:
+    is_siglip = isinstance(tokenizer, SiglipTokenizer)
+    if not (tokenizer.is_fast or is_siglip):
         raise ValueError(f"{kind} is written in Python, and Immich reads a tokenizer.json: this model has none")
     if tokenizer.pad_token is None:
         raise ValueError(f"{kind} has no pad token, with which Immich fills up a text: set its pad_token first")
     if tokenizer.truncation_side != "right":
         raise ValueError(f"{kind} keeps the end of a text that is too long, and Immich its beginning")
-    made = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    made = convert_siglip(tokenizer) if is_siglip else Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     made.no_padding()
     made.no_truncation()
     steps = [normalizers.NFC()]
     if processor.lower_case:
-        steps += [normalizers.Replace(FINAL_SIGMA, "ς"), normalizers.Lowercase()]
+        steps += LOWER_CASE
     if processor.text_prefix:
         steps.append(normalizers.Prepend(processor.text_prefix))
     made.normalizer = normalizers.Sequence([*steps, *filter(None, [made.normalizer])])
@@ -245,7 +249,8 @@ def check_pictures(client: "ImmichClient", side: Side, processor: NrccrProcessor
         largest = max(largest, difference)
         cosines.append(float(client.embed_pixels(given) @ ours))
     through = {"min_cosine": min(cosines), "mean_cosine": sum(cosines) / len(cosines)}
-    return {"number": len(cosines), "max_difference": largest, "through_immich": through}
+    found = {"number": len(cosines), "max_difference": largest, "through_immich": through}
+    return found | {"padded": processor.pad_to_square}
 
 
 def is_exported(path: Path) -> bool:
@@ -294,7 +299,7 @@ def write_readme(report: dict) -> str:
         checks.append(
             f"- {pictures['number']} pictures, of the same pixels: at most {pictures['max_difference']:.0e}. Resized "
             f"and cut by Immich and not by the model's own processor: cosine {through['mean_cosine']:.4f} on average, "
-            f"{through['min_cosine']:.4f} at worst."
+            f"{through['min_cosine']:.4f} at worst." + (f" {PADDED}" if pictures["padded"] else "")
         )
     parts.append("## What was compared\n\n" + "\n".join(checks) + "\n")
     return "\n".join(parts)
@@ -377,5 +382,6 @@ def summarize(report: dict) -> str:
         said += (
             f"; {pictures['number']} pictures: {pictures['max_difference']:.0e}, and as Immich resizes and cuts them "
             f"cosine {pictures['through_immich']['min_cosine']:.4f} or more"
+            + (f". {PADDED}" if pictures["padded"] else "")
         )
     return said

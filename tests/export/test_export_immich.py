@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModel, CLIPImageProcessorPil, PreTrainedTokenizerFast, ViTImageProcessorPil
+from transformers import (
+    AutoModel,
+    CLIPImageProcessorPil,
+    PreTrainedTokenizerFast,
+    SiglipTokenizer,
+    ViTImageProcessorPil,
+)
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr import NrccrConfig, NrccrModel, NrccrProcessor, encode_images, encode_texts
 from modeling_nrccr.cli.export import main
+from modeling_nrccr.dual_encoders import dual_encoder_settings, load_dual_encoder
 from modeling_nrccr.export import immich
 from modeling_nrccr.export.formats import export_model
 from modeling_nrccr.export.immich import ImmichText, export_immich, list_texts, make_tokenizer
@@ -23,10 +31,18 @@ from modeling_nrccr.export.readme import find_report
 from modeling_nrccr.processing_nrccr import NrccrTextProcessor
 from tests.model.test_dual_encoders import DUAL_ENCODERS
 from tests.support import tiny_model
-from tests.support.small_base import TOWER
 
 
 CLIENT = Path(immich.__file__).with_name("immich_client.py")
+PIXELS = dict(
+    model_type="vit",
+    hidden_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    intermediate_size=29,
+    image_size=16,
+    patch_size=8,
+)
 LETTERS = "abcdefghijklmnopqrstuvwxyzáéïñσς:.▁"  # with four special tokens fewer than the 41 of the tiny models
 SQUASHED = ViTImageProcessorPil(size={"height": 8, "width": 8})
 CUT = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
@@ -44,17 +60,14 @@ def letters(pad: str = "<pad>", end: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def family(name: str, **changes) -> NrccrModel:
-    """A tiny model of a family, whose weights do something; `changes` of its config."""
+def family(name: str) -> NrccrModel:
+    """A tiny model of a family, whose weights do something."""
     torch.manual_seed(0)
     dual = AutoModel.from_config(DUAL_ENCODERS[name]).eval()
     with torch.no_grad():
         for parameter in dual.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    from modeling_nrccr.dual_encoders import dual_encoder_settings, load_dual_encoder
-    from modeling_nrccr.modeling_nrccr import NrccrConfig
-
-    model = NrccrModel(NrccrConfig(**dual_encoder_settings(dual.config) | changes)).eval()
+    model = NrccrModel(NrccrConfig(**dual_encoder_settings(dual.config))).eval()
     load_dual_encoder(model, dual)
     return model
 
@@ -82,8 +95,15 @@ def check(folder: Path, model: NrccrModel, processor: NrccrProcessor, texts: lis
 def test_a_language_beside_the_pictures_of_its_base(tmp_path):
     """CLIP, whose padding token is also the one that ends a text, with LoRA folded in."""
     model, processor = family("clip"), NrccrProcessor(letters("</s>"), CUT, max_text_length=16, pad_to_square=False)
-    both = export_immich(model, processor, tmp_path / "base", "some/clip")
-    files = {str(path.relative_to(tmp_path / "base")) for path in (tmp_path / "base").rglob("*.*")}
+    photo = Image.radial_gradient("L").resize((20, 8)).convert("RGB")
+    index = encode_images(model, [photo], processor)[0].numpy()
+    add_galician(model, kind="lora", rank=2, layers=1)
+    model.config.dual_encoder = {"name": "some/clip", "revision": None}
+    (tmp_path / "language").mkdir()
+    (tmp_path / "language/report.json").write_text('{"verdict": "use"}')
+    languages = [f"gl={tmp_path / 'language'}"]
+    report = export_immich(model, processor, tmp_path / "gl", "clip", languages=languages)
+    files = {str(path.relative_to(tmp_path / "gl")) for path in (tmp_path / "gl").rglob("*.*")}
     assert files == {
         "README.md",
         "config.json",
@@ -93,28 +113,13 @@ def test_a_language_beside_the_pictures_of_its_base(tmp_path):
         "visual/model.onnx",
         "visual/preprocess_cfg.json",
     }
-    add_galician(model, kind="lora", rank=2, layers=1)
-    model.config.dual_encoder = {"name": "some/clip", "revision": None}
-    (tmp_path / "language").mkdir()
-    (tmp_path / "language/report.json").write_text('{"verdict": "use"}')
-    text = export_immich(model, processor, tmp_path / "gl", "clip", ["text"], [f"gl={tmp_path / 'language'}"])
-    assert {path.name for path in (tmp_path / "gl").iterdir()} == {"README.md", "config.json", "textual"}
-    assert (text["base"], text["language"], text["verdict"], text["texts"]["number"]) == (
-        "some/clip",
-        "gl",
-        "use",
-        200,
-    )
+    assert (report["base"], report["language"], report["verdict"]) == ("some/clip", "gl", "use")
     readme = (tmp_path / "gl/README.md").read_text(encoding="utf-8")
     assert "texts in `gl`, for libraries indexed by `some/clip`" in readme and "**use**" in readme
-    pictures = both["pictures"]
-    assert pictures["number"] == 20 and pictures["through_immich"]["min_cosine"] > 0.999
-    # what a user does: the new texts beside the old pictures
-    shutil.copytree(tmp_path / "gl/textual", tmp_path / "base/textual", dirs_exist_ok=True)
-    client = check(tmp_path / "base", model, processor, ["un can", "Ñ  corre\n", "a" * 99, "🐶", "</s> a"])
-    photo = Image.radial_gradient("L").resize((20, 8)).convert("RGB")
-    ours = encode_images(model, [photo], processor)[0].numpy()
-    np.testing.assert_allclose(client.embed_picture(photo), ours, atol=1e-4, rtol=0)
+    assert report["texts"]["number"] == 200 and report["pictures"]["number"] == 20
+    assert report["pictures"]["through_immich"]["min_cosine"] > 0.999
+    client = check(tmp_path / "gl", model, processor, ["un can", "Ñ  corre\n", "a" * 99, "🐶", "</s> a"])
+    np.testing.assert_allclose(client.embed_picture(photo), index, atol=1e-4, rtol=0)
     with model.using_language(None):
         assert np.abs(encode_texts(model, ["un can"], processor)[0].numpy() - client.embed_text("un can")).max() > 1e-3
 
@@ -125,8 +130,9 @@ def test_texts_of_one_length_in_small_letters_after_a_prefix(tmp_path):
         letters(), SQUASHED, "query: ", 16, pad_to_square=False, text_padding="max_length", lower_case=True
     )
     model = add_galician(family("siglip"))
-    report = export_immich(model, processor, tmp_path / "out", "siglip")
-    assert json.loads((tmp_path / "out/visual/preprocess_cfg.json").read_text())["resize_mode"] == "squash"
+    report = export_immich(model, processor, tmp_path / "out", "siglip", ["text"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"README.md", "config.json", "textual"}
+    assert "`visual` stays" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
     assert report["context_length"] == 16 and report["texts"]["max_difference"] < 1e-5
     check(tmp_path / "out", model, processor, ["ÑÁ", "ΑΣ ΣΑΣ Σ", "a\u0301", "."])
     processor.max_text_length = 12
@@ -137,7 +143,7 @@ def test_texts_of_one_length_in_small_letters_after_a_prefix(tmp_path):
 def test_a_model_of_ours_with_a_language(tmp_path, monkeypatch):
     """A padding token of its own, no token at the ends; and what takes the place of what."""
     text = dict(vocab_size=41, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=29)
-    model = tiny_model(text_config=text, vision_config=TOWER, visual_feat_dim=None)
+    model = tiny_model(text_config=text, vision_config=PIXELS, visual_feat_dim=None)
     processor = NrccrProcessor(letters(end=False), ViTImageProcessorPil(size={"height": 16, "width": 16}), "", 12)
     add_galician(model)
     folder = tmp_path / "out"
@@ -145,7 +151,10 @@ def test_a_model_of_ours_with_a_language(tmp_path, monkeypatch):
     assert report["model"] == "ours" and 0 < report["pictures"]["through_immich"]["min_cosine"] < 1
     check(folder, model, processor, ["un can corre", "a", "a <pad> a"])
     assert np.isfinite(ImmichClient(folder).embed_text("")).all()
+    assert json.loads((folder / "visual/preprocess_cfg.json").read_text())["resize_mode"] == "squash"
     kept = (folder / "textual/model.onnx").read_bytes()
+    monkeypatch.setattr(immich, "trace", lambda side: None)
+    monkeypatch.setattr(immich, "export_side", lambda side, _, work: (work / f"{side.name}.onnx").write_bytes(kept))
     monkeypatch.setattr(immich, "list_texts", lambda _: ["can"])
     monkeypatch.setattr(immich, "make_tokenizer", lambda other: make_tokenizer(NrccrTextProcessor(letters(), "a")))
     with pytest.raises(ValueError, match="reads 'can' otherwise than the model, .*nothing was written"):
@@ -165,7 +174,8 @@ def test_a_model_of_ours_with_a_language(tmp_path, monkeypatch):
 def test_the_mask_is_made_of_the_padding(ends):
     side = torch.nn.Module()
     side.forward = lambda ids, mask: mask
-    read = lambda *ids: ImmichText(side, 9, "end" if ends else "words")(torch.tensor([ids]).int())[0].tolist()  # noqa: E731
+    module = ImmichText(side, 9, "end" if ends else "words")
+    read = lambda *ids: module(torch.tensor([ids]).int())[0].tolist()  # noqa: E731
     assert read(1, 2, 9, 9, 9) == [1, 1, int(ends), 0, 0]
     assert read(1, 9, 2, 9, 9) == [1, 1, 1, int(ends), 0]
     assert read(1, 2, 3, 4, 9) == [1, 1, 1, 1, int(ends)]
@@ -199,6 +209,20 @@ def test_what_immich_cannot_read_is_named(tmp_path):
     assert not (tmp_path / "out").exists()
     texts = list_texts(processor)
     assert len(texts) == 200 and len(set(texts)) > 190 and all(text.strip() for text in texts)
+
+
+def test_the_tokenizer_of_siglip_becomes_a_file(tmp_path):
+    text = "\n".join(immich.SENTENCES[:9]).lower()
+    options = dict(vocab_size=90, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, num_threads=1)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(text.split("\n")), model_prefix=str(tmp_path / "spiece"), minloglevel=2, **options
+    )
+    tokenizer = SiglipTokenizer(str(tmp_path / "spiece.model"))
+    processor = NrccrTextProcessor(tokenizer, max_text_length=500)
+    made = make_tokenizer(processor)
+    for text in [*list_texts(processor), "- A dog, - RUNS! -", "Σ ΟΔΟΣ. ½"]:
+        ours = processor(text=[text])["input_ids"][0]
+        assert made.encode(" ".join(text.split())).ids[:499] == ours[:499], text
 
 
 def test_the_verdict_is_that_of_the_language(tmp_path):
