@@ -38,9 +38,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-5  # of float32: the largest difference between two numbers of an embedding of length 1, or two pixels
 NUM_TEXTS, NUM_PICTURES = 200, 20
-PADDED = (
-    "The model was trained on pictures filled up with white to a square, which Immich does not do: expect less of it."
-)
+PADDED = "The model was trained on pictures filled up to a square, which Immich does not do: expect less of it."
 TITLE = "# For Immich: "  # of README.md, by which an earlier export is told from a model that Immich fetched
 FILES = {
     "textual": {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json"},
@@ -206,11 +204,11 @@ def draw_pictures(size: int) -> list[Image.Image]:
     return pictures
 
 
-def check_texts_of(client: "ImmichClient", model: NrccrModel, processor: NrccrProcessor) -> dict:
+def check_texts_of(client: "ImmichClient", model: NrccrModel, processor: NrccrProcessor, batch_size: int) -> dict:
     """Compare texts. Raises ValueError that names the first one whose embedding differs."""
     texts, largest = list_texts(processor), 0.0
     with quiet():
-        expected = encode_texts(model, texts, processor).numpy()
+        expected = encode_texts(model, texts, processor, batch_size).numpy()
     for text, ours in zip(tqdm(texts, "texts", leave=False), expected):
         difference = float(np.abs(client.embed_text(text) - ours).max())
         if not difference <= TOLERANCE:  # also where it is no number
@@ -250,7 +248,8 @@ def check_pictures(client: "ImmichClient", side: Side, processor: NrccrProcessor
         cosines.append(float(client.embed_pixels(given) @ ours))
     through = {"min_cosine": min(cosines), "mean_cosine": sum(cosines) / len(cosines)}
     found = {"number": len(cosines), "max_difference": largest, "through_immich": through}
-    return found | {"padded": processor.pad_to_square}
+    longest = getattr(processor.image_processor, "resize_mode", None) == "longest"  # of open_clip
+    return found | {"padded": processor.pad_to_square or longest}
 
 
 def is_exported(path: Path) -> bool:
@@ -312,6 +311,7 @@ def export_immich(
     name: str,
     sides: Sequence[str] = ("text", "image"),
     languages: Sequence[str] = (),
+    batch_size: int = 32,
 ) -> dict:
     """
     Write the folder that Immich keeps of a model: `config.json`, `textual`, `visual`, `README.md`.
@@ -321,6 +321,7 @@ def export_immich(
         name: of the model, as it was loaded.
         sides: of "text", "image"; "text" alone leaves out `visual`.
         languages: as they were loaded; where the report of one is found.
+        batch_size: of texts that the model itself reads, to be compared with.
 
     Returns:
         What was compared, `summary` in a line.
@@ -362,7 +363,7 @@ def export_immich(
         for side in made:
             export_side(side, trace(side), work)
         client = ImmichClient(work, torch.get_num_threads())
-        report["texts"] = check_texts_of(client, model, processor)
+        report["texts"] = check_texts_of(client, model, processor, batch_size)
         if "image" in parts:
             report["pictures"] = check_pictures(client, parts["image"], processor)
         (work / "README.md").write_text(write_readme(report), encoding="utf-8")

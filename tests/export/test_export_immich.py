@@ -148,7 +148,11 @@ def test_a_model_of_ours_with_a_language(tmp_path, monkeypatch):
     add_galician(model)
     folder = tmp_path / "out"
     report = export_immich(model, processor, folder, str(tmp_path / "ours"))
-    assert report["model"] == "ours" and 0 < report["pictures"]["through_immich"]["min_cosine"] < 1
+    assert (
+        report["model"] == "ours"
+        and "filled up to a square" in report["summary"]
+        and 0 < report["pictures"]["through_immich"]["min_cosine"] < 1
+    )
     check(folder, model, processor, ["un can corre", "a", "a <pad> a"])
     assert np.isfinite(ImmichClient(folder).embed_text("")).all()
     assert json.loads((folder / "visual/preprocess_cfg.json").read_text())["resize_mode"] == "squash"
@@ -251,13 +255,17 @@ def test_without_this_package(tmp_path, capsys):
     with pytest.raises(ValueError, match="no option of immich: data"):
         export_model(str(base), tmp_path / "out", ["immich"], data="tuxpaint")
     texts = ["un can corre", "a dog", "Ñ", "🐶"]
-    expected = encode_texts(model, texts, processor).tolist()
+    photo = Image.radial_gradient("L").resize((20, 8)).convert("RGB")
+    expected = [*encode_texts(model, texts, processor).tolist(), *encode_images(model, [photo], processor).tolist()]
     shutil.copy(CLIENT, tmp_path / "client.py")
     code = (
         "import sys, json, runpy\n"
         "for name in ('modeling_nrccr', 'torch', 'transformers'): sys.modules[name] = None\n"
         "client = runpy.run_path(sys.argv[1])['ImmichClient'](sys.argv[2], 1)\n"
-        "print(json.dumps([client.embed_text(text).tolist() for text in json.loads(sys.argv[3])]))"
+        "from PIL import Image\n"
+        "photo = Image.radial_gradient('L').resize((20, 8)).convert('RGB')\n"
+        "embeds = [client.embed_text(text) for text in json.loads(sys.argv[3])] + [client.embed_picture(photo)]\n"
+        "print(json.dumps([embed.tolist() for embed in embeds]))"
     )
     command = [sys.executable, "-I", "-c", code, str(tmp_path / "client.py"), str(tmp_path / "out"), json.dumps(texts)]
     given = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
