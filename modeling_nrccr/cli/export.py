@@ -50,13 +50,6 @@ def main(argv: list[str] | None = None):
             print(f"{format_report(found)}\n")
         elif "summary" in found:
             print(found["summary"])
-        for side, numbers in found.get("compared", {}).items() if "summary" not in found and kind != "onnx" else ():
-            print(
-                f"{numbers['count']} {side} as the model reads them: largest difference "
-                f"{numbers['max_difference']:.0e}, lowest cosine {numbers['min_cosine']:.4f}"
-            )
-        if reason := found.get("texts_only"):
-            print(f"texts alone: {reason}")
         print(f"{kind}: {folder}")
     if report:
         reports = {kind: found for kind, (_, found) in written.items()}

@@ -1,7 +1,8 @@
 """Texts and pictures that an exported folder is asked, beside the model that it was made from, before it takes its
 place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..modeling_nrccr import NrccrModel
-from ..processing_nrccr import NrccrProcessor
+from ..processing_nrccr import NrccrProcessor, NrccrTextProcessor
 from ..retrieval.encoding import encode_images, encode_texts
 
 
@@ -88,6 +89,16 @@ def list_pictures() -> list[Image.Image]:
     return made
 
 
+@contextmanager
+def uncounted(processor: NrccrTextProcessor) -> Iterator:
+    """Let the processor cut texts that are nobody's captions, without counting them and without a word."""
+    before, processor.num_truncated = processor.num_truncated, processor.num_truncated or 1
+    try:
+        yield
+    finally:
+        processor.num_truncated = before
+
+
 @torch.no_grad()
 def compare_embeddings(
     what: str,
@@ -112,10 +123,9 @@ def compare_embeddings(
     Raises:
         ValueError: where a text is further than `TOLERANCE` away, or a picture is seen as another.
     """
-    before = processor.num_truncated
     texts, pictures = list_texts(), list_pictures()
-    sides = {"texts": (texts, encode_texts(model, texts, processor, batch_size), embed_texts)}
-    processor.num_truncated = before  # which are no captions of anybody
+    with uncounted(processor):
+        sides = {"texts": (texts, encode_texts(model, texts, processor, batch_size), embed_texts)}
     if embed_pictures is not None:
         sides["pictures"] = pictures, encode_images(model, pictures, processor, batch_size), embed_pictures
     found = {}
@@ -142,3 +152,13 @@ def compare_embeddings(
                 "processor prepares pictures otherwise, so nothing was written"
             )
     return found
+
+
+def summarize(found: dict[str, dict[str, float]]) -> str:
+    """Return what `compare_embeddings` found, a line for each side."""
+    lines = (
+        f"{numbers['count']} {side}, read from this folder and by the model that it was made from: the largest "
+        f"difference is {numbers['max_difference']:.0e}, the lowest cosine {numbers['min_cosine']:.4f}"
+        for side, numbers in found.items()
+    )
+    return "\n".join(lines)

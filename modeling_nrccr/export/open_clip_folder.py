@@ -30,7 +30,7 @@ from ..open_clip import (
 from ..processing_nrccr import NrccrProcessor
 from ..publishing.card import hub_name
 from ..weights import OPEN_CLIP, OPEN_CLIP_CONFIG
-from .check import compare_embeddings
+from .check import compare_embeddings, summarize
 from .fold import fold_language
 from .processors import plain_tokenizer
 from .readme import PICTURES, find_report, is_exported_folder, write_readme
@@ -239,4 +239,10 @@ def write_open_clip(
         found = compare_embeddings(who, model, processor, embed_texts, embed_pictures, batch_size)
         snippet, notes = SNIPPET.replace("FOLDER", str(folder)), [f"opened by {who}", *notes]
         write_readme(work, "open_clip", model, base, found, report, snippet, notes)
-    return {"model": name, "language": model.language, "verdict": report.get("verdict"), "compared": found}
+    return {
+        "model": name,
+        "language": model.language,
+        "verdict": report.get("verdict"),
+        "compared": found,
+        "summary": summarize(found),
+    }

@@ -10,12 +10,14 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    SiglipTokenizer,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from ..open_clip import OpenClipImageProcessor
 from ..processing_nrccr import NrccrProcessor, NrccrTextProcessor
-from .check import list_texts
+from .check import list_texts, uncounted
+from .siglip_tokenizer import LOWER_CASE, convert_siglip
 
 
 def tokenizer_options(processor: NrccrTextProcessor) -> dict[str, bool | str | int]:
@@ -32,12 +34,12 @@ def plain_tokenizer(processor: NrccrTextProcessor) -> PreTrainedTokenizerBase:
     It keeps where texts are cut and padded, so that processors of transformers do it unasked.
     """
     tokenizer, texts, options = deepcopy(processor.tokenizer), list_texts(), tokenizer_options(processor)
-    before = processor.num_truncated
-    expected = processor(text=texts)["input_ids"]
-    processor.num_truncated = before
+    with uncounted(processor):
+        expected = processor(text=texts)["input_ids"]
     texts = [processor.text_prefix + text for text in texts]
     if tokenizer(texts, **options)["input_ids"] != expected:
-        backend, lower = tokenizer.backend_tokenizer, [normalizers.Lowercase()] if processor.lower_case else []
+        lower = LOWER_CASE if processor.lower_case else ()
+        backend = convert_siglip(tokenizer) if isinstance(tokenizer, SiglipTokenizer) else tokenizer.backend_tokenizer
         steps = [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip(), *lower]
         backend.normalizer = normalizers.Sequence([*steps, *([backend.normalizer] if backend.normalizer else [])])
         sides = {name: getattr(tokenizer, name) for name in ("padding_side", "truncation_side")}
@@ -45,6 +47,8 @@ def plain_tokenizer(processor: NrccrTextProcessor) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **tokenizer.special_tokens_map, **sides)
     tokenizer.model_max_length = processor.max_text_length
     tokenizer.init_kwargs |= options  # processors of transformers take these before their own defaults
+    tokenizer.init_kwargs.pop("processor_class", None)  # ours, if it was saved beside that
+    tokenizer._processor_class = None
     if processor.text_padding == "max_length":  # padding is attended to
         tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = ["input_ids"]
     else:  # where `NrccrModel` moves it to

@@ -12,6 +12,7 @@ from ..files import write_file
 from ..languages import LANGUAGE_FILE
 from ..modeling_nrccr import NrccrModel
 from ..publishing.card import hub_name
+from .check import summarize
 
 
 MARK = "nrccr-export"  # a tag, by which a folder is known to be one
@@ -81,11 +82,7 @@ def write_readme(
         lines += [""] if report.get("reasons") else []
         lines += ["Every text is read in this language, English too; how it reads English then was not measured.", ""]
     lines += ["## What was compared", ""]
-    for side, numbers in found.items():
-        lines.append(
-            f"- {numbers['count']} {side}, read from this folder and by the model that it was made from: the largest "
-            f"difference is {numbers['max_difference']:.0e}, the lowest cosine {numbers['min_cosine']:.4f}"
-        )
+    lines += [f"- {line}" for line in summarize(found).splitlines()]
     lines += [f"- {note}" for note in notes]
     lines += ["", "Made by `nrccr export` (NRCCR for Hugging Face)."]
     write_file(folder / "README.md", "\n".join(lines) + "\n")

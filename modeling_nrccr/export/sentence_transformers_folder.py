@@ -14,10 +14,11 @@ from ..files import replacing_folder, writing_weights
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrTextProcessor
 from ..publishing.sentence_transformers_files import modality_config
-from .check import compare_embeddings
+from .check import compare_embeddings, summarize
 from .fold import fold_language, text_map, text_weights
 from .processors import plain_processor, plain_tokenizer, tokenizer_options
 from .readme import PICTURES, find_report, is_exported_folder, write_readme
+from .sides import one_text_side
 from .transformers_folder import check_weights, save_folded
 
 
@@ -123,13 +124,7 @@ def write_sentence_transformers(
     """
     sentence_transformer, *_ = load_sentence_transformers()
     folder, report = Path(folder), find_report(name, model.language, languages)
-    if model.source_text_side is not None:
-        if model.language is None:
-            raise ValueError(
-                f"{name} reads its source language by the text side of its base: export that base, or name the "
-                "language whose side is exported, --language CODE"
-            )
-        model, processor = model.language_side(), processor.language_side()
+    model, processor = one_text_side(model, processor, name)
     folded = texts_only = None
     try:
         folded = fold_language(model)
@@ -150,11 +145,11 @@ def write_sentence_transformers(
         if folded is not None:
             notes.append('pictures: `model.encode([Image.open("..."), ...])`')
         write_readme(work, what, model, base, found, report, SNIPPET.replace("FOLDER", str(folder)), notes)
-    verdict = report.get("verdict")
     return {
         "model": name,
         "language": model.language,
-        "verdict": verdict,
+        "verdict": report.get("verdict"),
         "compared": found,
         "texts_only": texts_only,
+        "summary": summarize(found) + (f"\ntexts alone: {texts_only}" if texts_only else ""),
     }

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor, PreTrainedModel, ProcessorMix
 from ..files import replacing_folder, writing_weights
 from ..modeling_nrccr import NrccrModel
 from ..processing_nrccr import NrccrProcessor
-from .check import compare_embeddings
+from .check import compare_embeddings, summarize
 from .fold import fold_language
 from .processors import plain_processor
 from .readme import PICTURES, find_report, is_exported_folder, write_readme
@@ -70,7 +70,8 @@ def write_transformers(
         languages: as they were loaded; where the report of one is found.
 
     Returns:
-        `{"model": ..., "language": ..., "verdict": ..., "compared": of compare_embeddings}`.
+        `{"model": ..., "language": ..., "verdict": ..., "compared": of compare_embeddings,
+        "summary": ...}`.
 
     Raises:
         ValueError: for a model that cannot be folded, and where the folder reads anything otherwise than the model.
@@ -88,4 +89,10 @@ def write_transformers(
         write_readme(
             work, "transformers", model, model.config.dual_encoder["name"], found, report, snippet, [PICTURES]
         )
-    return {"model": name, "language": model.language, "verdict": report.get("verdict"), "compared": found}
+    return {
+        "model": name,
+        "language": model.language,
+        "verdict": report.get("verdict"),
+        "compared": found,
+        "summary": summarize(found),
+    }

@@ -13,9 +13,17 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
-from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast, Siglip2Config, Siglip2ImageProcessorPil
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+)
 
-from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts
+from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts, join_text_sides
 from modeling_nrccr.cli.export import main
 from modeling_nrccr.export import check, open_clip_folder, transformers_folder
 from modeling_nrccr.export.formats import export_model
@@ -156,7 +164,7 @@ def test_the_command_writes_several_and_says_what_it_compared(clip, tmp_path, ca
     argv = [str(folder / "base"), str(out), "--language", f"gl={folder / 'gl'}", "--report", str(tmp_path / "r.json")]
     main([*argv, "--to", "transformers", "sentence-transformers", "open_clip"])
     printed = capsys.readouterr().out
-    assert printed.count("200 texts as the model reads them: largest difference") == 3
+    assert printed.count("200 texts, read from this folder and by the model that it was made from: ") == 3
     report = json.loads((tmp_path / "r.json").read_text())
     assert set(report) == {"transformers", "sentence-transformers", "open_clip"} == {p.name for p in out.iterdir()}
     assert "gl: not tested" in (out / "open_clip" / "README.md").read_text()
@@ -233,12 +241,41 @@ def test_a_model_of_ours_goes_to_sentence_transformers_alone(clip, tmp_path):
         write_sentence_transformers(tiny_model(), processor, tmp_path / "other", "ours")
 
 
+def test_a_saved_model_with_the_language_inside_goes_as_its_base_does(clip, tmp_path):
+    _, model, processor = clip
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    [(place, report)] = export_model(str(tmp_path / "saved"), tmp_path / "out", ["transformers"]).values()
+    assert report["language"] == "gl" and place == tmp_path / "out"
+    of_texts, _ = embed_by_transformers(place, TEXTS, SHADES)
+    torch.testing.assert_close(of_texts, encode_texts(model, TEXTS, processor), atol=1e-5, rtol=0)
+
+
+def test_of_two_text_sides_the_language_goes_to_sentence_transformers(clip, tmp_path):
+    folder, _, processor = clip
+    BertModel(BertConfig(**WORDS)).save_pretrained(tmp_path / "bert")
+    name = str(folder / "base")
+    model = NrccrModel.from_dual_encoder(name, text_encoder=str(tmp_path / "bert"))
+    model.with_source_text_side(NrccrModel.from_dual_encoder(name))
+    teach(model, "gl", "linear")
+    joined = join_text_sides(processor, processor)
+    write_sentence_transformers(model, joined, tmp_path / "out", "two")
+    found = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(found, encode_texts(model, TEXTS, joined, languages="gl"), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=f"two text sides .*: {INSTEAD}"):
+        write_transformers(model, joined, tmp_path / "other", "two")
+    with pytest.raises(ValueError, match="two reads its source language by the text side of its base"):
+        write_sentence_transformers(model.set_language(None), joined, tmp_path / "other", "two")
+
+
 def test_a_tokenizer_cleans_what_the_processor_cleans(clip):
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<unk>": 1, "\u00e1rbore": 2, "a": 3}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({"<pad>": 0, "<unk>": 1, "\u00e1rbore": 2, "a": 3, "δρόμος": 4}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
     processor = NrccrTextProcessor(tokenizer, lower_case=True, max_text_length=16)
-    texts = ["  A\u0301rbore ", "a\t\n \u00c1RBORE"]
+    texts = ["  A\u0301rbore ", "a\t\n \u00c1RBORE ΔΡΌΜΟΣ"]
     plain = plain_tokenizer(processor)
     assert plain(texts)["input_ids"] == processor(text=texts, padding=False)["input_ids"]
     assert plain(texts)["input_ids"] != tokenizer(texts)["input_ids"] and plain.model_max_length == 16
