@@ -11,16 +11,19 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from transformers import (
     AutoModel,
     AutoProcessor,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     PreTrainedTokenizerFast,
     Siglip2Config,
     Siglip2ImageProcessorPil,
+    SiglipTokenizer,
 )
 
 from modeling_nrccr import NrccrModel, NrccrProcessor, encode_images, encode_texts, join_text_sides
@@ -280,6 +283,20 @@ def test_a_tokenizer_cleans_what_the_processor_cleans(clip):
     assert plain(texts)["input_ids"] == processor(text=texts, padding=False)["input_ids"]
     assert plain(texts)["input_ids"] != tokenizer(texts)["input_ids"] and plain.model_max_length == 16
     assert processor.num_truncated == 0
+
+
+@pytest.mark.parametrize("lower_case", [False, True])
+def test_the_tokenizer_of_siglip_is_read_back(lower_case, tmp_path):
+    texts, prefix = [text.lower() for text in check.LANGUAGES[:9]], str(tmp_path / "spiece")
+    options = dict(vocab_size=70, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, num_threads=1, minloglevel=2)
+    SentencePieceTrainer.train(sentence_iterator=iter(texts), model_prefix=prefix, **options)
+    tokenizer = SiglipTokenizer(f"{prefix}.model", do_lower_case=not lower_case)
+    parts = dict(text_padding="max_length", lower_case=lower_case, max_text_length=20)
+    processor = NrccrTextProcessor(tokenizer, **parts)
+    plain_tokenizer(processor).save_pretrained(tmp_path / "out")
+    opened = AutoTokenizer.from_pretrained(tmp_path / "out")
+    found = opened(check.list_texts(), padding="max_length", truncation=True)
+    assert found["input_ids"] == processor(text=check.list_texts())["input_ids"] and set(found) == {"input_ids"}
 
 
 ALONE = """
