@@ -5,6 +5,7 @@
 is what the tests start: the command, with engines of this file.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -359,7 +360,8 @@ def kill_at(rows: int, command: list[str], environ: dict[str, str], cache: Path)
         time.sleep(0.01)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        member.kill()  # SIGKILL; workers of torchrun are in sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):  # an engine ends with what reads it
+            member.kill()  # SIGKILL; workers of torchrun are in sessions of their own
     psutil.wait_procs(family)
     process.wait()
 

@@ -16,7 +16,7 @@ from modeling_nrccr import (
     encode_texts,
     join_text_sides,
 )
-from modeling_nrccr.export import onnx as export_onnx
+from modeling_nrccr.cli import export
 from modeling_nrccr.publishing.sentence_transformers_files import write_sentence_transformers_files
 from tests.model.test_dual_encoders import DUAL_ENCODERS, WORDS, save_processor_parts
 
@@ -143,8 +143,8 @@ def test_the_side_of_a_language_is_exported(sides, tmp_path):
     joined.save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), str(tmp_path / "onnx"), "--sides", "text"]
     with pytest.raises(SystemExit, match="export that base, or name the language"):
-        export_onnx.main(arguments)
-    export_onnx.main([*arguments, "--language", "xx"])
+        export.main(arguments)
+    export.main([*arguments, "--language", "xx"])
     exported = onnxruntime.InferenceSession(tmp_path / "onnx/text.onnx")
     inputs = NrccrProcessor.from_pretrained(tmp_path / "onnx")(text=TARGET, return_tensors="np")
     (embeds,) = exported.run(None, {name: inputs[name] for name in ("input_ids", "attention_mask")})

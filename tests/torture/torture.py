@@ -212,7 +212,7 @@ class Training(Activity):
 
 
 class Exporting(Activity):
-    """`export_onnx.export`: the files of one export."""
+    """`write_onnx`: the files of one export."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -237,7 +237,7 @@ class Exporting(Activity):
         processor = SimpleNamespace(
             save_pretrained=lambda work: Path(work, "processor.txt").write_text(f"{self.number}")
         )
-        export_onnx.export(self.model, processor, self.sides, self.output)
+        export_onnx.write_onnx(self.model, processor, self.sides, self.output)
 
     def state(self) -> dict[str, bytes] | None:
         if not self.output.exists():
