@@ -1,6 +1,12 @@
+import os
+
 import pytest
 
-from tests.support import WordProcessor
+from tests.support import ROOT, WordProcessor
+
+
+# what tests start as a process imports `tests.support` too
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture
