@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -184,20 +185,30 @@ class MilvusIndex:
 
     def rows(self, embeds: bool = False) -> Iterator[tuple[list[str | int], list[str], np.ndarray | None]]:
         fields = ["item_id", "metadata"] + ["embed"] * embeds
-        pages = self._call("query_iterator", batch_size=BLOCK, output_fields=fields, consistency_level="Strong")
-        try:
-            while page := self._guard(pages.next):
-                page = [row for row in page if row["item_id"]]
-                if not page:  # the mark of the model alone
-                    continue
-                vectors = np.array([row["embed"] for row in page], dtype=np.float32) if embeds else None
-                yield (
-                    [json.loads(row["item_id"]) for row in page],
-                    [json.dumps(row["metadata"]) for row in page],
-                    vectors,
-                )
-        finally:
-            pages.close()
+        seen: set[str] = set()
+        # an iterator reads a state of some seconds ago, whatever it is asked: what was just written comes later
+        for wait in (0, 1, 2, 4, 8):
+            time.sleep(wait)
+            pages = self._call("query_iterator", batch_size=BLOCK, output_fields=fields, consistency_level="Strong")
+            try:
+                while page := self._guard(pages.next):
+                    page = [row for row in page if row["item_id"] and row["item_id"] not in seen]
+                    if not page:  # the mark of the model alone
+                        continue
+                    seen.update(row["item_id"] for row in page)
+                    vectors = np.array([row["embed"] for row in page], dtype=np.float32) if embeds else None
+                    yield (
+                        [json.loads(row["item_id"]) for row in page],
+                        [json.dumps(row["metadata"]) for row in page],
+                        vectors,
+                    )
+            finally:
+                pages.close()
+            if len(seen) >= len(self):
+                return
+        raise ConnectionError(
+            f"{self.location} shows {len(seen)} of its {len(self)} rows: try again when it is less busy"
+        )
 
     def save(self):
         """Write all out of the server's memory; it is stored already."""

@@ -150,7 +150,9 @@ def test_while_a_command_is_being_imported(tmp_path):
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert error.startswith(b"stopped by Ctrl+C; ") and error.count(b"\n") == 1 and process.returncode == 130
+    assert error.startswith(b"stopped by Ctrl+C; ") and error.count(b"\n") == 1
+    # Python may end itself by the signal, if that came while a library ran code of its own: 130 to a shell as well
+    assert process.returncode in (130, -signal.SIGINT)
     gone = ["sh", "-c", f"cd {tmp_path}/gone && rmdir ../gone && exec {' '.join(train)}"]
     (tmp_path / "gone").mkdir()
     result = subprocess.run(gone, env=environment, capture_output=True, text=True)

@@ -44,10 +44,10 @@ class Installed:
         venv.create(folder / "venv", with_pip=False)
         (wheel,) = (folder / "wheels").glob("*.whl")
         install = ["--python", self.bin / "python", "install", "--no-deps", "--no-index", wheel]
-        subprocess.run([*pip, *install], check=True, capture_output=True)
+        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        subprocess.run([*pip, *install], check=True, capture_output=True, env=kept)  # else it is there already
         site = sysconfig.get_path("purelib", vars={"base": str(folder / "venv")})
         Path(site, "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")  # an editable install is none
-        kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "XDG_CACHE_HOME": str(folder / "cache")}
         self.environment = kept | offline | {"OMP_NUM_THREADS": "1"}
 
