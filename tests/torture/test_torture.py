@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ ROUNDS = 20
 
 @pytest.mark.slow
 def test_every_round_is_survived():
-    command = [sys.executable, str(Path(__file__).with_name("torture.py")), "--rounds", str(ROUNDS)]
+    command = [sys.executable, "-m", "tests.torture.torture", "--rounds", str(ROUNDS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
