@@ -44,6 +44,7 @@ def test_sides_run_in_turns_and_a_failure_is_told(tmp_path, monkeypatch):
         machine.in_turns("side", ["broken"])
 
 
+@pytest.mark.slow
 def test_two_processes_lose_no_line(tmp_path):
     file = tmp_path / "results/study.jsonl"
     program = (

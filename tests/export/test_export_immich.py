@@ -92,6 +92,7 @@ def check(folder: Path, model: NrccrModel, processor: NrccrProcessor, texts: lis
     return client
 
 
+@pytest.mark.slow
 def test_a_language_beside_the_pictures_of_its_base(tmp_path):
     """CLIP, whose padding token is also the one that ends a text, with LoRA folded in."""
     model, processor = family("clip"), NrccrProcessor(letters("</s>"), CUT, max_text_length=16, pad_to_square=False)
@@ -140,6 +141,7 @@ def test_texts_of_one_length_in_small_letters_after_a_prefix(tmp_path):
         export_immich(model, processor, tmp_path / "out", "siglip")
 
 
+@pytest.mark.slow
 def test_a_model_of_ours_with_a_language(tmp_path, monkeypatch):
     """A padding token of its own, no token at the ends; and what takes the place of what."""
     text = dict(vocab_size=41, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=29)

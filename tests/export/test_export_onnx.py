@@ -115,6 +115,7 @@ def test_nothing_is_written_where_embeddings_differ(exported, tmp_path, monkeypa
     assert not list(tmp_path.iterdir()) and not tmp_path.with_name("pt2").exists()
 
 
+@pytest.mark.slow
 def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path, monkeypatch):
     model, sides, folder = exported
     processor = AutoProcessor.from_pretrained(folder / "onnx")

@@ -88,6 +88,7 @@ def test_anchors_are_balanced_as_one_more_language(files):
     assert join_languages(parts, 0, ()) == join_languages(parts, 0)
 
 
+@pytest.mark.slow
 def test_english_stays_what_it_is_for_the_base(files, tmp_path):
     pytest.importorskip("peft")
     base, processor = NrccrModel.from_pretrained(files / "base"), NrccrProcessor.from_pretrained(files / "base")
@@ -112,6 +113,7 @@ def test_english_stays_what_it_is_for_the_base(files, tmp_path):
     assert learnt["captions"] > (encode_texts(base, queries, processor) * before).sum(1).mean() + 0.05, learnt
 
 
+@pytest.mark.slow
 def test_a_second_text_side_is_anchored_too(files, tmp_path):
     other = tiny_model(1, text_head="pooling", teacher_view="source")
     other.text_tower.encoder.save_pretrained(tmp_path / "encoder")
